@@ -559,6 +559,8 @@ def shown(comparison: Comparison) -> Found:
     if {each["step"] for each in show["optimizers"]} != set(newest.values()):
         yield f"show gives steps {show['optimizers']}, and they are {newest}"
     for each in show["optimizers"]:
+        if each["step"] > len(made):
+            continue
         yield from _shown_optimizer(comparison, each, made[each["step"] - 1])
         if each["step"] == len(made):
             found = {n: show[n] for n in ("loss", "learning_rate", "grad_norm_preclip")}

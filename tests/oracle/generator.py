@@ -154,6 +154,21 @@ def sensible(loop: Loop) -> bool:
         not any(o.kind == "lbfgs" for o in loop.optimizers)
         or not (loop.size != "normal" or loop.dtype == "bfloat16" or loop.frozen or special),
         loop.rounds == "joint" or len(loop.optimizers) > 1,
+        # Where weights are not numbers, an update through `.data` leaves no trace.
+        loop.optimizers[0].kind != "data"
+        or loop.poison_at is None
+        or any(clip.kind == "strict" for clip in loop.clips),
+        # It ends where all gradients are 0.
+        loop.zero_by != "data" or loop.optimizers[0].kind != "lbfgs" or len(loop.optimizers) == 1,
+        # The clipping has zeroed them before.
+        loop.size != "tiny" or loop.zero_by != "data" or not any(clip.tight for clip in loop.clips),
+        # The sum of huge squares is infinite in bfloat16: the clipping zeroes the gradients.
+        not (
+            loop.clips
+            and loop.dtype == "bfloat16"
+            and loop.size == "huge"
+            and loop.rounds != "joint"
+        ),
         not loop.scaler or (loop.dtype == "float32" and loop.size == "normal"),
         loop.scaler or loop.overflow_at is None,
         not (loop.overflow_at is not None and loop.poison_at is not None),

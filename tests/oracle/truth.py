@@ -171,6 +171,7 @@ class Truth:
         self._evaluations = 0
         self._first: State | None = None
         self._stepping: int | None = None
+        self._last_change: Clip | None = None
 
     # ------------------------------------------------------------ models and optimizers
 
@@ -302,6 +303,8 @@ class Truth:
         """
         self.events += kind not in ("hand", "data")
         clipped = [p for p in dict.fromkeys(parameters) if p.grad is not None]
+        if kind in ("hand", "data"):
+            clipped = [p for p in clipped if self._waits(p)]
         norms_before = {id(p): _norm(p.grad) for p in clipped}
         names = {id(p): n for n, p in self._named().items()}
         squares = {names[id(p)]: _norm(p.grad) ** 2 for p in clipped if id(p) in names}
@@ -329,18 +332,33 @@ class Truth:
         if kind == "hand":
             made.at = self.events
             made.norms = norms_before, {id(p): _norm(p.grad) for p in clipped}
-        ids = {id(p) for p in clipped}
+            self._change_by_hand(made, names)
+        else:
+            self._clip(made, {id(p) for p in clipped})
+
+    def _change_by_hand(self, made: Clip, names: Mapping[int, str]) -> None:
+        """Changes right after each other are one, of all gradients that they changed."""
+        last = self._last_change
+        if last is not None and (last.at, last.loss_scale) == (made.at, made.loss_scale):
+            made = _together(last, made, names)
+            for state in self._states:
+                state.clips = [clip for clip in state.clips if clip is not last]
+        self._last_change = made
+        self._clip(made, set(made.norms[0]))
+
+    def _clip(self, made: Clip, ids: set[int]) -> None:
         for number, state in enumerate(self._states):
             if state.passes and any(id(p) in ids for p in self._own(number)):
-                last = state.clips[-1] if state.clips else None
-                if (
-                    last is not None
-                    and last.kind == kind == "hand"
-                    and (last.at, last.loss_scale) == (made.at, made.loss_scale)
-                ):
-                    state.clips[-1] = _together(last, made, names)
-                else:
-                    state.clips.append(made)
+                state.clips.append(made)
+
+    def _waits(self, parameter: torch.Tensor) -> bool:
+        """Whether its gradient waits for the step of an optimizer, or it is in none."""
+        holders = [
+            state
+            for number, state in enumerate(self._states)
+            if any(parameter is p for p in self._own(number))
+        ]
+        return not holders or any(state.passes for state in holders)
 
     def zeroed(self) -> None:
         """Call after gradients were zeroed or released; it finds out which."""

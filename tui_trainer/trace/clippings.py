@@ -114,7 +114,7 @@ class Clippings:
                 norm_after=total_norm(parameters) if kind == "value" else None,
                 total=self._total_before,
                 two_norm=kind == "norm" and float(norm_type) == 2.0,
-                scale=self._waiting.scale_of(self._measurers[0]),
+                scales={id(m): self._waiting.scale_of(m) for m in self._measurers},
             )
             given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
             for measurer in self._measurers:

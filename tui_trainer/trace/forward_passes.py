@@ -92,10 +92,13 @@ class ForwardPasses:
         phases, gate = self._phases, self._gate
         if self._registry.by_hand is not None:
             self._steps.end_by_hand()
+        waiting = False
         if not phases.in_phase:
             for measurer in self._registry.measurers:
-                if measurer.passes and measurer.probably_changed():
-                    self._waiting.between_passes(measurer)
+                if measurer.passes:
+                    waiting = True
+                    if measurer.probably_changed():
+                        self._waiting.between_passes(measurer)
         first = FORWARD not in phases.seen
         if not phases.enter(FORWARD):
             return False
@@ -110,7 +113,7 @@ class ForwardPasses:
             self._reporter.keep_inputs(args, kwargs)
         if observers.forwards is not None:
             observers.forwards.forward_began(module, args, kwargs)
-        phases.before_forward(module)
+        phases.before_forward(module, waiting)
         self._backwards.model_called(module)
         if first:
             if not phases.closure:

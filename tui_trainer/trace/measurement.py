@@ -155,6 +155,7 @@ class StepMeasurer:
         for clip in self.clips:
             clip.positions.pop(id(before), None)
             clip.readings.pop(id(before), None)
+            clip.scales[id(self)] = clip.scales.pop(id(before), None)
         self.changed_by_hand = before.changed_by_hand
         self.marks.remember()
         if self.passes and before._latest is not None and self._on_host and before._on_host:
@@ -343,6 +344,10 @@ class StepMeasurer:
         changed = self.marks.changed_positions() or ()
         gradients = [self.tracked.parameters[place].grad for place in changed]
         return bool(gradients) and all(g is None or _is_zero(g) for g in gradients)
+
+    def hides_updates(self) -> bool:
+        """Whether an update by the script itself would not be seen. False before its first one."""
+        return self.weights is not None and self.weights.too_small(self._updated)
 
     def updated_by_hand(self) -> None:
         """The script has updated weights by itself."""

@@ -150,13 +150,19 @@ class OptimizerSteps:
     def end_by_hand(self, zeroing: bool = False) -> None:
         """Complete a step of a script that updates its weights by itself, once it has.
 
-        Gradients that are being zeroed have been used where their update would not be seen.
+        Gradients that are zeroed have been used where their update would not be seen. What the
+        script has done to them by itself since the last phase is not looked at: it may have been
+        after the update.
         """
         measurer = self._registry.by_hand
         if measurer is None or not measurer.passes or self._phases.open is not None:
             return
         weights = measurer.weights
-        if weights is None or not (weights.changed() or (zeroing and weights.too_small())):
+        if weights is None:
+            return
+        if not weights.changed() and not (
+            measurer.hides_updates() and (zeroing or measurer.thrown_away())
+        ):
             return
         began = perf_counter()
         measurer.updated_by_hand()
@@ -165,8 +171,7 @@ class OptimizerSteps:
                 backward.returned = {}
         self._waiting.resolve_returned(measurer)
         self._phases.end_step_by_hand()
-        if measurer.marks.changed() and measurer.any_gradient() and not measurer.all_zero():
-            self._waiting.follow_changes_by_hand()
+        measurer.marks.remember()
         rate, evaluations = absent(Absent.NO_LEARNING_RATE), absent(Absent.NO_CLOSURE)
         self._complete(measurer, rate, evaluations, began)
 

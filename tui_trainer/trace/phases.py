@@ -266,13 +266,15 @@ class Phases:
         self._zero_grad_due = False
         """Whether the boundary of a `zero_grad` follows that of `data`."""
         self._next_began: tuple[Any, float, float] | None = None
-        """Since a forward after a backward, until the next backward: (the clock's mark, time, time
-        in the gate) at its beginning. It may be the next iteration's."""
+        """Since a forward while gradients wait, until the next backward: (the clock's mark, time,
+        time in the gate) at its beginning. It may be the next iteration's."""
         self._clips: list[_Clip] = []
         self._clip_began = 0.0
         self._clip_ended = 0.0
         self._evaluating = False
         """Whether the time since the last phase has had calls of an evaluation."""
+        self._evaluated = False
+        """Whether there was an evaluation since the last step."""
         self._last_end = 0.0
         self._idle_before = 0.0
         self._in_gate = False
@@ -283,6 +285,11 @@ class Phases:
     def open(self) -> int | None:
         """The innermost open phase."""
         return self._open[-1] if self._open else None
+
+    @property
+    def just_stepped(self) -> bool:
+        """Whether nothing but the open phase has begun since the last step."""
+        return self.step > 1 and not self._evaluated and self.seen <= set(self._open)
 
     @property
     def in_closure(self) -> bool:
@@ -390,6 +397,7 @@ class Phases:
 
     def begin_evaluation(self) -> None:
         """The model is called without gradients; `resume_clock` follows."""
+        self._evaluated = True
         if self._evaluating:
             self._clock.relabel(EVAL)  # the next batch of the evaluation
         self._evaluating = True
@@ -423,13 +431,14 @@ class Phases:
 
     # ------------------------------------------------------------ what precedes a phase
 
-    def before_forward(self, module: torch.nn.Module) -> None:
-        """`forward` of `module` is open: its batch has been drawn."""
+    def before_forward(self, module: torch.nn.Module, waiting: bool = False) -> None:
+        """`forward` of `module` is open: its batch has been drawn. `waiting`: whether gradients
+        wait for a step, which the script may still throw away."""
         if self._may_change_clock and isinstance(self._clock, HostClock):
             parameter = next(module.parameters(), None)
             if parameter is not None and parameter.device.type == "cuda":
                 self._clock = CudaClock()
-        if self._next_began is None and BACKWARD in self.seen:
+        if waiting and self._next_began is None:
             began = perf_counter() - self._clock.gap_s
             self._next_began = (self._clock.mark(), began, self._gate.idle_s)
         self._end_data()
@@ -530,6 +539,7 @@ class Phases:
         self._seen_ever |= self.seen
         self.seen = set()
         self._data_due = True
+        self._evaluated = False
         self._next_began = None
         return step_ms, _step_times(self._clock.take(), step_ms, own, shared, clipped)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from itertools import repeat
 from math import isfinite
 from operator import attrgetter, is_
@@ -129,6 +129,10 @@ class GradientMarks:
         self._known = marks
         return False
 
+    def any_replaced(self) -> bool:
+        """Whether any gradient is another tensor than at the last change that is known."""
+        return self._known is not None and self._current().ids != self._known.ids
+
     def first_changed(self) -> bool:
         """`changed`, checked on the first parameter that had a gradient."""
         known = self._known
@@ -233,7 +237,7 @@ class WeightWatch:
     def changed(self) -> bool:
         """Whether weights have changed since. May wait for the device."""
         by_version = list(map(version_of, self._parameters)) != self._versions
-        if any(not torch.equal(_first_elements(p), copy) for p, copy, _ in self._samples):
+        if any(not _same(_first_elements(p), copy) for p, copy, _ in self._samples):
             self._largest_ratio = max(self._largest_ratio, self._ratio())
             return True
         return by_version
@@ -248,17 +252,19 @@ class WeightWatch:
         ):
             copy, gradient = samples.get(id(parameter), (None, None))
             if version_of(parameter) == version and copy is not None and gradient is not None:
-                same = torch.equal(_first_elements(parameter), copy)
+                same = _same(_first_elements(parameter), copy)
                 if same and not self._too_small(copy, gradient):
                     found.append(place)
         return frozenset(found)
 
-    def too_small(self) -> bool:
-        """Whether an update would have been too small for the precision of the weights to change
-        them, estimated from the largest ratio of an update to its gradient so far."""
-        return bool(self._samples) and all(
-            gradient is not None and self._too_small(copy, gradient)
-            for _, copy, gradient in self._samples
+    def too_small(self, updated: Container[int]) -> bool:
+        """Whether an update of the parameters at these positions would have been too small for the
+        precision of their weights to change them, judged by the largest ratio of an update to its
+        gradient so far."""
+        ids = {id(p) for place, p in enumerate(self._parameters) if place in updated}
+        samples = [(copy, g) for p, copy, g in self._samples if id(p) in ids]
+        return bool(samples) and all(
+            gradient is not None and self._too_small(copy, gradient) for copy, gradient in samples
         )
 
     def _ratio(self) -> float:
@@ -271,7 +277,15 @@ class WeightWatch:
 
     def _too_small(self, weights: torch.Tensor, gradient: torch.Tensor) -> bool:
         update = gradient.abs() * self._largest_ratio
-        return bool(torch.all(update <= weights.abs() * torch.finfo(weights.dtype).eps))
+        hidden = update <= weights.abs() * torch.finfo(weights.dtype).eps
+        return bool(torch.all(hidden | weights.isnan()))  # no update is seen in a NaN
+
+
+def _same(values: torch.Tensor, others: torch.Tensor) -> bool:
+    """Whether they are equal, NaN and all."""
+    return torch.equal(values, others) or bool(
+        ((values == others) | (values.isnan() & others.isnan())).all()
+    )
 
 
 def _first_elements(parameter: torch.Tensor) -> torch.Tensor:

@@ -78,8 +78,8 @@ class Clipping:
     total: Reading | None
     """√Σ‖g‖² of all it clipped, measured apart where `norm_before` may be something else."""
     two_norm: bool
-    scale: torch.Tensor | None
-    """The loss scale (0-d) that was still on the gradients."""
+    scales: dict[int, torch.Tensor | None]
+    """id(measurer) → the loss scale (0-d) that was still on its gradients."""
     positions: dict[int, list[int] | None] = field(default_factory=dict)
     """id(measurer) → positions of the parameters it clipped; None: all that have a gradient."""
     readings: dict[int, GradientReading] = field(default_factory=dict)
@@ -296,7 +296,12 @@ class Header:
         self.readings: list[Reading] = [*(outcome.losses or ())]
         found: list[Reading | None] = [self._rate, reading.scale]
         for clip in self._clips:
-            found += (clip.norm_before, clip.norm_after, clip.total, clip.scale)
+            found += (
+                clip.norm_before,
+                clip.norm_after,
+                clip.total,
+                clip.scales.get(measurer),
+            )
             norms = self._norms_before(clip)
             if norms:
                 self._add(found)
@@ -338,7 +343,7 @@ class Header:
             before = take(clip.norm_before)
             after = take(clip.norm_after, absent(Absent.NOT_MEASURED))
             total = take(clip.total, before if clip.two_norm else absent(Absent.NOT_MEASURED))
-            clip_scale = take(clip.scale, 1.0) or 1.0
+            clip_scale = take(clip.scales.get(self._measurer), 1.0) or 1.0
             norms = self._norms_before(clip)
             own = None
             if norms is not None:

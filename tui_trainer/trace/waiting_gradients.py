@@ -110,8 +110,20 @@ class WaitingGradients:
             if measurer.passes:
                 self.resolve_returned(measurer)
             if not measurer.passes and measurer.marks.changed() and measurer.any_gradient():
-                measurer.add_pass(BackwardPass([]))
+                used = self._phases.just_stepped and not measurer.marks.any_replaced()
+                if not used and not self._waits_elsewhere(measurer):
+                    measurer.add_pass(BackwardPass([]))
                 measurer.marks.remember()
+
+    def _waits_elsewhere(self, measurer: StepMeasurer) -> bool:
+        """Whether the gradients that have changed wait for the step of another optimizer, which
+        shares the parameters: the script has changed them for that one."""
+        changed = measurer.marks.changed_positions()
+        if not changed:
+            return False
+        waiting = [each for each in self.registry.measurers if each.passes]
+        parameters = [measurer.tracked.parameters[place] for place in changed]
+        return all(any(id(p) in each.tracked.ids for each in waiting) for p in parameters)
 
     def averaged(self, tensors: Sequence[torch.Tensor]) -> None:
         """The script reduces `tensors` over several processes: gradients, or a buffer of them."""
@@ -168,7 +180,7 @@ class WaitingGradients:
             norm_after=total_of([change.after for change in changes], positions),
             total=None,
             two_norm=True,
-            scale=self.scale_of(changes[0].measurer),
+            scales={id(change.measurer): self.scale_of(change.measurer) for change in changes},
             tentative=all(change.tentative for change in changes),
         )
         for change in changes:
