@@ -153,14 +153,16 @@ class Viewer:
         return self.ask(Poll()).status
 
     def wait(self, condition):
-        wait_for(lambda: condition(self.status))
+        """The first status that satisfies the condition; the run may be gone after its last one."""
+        return wait_for(lambda: status if condition(status := self.status) else None)
 
 
 def wait_for(condition, seconds=240.0):
     deadline = time.monotonic() + seconds
-    while not condition():
+    while not (found := condition()):
         assert time.monotonic() < deadline, "it did not come to pass"
         time.sleep(0.02)
+    return found
 
 
 def of(kind, objects):

@@ -20,7 +20,7 @@ from tests.integrations.seen import SEEN
 from tests.runs.starting import until
 from tui_trainer.client.connection import RunClient
 from tui_trainer.protocol import schema
-from tui_trainer.protocol.actions import Pause, Resume, Step, StepPhase, Stop
+from tui_trainer.protocol.actions import ChangeBreakpoint, Pause, Resume, Step, StepPhase, Stop
 from tui_trainer.protocol.attention import ExamineAttention
 from tui_trainer.protocol.autograd import CheckGradient, DescribeGraph
 from tui_trainer.protocol.events import Notice
@@ -269,6 +269,7 @@ def test_a_breakpoint_compares_ranks_and_the_paused_run_stops(place):
         stop = until(stopped_at, "the condition is met", 150)
         assert stop.condition == "rank(1).loss != loss"
         assert stop.text.startswith("loss of rank 1 ")
+        assert client.command(ChangeBreakpoint(1, enabled=False)).ok  # steps meet it as well
         look_into_ranks(client)
         assert client.command(Stop()).ok
         for process in started:

@@ -271,7 +271,6 @@ def test_a_viewers_stop_with_a_checkpoint_reaches_a_script_that_catches_it(place
     viewer = place.viewer()
     viewer.wait(lambda status: status.step > 3)
     assert viewer.do(Stop(checkpoint=True)).ok
-    viewer.wait(lambda status: status.ended)
-    step = viewer.status.step
+    step = viewer.wait(lambda status: status.ended).step
     assert process.wait(240) == 0
     assert (place.run / "checkpoints" / f"step-{step:08}").is_dir()
