@@ -315,6 +315,13 @@ def _(v: dict[str, Value]) -> None:
     assert v["adam_big"] == near(adam[0])
 
 
+def test_what_clipping_adds_to_the_norm() -> None:
+    weight = nn.Parameter(torch.zeros(1))
+    weight.grad = torch.full((1,), 1e-6)
+    nn.utils.clip_grad_norm_([weight], 1e-6)
+    assert weight.grad.item() == near(0.5e-6)
+
+
 @checks("clipping")
 def _(v: dict[str, Value]) -> None:
     model = nn.Linear(2, 1)

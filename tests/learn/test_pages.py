@@ -27,6 +27,7 @@ from tui_trainer.learn.page import (
 )
 from tui_trainer.learn.page_layout import Numbers, escaped, laid_out, plain
 from tui_trainer.protocol import PHASES
+from tui_trainer.ui.screens import SCREENS
 
 CODE = re.compile(r"`[^`]*`|^ {4}.*$", re.MULTILINE)
 NAMES = re.compile(r"GPT-2|3\.\d")
@@ -105,6 +106,31 @@ def test_every_placeholder_is_measured_and_every_value_is_stated(name: str) -> N
 def test_no_number_is_written_by_hand(name: str, language: str) -> None:
     prose = NAMES.sub("", PLACEHOLDER.sub("", CODE.sub("", everything(page_of(name, language)))))
     assert not re.findall(r".*\d.*", prose)
+
+
+CODE_WITH_NUMBERS = {
+    "attention-scores": ("`2`",),
+    "clipping": ("`1e-6`", "`tui-trainer gpt --max-norm 0.1`"),
+    "gradient": ("`(L(w + h) - L(w - h)) / (2 * h)`",),
+    "qkv": ("`2`",),
+    "scalar-tensor": (
+        "`W[0, 0]`",
+        "`2 * (W @ x - t)[0] * x[0]`",
+        '`tui-trainer graph "(a*b + c) * f" --at a=2 b=-3 c=10 f=-2`',
+    ),
+    "vit-arithmetic": ("`tui-trainer vit --preset face-s14 --data photos/`",),
+}
+"""Code in running text that has digits: formulas, commands, the key of the attention screen, and
+what `clip_grad_norm_` adds to the norm, which a test measures."""
+
+
+@each_text
+def test_numbers_in_code_are_known(name: str, language: str) -> None:
+    text = " ".join(PLACEHOLDER.sub("", everything(page_of(name, language))).split())
+    found = sorted({code for code in re.findall("`[^`]*`", text) if re.search(r"\d", code)})
+    assert found == sorted(CODE_WITH_NUMBERS.get(name, ()))
+    attention = next(screen for screen in SCREENS if screen.mode == "attention")
+    assert attention.key == "2"
 
 
 @each_text

@@ -166,6 +166,7 @@ async def test_help_and_back():
     async with GraphApp(LESSON, ascii=True).run_test(size=(120, 40)) as pilot:
         await press(pilot, "question_mark")
         assert "Scalar graph" in text_of(pilot.app)
+        assert pilot.app.lessons[0] == "scalar-tensor"
         await press(pilot, "escape")
         await until(pilot, lambda: isinstance(pilot.app.screen, GraphScreen), "the graph again")
         assert all(row.isascii() for row in text_of(pilot.app).splitlines() if "dL" in row)

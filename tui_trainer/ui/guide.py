@@ -21,6 +21,7 @@ from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.config.live_settings import parse_changes
 from tui_trainer.config.run_spec import runs_directory
 from tui_trainer.findings.finding_order import newest_findings
+from tui_trainer.learn.catalog import PAGE_OF_RULE
 from tui_trainer.learn.demos import Demo, demo_of, demo_texts, find_demo
 from tui_trainer.learn.page import words
 from tui_trainer.learn.page_layout import Numbers, laid_out
@@ -115,6 +116,13 @@ class GuideLine(Panel):
     GuideLine { height: 1; display: none; margin: 0 1; }
     GuideLine.-shown { display: block; }
     """
+
+    @property
+    def lessons(self) -> tuple[str, ...]:
+        """The page about the fault."""
+        found = demo_of(self.snapshot.info)
+        page = PAGE_OF_RULE.get(found[0].rule) if found is not None else None
+        return () if page is None else (page,)
 
     def show(self, snapshot: Snapshot) -> None:
         """Draw a snapshot, and appear where the run is a guided one."""

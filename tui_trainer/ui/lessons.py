@@ -21,6 +21,8 @@ OF_SCREEN: dict[str, tuple[str, ...]] = {
     "inspect": ("scalar-tensor", "updates", "param-groups"),
     "autograd": ("loss-graph", "forward-backward", "gradient"),
     "start": ("vit-arithmetic", "device"),
+    "graph": ("scalar-tensor", "gradient", "forward-backward"),
+    "compare": ("forward-backward", "updates"),
 }
 """Pages by the mode of a screen. Widgets name theirs themselves, in `LineView.lessons`."""
 OF_ANY_SCREEN = ("forward-backward",)

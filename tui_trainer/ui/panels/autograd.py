@@ -40,6 +40,8 @@ RowKey = tuple[str, str, str, float]
 class GraphTable(VirtualTable):
     """One row for each module, operation and leaf that is not inside a closed one."""
 
+    lessons = ("loss-graph", "forward-backward")
+
     DEFAULT_CSS = "GraphTable { width: 1fr; height: 1fr; }"
     BINDINGS: ClassVar[list[BindingType]] = [
         *VirtualTable.BINDINGS,

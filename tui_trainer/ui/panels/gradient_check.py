@@ -15,6 +15,8 @@ WRONG, DOUBTFUL = 1e-2, 1e-4
 class GradientCheckView(BuiltLines):
     """Each entry with its gradients, and the error against h."""
 
+    lessons = ("gradient",)
+
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self.check: GradientCheck | None = None

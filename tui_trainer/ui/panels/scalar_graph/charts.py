@@ -85,6 +85,8 @@ class PlotView(LineView):
 class SweepChart(PlotView):
     """The error of the numerical gradient of the selected node against h, both logarithmic."""
 
+    lessons = ("gradient",)
+
     def __init__(self, state: GraphState, *, id: str | None = None) -> None:
         super().__init__(state, id=id)
         self._key: tuple[object, ...] = ()
@@ -144,6 +146,8 @@ SHOWN_STEPS = 5
 
 class DescentChart(PlotView):
     """L against the selected input, and where three learning rates lead."""
+
+    lessons = ("forward-backward", "updates")
 
     def __init__(self, state: GraphState, *, id: str | None = None) -> None:
         super().__init__(state, id=id)

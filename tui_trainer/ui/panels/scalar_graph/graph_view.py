@@ -66,6 +66,8 @@ def geometry(graph: ScalarGraph, placed: Layout, size: Size) -> Geometry:
 class GraphView(ScrollingLines, can_focus=False):
     """The nodes with their values and gradients. It follows the current step."""
 
+    lessons = ("scalar-tensor", "gradient")
+
     DEFAULT_CSS = "GraphView { width: 1fr; height: 1fr; }"
 
     def __init__(self, state: GraphState, *, id: str | None = None) -> None:
@@ -231,6 +233,8 @@ def joined_spans(characters: Sequence[str], styles: Sequence[str]) -> list[tuple
 
 class StepText(LineView):
     """The current step, with the chain rule in numbers."""
+
+    lessons = ("forward-backward",)
 
     DEFAULT_CSS = "StepText { width: 1fr; height: 4; }"
 

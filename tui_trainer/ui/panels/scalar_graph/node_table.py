@@ -12,6 +12,8 @@ from tui_trainer.ui.widgets.table import Cell, CellValue, TableColumn, VirtualTa
 class NodeTable(VirtualTable):
     """Every node with its value and gradient, PyTorch's gradient, and the numerical one."""
 
+    lessons = ("scalar-tensor", "gradient")
+
     DEFAULT_CSS = "NodeTable { width: 1fr; height: 1fr; }"
 
     def __init__(self, state: GraphState, *, id: str | None = None) -> None:
