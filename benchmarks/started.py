@@ -78,7 +78,8 @@ class Started:
             flags += ["--detach"] * (not self.way.viewer) + list(self.way.flags)
             command = [sys.executable, str(HERE / "stoppable.py")]
             if self.way.home == IN_APP:  # only tasks: a script needs the main thread
-                environment["PYTHONPATH"] = register_loop_as_task(self.folder)
+                found = (register_loop_as_task(self.folder), environment.get("PYTHONPATH", ""))
+                environment["PYTHONPATH"] = os.pathsep.join(filter(None, found))
                 command += ["loop", "--in-app", *flags, *script[1:]]
             else:
                 command += ["run", *flags, *script]

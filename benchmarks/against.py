@@ -1,0 +1,200 @@
+"""Run benchmarks of this working tree and of an earlier commit in turn, and compare their figures.
+
+    python -m benchmarks.against COMMIT frames keys [--rounds 2] [--json FILE] [-- OPTION …]
+
+Each side runs its own benchmarks with its own package, because an earlier commit has other names
+inside. For each side a folder with the installed shape of the package is made, and an environment
+whose interpreter finds that folder before this one's packages: the commands that a benchmark
+starts, and their children, then use the same side whatever they do to PYTHONPATH. The options
+after `--` go to every benchmark on both sides.
+
+A round runs every benchmark on both sides, one after the other, and every second round in the
+other order, so that both sides meet the same speed of the machine. Printed are the medians of the
+rounds and their ratio (after / before) for each figure that both sides have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import tomllib
+import venv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from report import write_json
+
+HERE = Path(__file__).resolve().parent.parent
+COUNTS = ("pairs", "launches", "presses", "frames", "parameters", "columns", "rows", "threads")
+"""Numbers that say what was measured, and are no figures."""
+
+
+class Side:
+    """One version of the program and its benchmarks."""
+
+    def __init__(self, name: str, tree: Path, folder: Path) -> None:
+        self.name = name
+        self._shape = folder / name
+        self._python = _environment(folder / f"{name}-environment", self._shape)
+        package = self._shape / "tui_trainer"
+        package.mkdir(parents=True)
+        for entry in (tree / "tui_trainer").iterdir():
+            (package / entry.name).symlink_to(entry)
+        if not (package / "models").exists():
+            (package / "models").symlink_to(tree / "models")
+        for beside in ("benchmarks", "tests"):  # `frames` uses the tests' synthetic run
+            (self._shape / beside).symlink_to(tree / beside)
+        _describe_package(tree, self._shape / "tui_trainer-0.dist-info")
+
+    def run(self, benchmark: str, options: list[str], results: Path) -> dict[str, Any] | None:
+        """The figures of one run; None where it failed, after printing the end of its output."""
+        command = [str(self._python), "-m", f"benchmarks.{benchmark}", *options]
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        done = subprocess.run(
+            [*command, "--json", str(results)],
+            cwd=self._shape,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+        results.with_suffix(".txt").write_text(done.stdout)
+        if done.returncode or not results.exists():
+            print(f"{benchmark} of {self.name} failed:\n{done.stdout[-3000:]}", flush=True)
+            return None
+        found: dict[str, Any] = json.loads(results.read_text())
+        print(f"{benchmark} of {self.name}: {found.get('load', 'done')}", flush=True)
+        return found
+
+
+def _environment(folder: Path, shape: Path) -> Path:
+    """An interpreter that imports from `shape`, then from this environment's packages.
+
+    A folder that is named in a .pth file is searched, but its own .pth files are not read: an
+    editable installation of this tree stays out.
+    """
+    venv.create(folder, symlinks=True)
+    inside = sysconfig.get_path("purelib", vars={"base": str(folder)})
+    lines = [str(shape), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    Path(inside, "side.pth").write_text("\n".join(dict.fromkeys(lines)) + "\n")
+    return folder / "bin" / "python"
+
+
+def _describe_package(tree: Path, folder: Path) -> None:
+    """The metadata of the package, by which its tasks are found."""
+    project = tomllib.loads((tree / "pyproject.toml").read_text())["project"]
+    folder.mkdir()
+    version = project.get("version", "0")
+    (folder / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {version}\n"
+    )
+    groups = {**project.get("entry-points", {}), "console_scripts": project.get("scripts", {})}
+    (folder / "entry_points.txt").write_text(
+        "\n".join(
+            f"[{group}]\n" + "".join(f"{name} = {target}\n" for name, target in entries.items())
+            for group, entries in groups.items()
+        )
+    )
+
+
+def extract(commit: str, folder: Path) -> Path:
+    """The tree of a commit."""
+    tree = folder / "tree"
+    tree.mkdir()
+    archive = subprocess.run(["git", "archive", commit], cwd=HERE, check=True, capture_output=True)
+    subprocess.run(["tar", "-x", "-C", str(tree)], input=archive.stdout, check=True)
+    return tree
+
+
+def figures(found: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """(name, value) of each number; entries of a list are named by the texts and counts in them."""
+    if isinstance(found, dict):
+        for key, value in found.items():
+            if key not in COUNTS and not key.startswith(("others_cores", "load", "machine")):
+                yield from figures(value, f"{name} {key}".strip())
+    elif isinstance(found, list):
+        for number, value in enumerate(found):
+            label = str(number)
+            if isinstance(value, dict):
+                given = [str(v) for k, v in value.items() if isinstance(v, str) or k in COUNTS]
+                label = ", ".join(given) or label
+            yield from figures(value, f"{name} [{label}]".strip())
+    elif isinstance(found, (int, float)) and not isinstance(found, bool):
+        yield name, float(found)
+
+
+def compare(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The medians of the figures that both sides have, and their ratios."""
+    sides = []
+    for runs in (before, after):
+        values: dict[str, list[float]] = {}
+        for run in runs:
+            for name, value in figures(run):
+                values.setdefault(name, []).append(value)
+        sides.append({name: statistics.median(each) for name, each in values.items()})
+    rows = []
+    for name, old in sides[0].items():
+        if name in sides[1]:
+            new = sides[1][name]
+            ratio = new / old if old else None
+            rows.append({"figure": name, "before": old, "after": new, "ratio": ratio})
+    return rows
+
+
+def main() -> None:
+    """Print the tables; write them as JSON when asked to."""
+    given, passed = _split(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("commit")
+    parser.add_argument("benchmarks", nargs="+")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--results", type=Path, help="folder that keeps the output of every run")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(given)
+    compared: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="against-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        results = (options.results or folder / "results").resolve()
+        results.mkdir(parents=True, exist_ok=True)
+        sides = [
+            Side("before", extract(options.commit, folder), folder),
+            Side("after", HERE, folder),
+        ]
+        for benchmark in options.benchmarks:
+            runs: dict[str, list[dict[str, Any]]] = {side.name: [] for side in sides}
+            for number in range(options.rounds):
+                for side in sides if number % 2 == 0 else sides[::-1]:
+                    file = results / f"{benchmark}-{side.name}-{number + 1}.json"
+                    found = side.run(benchmark, passed, file)
+                    if found is not None:
+                        runs[side.name].append(found)
+            rows = compare(runs["before"], runs["after"])
+            compared[benchmark] = rows
+            print(f"\n{benchmark:70}{'before':>12}{'after':>12}{'ratio':>8}")
+            for row in rows:
+                ratio = "" if row["ratio"] is None else f"{row['ratio']:.3f}"
+                print(f"{row['figure']:70}{row['before']:12.3f}{row['after']:12.3f}{ratio:>8}")
+            print(flush=True)
+    write_json(options.json, {"commit": options.commit, "compared": compared})
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The own arguments, and those behind `--`."""
+    if "--" not in arguments:
+        return arguments, []
+    place = arguments.index("--")
+    return arguments[:place], arguments[place + 1 :]
+
+
+if __name__ == "__main__":
+    main()
