@@ -9,13 +9,16 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
-from markdown_it import MarkdownIt
-from markdown_it.token import Token
 from rich.cells import cell_len
 
 from tui_trainer.learn.experiment_messages import Value
 from tui_trainer.learn.page import NARROW_NO_BREAK, NO_BREAK, PLACEHOLDER, written
+
+if TYPE_CHECKING:
+    from markdown_it import MarkdownIt
+    from markdown_it.token import Token
 
 Piece = tuple[str, str]
 """A text and the name of its style in the palette of the app."""
@@ -79,6 +82,8 @@ def changed_values(markdown: str, numbers: Numbers) -> set[str]:
 
 
 def _parser() -> MarkdownIt:
+    from markdown_it import MarkdownIt  # imported with the first text: it takes 15 ms
+
     return MarkdownIt("commonmark").enable("table")
 
 

@@ -212,6 +212,8 @@ PHASE_MS = "phase_ms"
 GRAD_NORM = "grad_norm"
 WEIGHT_NORM = "weight_norm"
 UPDATE_RATIO = "update_ratio"
+HEALTHY_UPDATE_RATIO = 1e-4, 1e-1
+"""The range outside of which an update ratio is coloured and reported."""
 VALIDATION = "validation"
 LOGGED = "logged"
 MEMORY = "memory"

@@ -207,7 +207,7 @@ class TuiTrainerApp(App[int]):
         self.theme_changed_signal.subscribe(self, lambda _: self._update_palette())
         self._update_palette()
         self.switch_mode(self._start_mode)
-        self.run_worker(self._load_rest, thread=True, group="load")
+        self.screen.call_after_refresh(self._load_others)
         self._loop = asyncio.get_running_loop()
         if self._asks_background and not self.is_headless:
             self.write_to_terminal(textual_hacks.BACKGROUND_QUERY)
@@ -220,8 +220,12 @@ class TuiTrainerApp(App[int]):
         if self._demo:
             self.guided_runs.introduce(find_demo(self._demo))
 
+    def _load_others(self) -> None:
+        """The first paint is done, which a thread that imports would have delayed."""
+        self.run_worker(self._load_rest, thread=True, group="load")
+
     def _load_rest(self) -> None:
-        """Import the other screens after the first paint, on a thread."""
+        """Import the other screens, on a thread."""
         for entry in SCREENS:
             entry.load()
         self.call_from_thread(self._loaded)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from tui_trainer.findings.rules import update_ratio
+from tui_trainer.protocol import schema
 
 
 @dataclass(frozen=True)
@@ -52,4 +52,4 @@ def short(value: float) -> str:
     )
 
 
-UPDATE_RATIO = HealthyRange(update_ratio.HEALTHY_LOW, update_ratio.HEALTHY_HIGH)
+UPDATE_RATIO = HealthyRange(*schema.HEALTHY_UPDATE_RATIO)

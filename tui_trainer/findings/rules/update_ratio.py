@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from tui_trainer.findings.observation import LossTrend, Observation, RunFacts, TableRow
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence
 from tui_trainer.protocol.formatting import percent
+from tui_trainer.protocol.schema import HEALTHY_UPDATE_RATIO
 
-HEALTHY_LOW, HEALTHY_HIGH = 1e-4, 1e-1
+HEALTHY_LOW, HEALTHY_HIGH = HEALTHY_UPDATE_RATIO
 SOURCE = (
     "‖Δw‖/‖w‖ near 1e-3 is the rule of thumb of Stanford's CS231n (neural networks part 3); the "
     "limits leave two orders of magnitude on both sides, since Adam with a warm-up reaches 4e-2 in "

@@ -7,7 +7,6 @@ about them is in `pages/en/demos.toml` and in those of the other languages.
 from __future__ import annotations
 
 import re
-import tomllib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -79,6 +78,8 @@ class DemoText:
 @cache
 def demo_texts(language: str) -> dict[str, DemoText]:
     """The texts of all guided runs, by name."""
+    import tomllib
+
     texts = tomllib.loads((TEXTS / language / "demos.toml").read_text(encoding="utf-8"))
     return {name: DemoText(**text) for name, text in texts.items()}
 
