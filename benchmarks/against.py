@@ -10,7 +10,7 @@ after `--` go to every benchmark on both sides.
 
 A round runs every benchmark on both sides, one after the other, and every second round in the
 other order, so that both sides meet the same speed of the machine. Printed are the medians of the
-rounds and their ratio (after / before) for each figure that both sides have.
+rounds and their ratio (after / before); a figure that only one side has has no ratio.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from report import write_json
 
 HERE = Path(__file__).resolve().parent.parent
-COUNTS = ("pairs", "launches", "presses", "frames", "parameters", "columns", "rows", "threads")
-"""Numbers that say what was measured, and are no figures."""
+LABELS = ("parameters", "columns", "rows", "threads")
+"""Numbers that tell the entries of a list apart."""
+LEFT_OUT = (*LABELS, "pairs", "launches", "presses", "frames", "every")
+"""Of these there is nothing to compare."""
 
 
 class Side:
@@ -120,13 +122,14 @@ def figures(found: Any, name: str = "") -> Iterator[tuple[str, float]]:
     """(name, value) of each number; entries of a list are named by the texts and counts in them."""
     if isinstance(found, dict):
         for key, value in found.items():
-            if key not in COUNTS and not key.startswith(("others_cores", "load", "machine")):
+            left_out = key in LEFT_OUT and not isinstance(value, list)
+            if not left_out and not key.startswith(("others_cores", "load", "machine")):
                 yield from figures(value, f"{name} {key}".strip())
     elif isinstance(found, list):
         for number, value in enumerate(found):
             label = str(number)
             if isinstance(value, dict):
-                given = [str(v) for k, v in value.items() if isinstance(v, str) or k in COUNTS]
+                given = [str(v) for k, v in value.items() if isinstance(v, str) or k in LABELS]
                 label = ", ".join(given) or label
             yield from figures(value, f"{name} [{label}]".strip())
     elif isinstance(found, (int, float)) and not isinstance(found, bool):
@@ -134,7 +137,7 @@ def figures(found: Any, name: str = "") -> Iterator[tuple[str, float]]:
 
 
 def compare(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The medians of the figures that both sides have, and their ratios."""
+    """The medians of all figures, and their ratios where both sides have one."""
     sides = []
     for runs in (before, after):
         values: dict[str, list[float]] = {}
@@ -143,12 +146,15 @@ def compare(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[d
                 values.setdefault(name, []).append(value)
         sides.append({name: statistics.median(each) for name, each in values.items()})
     rows = []
-    for name, old in sides[0].items():
-        if name in sides[1]:
-            new = sides[1][name]
-            ratio = new / old if old else None
-            rows.append({"figure": name, "before": old, "after": new, "ratio": ratio})
+    for name in dict.fromkeys((*sides[0], *sides[1])):
+        old, new = sides[0].get(name), sides[1].get(name)
+        ratio = new / old if old and new is not None else None
+        rows.append({"figure": name, "before": old, "after": new, "ratio": ratio})
     return rows
+
+
+def _text(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 def main() -> None:
@@ -182,8 +188,8 @@ def main() -> None:
             compared[benchmark] = rows
             print(f"\n{benchmark:70}{'before':>12}{'after':>12}{'ratio':>8}")
             for row in rows:
-                ratio = "" if row["ratio"] is None else f"{row['ratio']:.3f}"
-                print(f"{row['figure']:70}{row['before']:12.3f}{row['after']:12.3f}{ratio:>8}")
+                old, new, ratio = (_text(row[key]) for key in ("before", "after", "ratio"))
+                print(f"{row['figure']:70}{old:>12}{new:>12}{ratio:>8}")
             print(flush=True)
     write_json(options.json, {"commit": options.commit, "compared": compared})
 
