@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -82,8 +83,6 @@ def titles(language: str) -> dict[str, str]:
 @cache
 def words(language: str) -> dict[str, str]:
     """The texts of the screen around the pages."""
-    import tomllib
-
     return dict(tomllib.loads((TEXTS / language / "words.toml").read_text(encoding="utf-8")))
 
 
