@@ -29,7 +29,7 @@ from tui_trainer.config.run_state import read_state
 from tui_trainer.protocol.messages import Breakpoint
 from tui_trainer.protocol.schema import Scalar, SourceInfo
 from tui_trainer.runs.boot_log import BOOT_LOG
-from tui_trainer.runs.checkpoints import Branch
+from tui_trainer.runs.checkpoints import ResumePoint
 from tui_trainer.runs.errors import RunError
 from tui_trainer.runs.security import check_directory
 
@@ -112,7 +112,7 @@ def prepare(
     options: RunOptions,
     configuration: Mapping[str, Scalar] | None = None,
     script: Script | None = None,
-    branch: Branch | None = None,
+    resume_point: ResumePoint | None = None,
     launcher: tuple[str, ...] = (),
     stem: str = "",
 ) -> RunSpec:
@@ -142,14 +142,14 @@ def prepare(
             attention_pattern=options.attention_pattern,
             rules=options.rules,
             checkpoint_every=options.checkpoint_every,
-            breakpoints=_breakpoints(options, branch),
+            breakpoints=_breakpoints(options, resume_point),
             alerts=options.alert,
             keep_checkpoints=options.keep_checkpoints,
             snapshots=_snapshot_bytes(options),
             changes=_changes(options, script),
-            resume=str(branch.checkpoint) if branch else None,
-            parent=str(branch.run.directory) if branch else "",
-            branch_step=branch.step if branch else None,
+            resume=str(resume_point.checkpoint) if resume_point else None,
+            parent=str(resume_point.run.directory) if resume_point else "",
+            branch_step=resume_point.step if resume_point else None,
         )
         write_spec(spec)
     except OSError as error:
@@ -180,13 +180,13 @@ def _snapshot_bytes(options: RunOptions) -> int:
         raise UsageError(f"--snapshots: {error.message}", error.hint) from error
 
 
-def _breakpoints(options: RunOptions, branch: Branch | None) -> tuple[Breakpoint, ...]:
+def _breakpoints(options: RunOptions, resume_point: ResumePoint | None) -> tuple[Breakpoint, ...]:
     """Those of the options; without any, those of the run that is continued."""
     conditions = list(options.breakpoints)
     if options.break_on_finding is not None:
         conditions.append(f'finding(level="{options.break_on_finding}")')
-    if not conditions and branch is not None:
-        return saved_breakpoints(branch.run.directory)
+    if not conditions and resume_point is not None:
+        return saved_breakpoints(resume_point.run.directory)
     return tuple(Breakpoint(n, condition) for n, condition in enumerate(conditions, 1))
 
 

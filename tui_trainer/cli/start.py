@@ -26,7 +26,7 @@ from tui_trainer.config.training import from_flat, resolve, to_flat
 from tui_trainer.learn.demos import Demo, find_demo
 from tui_trainer.protocol.messages import Breakpoint
 from tui_trainer.protocol.schema import SCRIPT, Scalar
-from tui_trainer.runs.checkpoints import Branch, find_branch
+from tui_trainer.runs.checkpoints import ResumePoint, find_resume_point
 from tui_trainer.runs.errors import RunError
 from tui_trainer.tasks.definition import TaskDefinition
 
@@ -44,8 +44,8 @@ def start_task(
     """Train a task and return the exit status. Raises ConfigurationError and CommandError."""
     check_options(options)
     if options.resume is not None:
-        configuration, branch = resumed(task, preset, overrides, options)
-        return _show(prepare(task.name, options, configuration, branch=branch), options)
+        configuration, resume_point = resumed(task, preset, overrides, options)
+        return _show(prepare(task.name, options, configuration, resume_point=resume_point), options)
     configuration = to_flat(resolve(task, preset, overrides))
     return _show(prepare(task.name, options, configuration), options)
 
@@ -321,7 +321,7 @@ def resumed(
     preset: str | None,
     overrides: Mapping[str, Scalar],
     options: RunOptions,
-) -> tuple[dict[str, Scalar], Branch]:
+) -> tuple[dict[str, Scalar], ResumePoint]:
     """The parent's configuration with `overrides` applied, and the checkpoint to start from.
 
     Raises CommandError and ConfigurationError.
@@ -329,17 +329,17 @@ def resumed(
     from tui_trainer.cli.commands.common import cli_errors
 
     with cli_errors():
-        branch = find_branch(options.resume or "", options.runs_dir)
-    parent = branch.spec
+        resume_point = find_resume_point(options.resume or "", options.runs_dir)
+    parent = resume_point.spec
     if parent.task != task.name:
         raise UsageError(
-            f"{branch.run.name} trained {parent.task}, not {task.name}",
-            f"tui-trainer {parent.task} --resume {branch.run.name}",
+            f"{resume_point.run.name} trained {parent.task}, not {task.name}",
+            f"tui-trainer {parent.task} --resume {resume_point.run.name}",
         )
     if preset is not None:
         raise UsageError(
             "--preset cannot be given with --resume",
-            f"the options are those of {branch.run.name}; override single ones instead",
+            f"the options are those of {resume_point.run.name}; override single ones instead",
         )
     values: dict[str, Scalar] = dict(parent.configuration)
     if any(overrides.get(name) is not None for name in _LENGTH):
@@ -347,20 +347,23 @@ def resumed(
     values["data"] = _resolve_data(parent.working_directory, values.get("data"))
     configuration = to_flat(from_flat(task.config, {**values, **overrides}))
     total = configuration.get("steps")
-    if isinstance(total, int) and total <= branch.step:
+    if isinstance(total, int) and total <= resume_point.step:
         raise CommandError(
-            f"{branch.run.name} has already made all of its {branch.step:,} steps",
-            f"--steps {branch.step * 2} continues it",
+            f"{resume_point.run.name} has already made all of its {resume_point.step:,} steps",
+            f"--steps {resume_point.step * 2} continues it",
         )
-    _print_start(branch)
+    _print_start(resume_point)
     _print_schedule_note(parent.configuration, configuration)
-    return configuration, branch
+    return configuration, resume_point
 
 
-def _print_start(branch: Branch) -> None:
-    reached = branch.run.reported.step
-    beyond = f", which reached step {reached:,}" if reached > branch.step else ""
-    print(f"continuing from step {branch.step:,} of {branch.run.name}{beyond}", file=sys.stderr)
+def _print_start(resume_point: ResumePoint) -> None:
+    reached = resume_point.run.reported.step
+    beyond = f", which reached step {reached:,}" if reached > resume_point.step else ""
+    print(
+        f"continuing from step {resume_point.step:,} of {resume_point.run.name}{beyond}",
+        file=sys.stderr,
+    )
 
 
 def _print_schedule_note(before: Mapping[str, Scalar], now: Mapping[str, Scalar]) -> None:

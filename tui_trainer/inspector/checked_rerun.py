@@ -46,7 +46,7 @@ OWN_FRAMES = ("_place", "_operation", "_origin", "_follow", "__torch_function__"
 
 
 @dataclass(frozen=True)
-class Operation:
+class TorchCall:
     """An operation of the forward pass, and where it was called."""
 
     name: str
@@ -77,10 +77,10 @@ class CheckedOperations(TorchFunctionMode):
         self._paths = {module: path for path, module in model.named_modules()}
         self._modules: list[torch.nn.Module] = []
         """Those whose forward is open."""
-        self._origins: dict[int, tuple[torch.Tensor, Operation | Literal["outside", "mask"]]] = {}
+        self._origins: dict[int, tuple[torch.Tensor, TorchCall | Literal["outside", "mask"]]] = {}
         """id → a tensor that is not finite and what made it so. The tensors are kept, so that no
         other has the same id."""
-        self._nodes: dict[Any, Operation] = {}
+        self._nodes: dict[Any, TorchCall] = {}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -98,7 +98,7 @@ class CheckedOperations(TorchFunctionMode):
     def _follow(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], made: list[torch.Tensor]
     ) -> None:
-        operation: Operation | None = None
+        operation: TorchCall | None = None
         for tensor in made:
             if tensor.grad_fn is not None and tensor.grad_fn not in self._nodes:
                 operation = operation or self._operation(name)
@@ -112,7 +112,7 @@ class CheckedOperations(TorchFunctionMode):
 
     def _origin(
         self, name: str, given: Sequence[torch.Tensor], wrong: Sequence[torch.Tensor]
-    ) -> Operation | Literal["outside", "mask"]:
+    ) -> TorchCall | Literal["outside", "mask"]:
         known = [self._origins[id(t)][1] for t in given if id(t) in self._origins]
         for earlier in known:
             if earlier != "mask":
@@ -125,19 +125,19 @@ class CheckedOperations(TorchFunctionMode):
             return "mask"
         return self._operation(name)
 
-    def _operation(self, name: str) -> Operation:
+    def _operation(self, name: str) -> TorchCall:
         module = self._modules[-1] if self._modules else None
         path = self._paths.get(module, "") if module is not None else ""
-        return Operation(name, _place(), path, type(module).__name__ if module is not None else "")
+        return TorchCall(name, _place(), path, type(module).__name__ if module is not None else "")
 
     # ------------------------------------------------------------ results
 
-    def origin_of(self, output: Any) -> Operation | None:
+    def origin_of(self, output: Any) -> TorchCall | None:
         """What made the output of the model not finite."""
         for tensor in outputs_of(output):
             entry = self._origins.get(id(tensor))
             if entry is not None:
-                return entry[1] if isinstance(entry[1], Operation) else None
+                return entry[1] if isinstance(entry[1], TorchCall) else None
         return None
 
     def called(self, module: torch.nn.Module, *_: Any) -> None:
@@ -149,16 +149,16 @@ class CheckedOperations(TorchFunctionMode):
 
     def operation_of_backward(
         self, roots: Sequence[torch.Tensor], model: torch.nn.Module
-    ) -> tuple[Operation, str] | None:
+    ) -> tuple[TorchCall, str] | None:
         """(operation, its name in backward) where the gradients of `roots` stop being finite, in
         the order of backward; None where they do not."""
-        found: list[tuple[Operation | None, str]] = []
+        found: list[tuple[TorchCall | None, str]] = []
         handles = []
         for node, operation in self._with_operations(roots):
 
             def look(
                 into: tuple[Any, ...], out_of: tuple[Any, ...], node: Any = node,
-                operation: Operation | None = operation,
+                operation: TorchCall | None = operation,
             ) -> None:  # fmt: skip
                 if not found and _any_wrong(into) and not _any_wrong(out_of):
                     found.append((operation, node_name(node).lower()))
@@ -177,9 +177,9 @@ class CheckedOperations(TorchFunctionMode):
 
     def _with_operations(
         self, roots: Sequence[torch.Tensor]
-    ) -> Iterator[tuple[Any, Operation | None]]:
+    ) -> Iterator[tuple[Any, TorchCall | None]]:
         """Every node of the graph, with the call in the forward that it belongs to."""
-        waiting: list[tuple[Any, Operation | None]] = [(each.grad_fn, None) for each in roots]
+        waiting: list[tuple[Any, TorchCall | None]] = [(each.grad_fn, None) for each in roots]
         seen = {node for node, _ in waiting}
         for node, after in waiting:  # grows
             operation = self._nodes.get(node, after)

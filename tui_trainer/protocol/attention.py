@@ -128,7 +128,7 @@ class ResidualStream(msgspec.Struct, frozen=True, array_like=True):
     notes: tuple[str, ...] = ()
 
 
-class Picture(msgspec.Struct, frozen=True, array_like=True):
+class ExampleImage(msgspec.Struct, frozen=True, array_like=True):
     """The image that the patches are of, scaled to the range of its values."""
 
     width: int
@@ -144,7 +144,7 @@ class PatchGrid(msgspec.Struct, frozen=True, array_like=True):
     columns: int
     first: int
     """Position of the first patch: those before it are class tokens and the like."""
-    picture: Picture | None = None
+    picture: ExampleImage | None = None
 
 
 class AttentionExamination(msgspec.Struct, tag="attention", frozen=True, array_like=True):

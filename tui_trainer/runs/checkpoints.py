@@ -20,7 +20,7 @@ CHECKPOINTS, WHOLE = "checkpoints", "state.json"
 
 
 @dataclass(frozen=True)
-class Branch:
+class ResumePoint:
     """The checkpoint that a new run resumes from."""
 
     run: RunEntry
@@ -41,7 +41,7 @@ def checkpoint_steps(directory: Path) -> list[int]:
     return sorted(int(name[5:]) for name in names if name[5:].isdecimal())
 
 
-def find_branch(given: str, runs_dir: str | os.PathLike[str] | None = None) -> Branch:
+def find_resume_point(given: str, runs_dir: str | os.PathLike[str] | None = None) -> ResumePoint:
     """The newest checkpoint of `RUN`, or that step's of `RUN@STEP`. Raises RunError."""
     name, at, wanted = given.rpartition("@")
     if not at or not wanted.isdecimal():
@@ -69,4 +69,4 @@ def find_branch(given: str, runs_dir: str | os.PathLike[str] | None = None) -> B
     if step not in steps:
         known = ", ".join(map(str, steps))
         raise RunError(f"{run.name} has no checkpoint of step {step:,}", f"it has those of {known}")
-    return Branch(run, spec, step, checkpoint_path(run.directory, step))
+    return ResumePoint(run, spec, step, checkpoint_path(run.directory, step))

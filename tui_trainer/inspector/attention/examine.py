@@ -45,11 +45,11 @@ from tui_trainer.protocol.attention import (
     MAX_POSITIONS,
     AttentionExamination,
     ExamineAttention,
+    ExampleImage,
     HeadAttention,
     HeadSpectra,
     HeadWeights,
     PatchGrid,
-    Picture,
     QueryRow,
     ResidualStream,
 )
@@ -539,7 +539,7 @@ def _tiling(patches: int, height: int, width: int) -> tuple[int, int] | None:
     return None
 
 
-def _picture(image: torch.Tensor) -> Picture:
+def _picture(image: torch.Tensor) -> ExampleImage:
     """(channels, height, width) → RGB, its values scaled to 0 … 255."""
     image = image.float()
     step = max(1, -(-max(image.shape[-2:]) // MAX_PICTURE))
@@ -548,4 +548,4 @@ def _picture(image: torch.Tensor) -> Picture:
     scaled = ((small - low) / ((high - low) or 1.0) * 255).round().clamp(0, 255).to(torch.uint8)
     rgb = scaled[:3] if scaled.shape[0] >= 3 else scaled[:1].expand(3, -1, -1)
     pixels = rgb.permute(1, 2, 0).contiguous().cpu().numpy().tobytes()
-    return Picture(rgb.shape[2], rgb.shape[1], pixels)
+    return ExampleImage(rgb.shape[2], rgb.shape[1], pixels)

@@ -18,8 +18,8 @@ from tui_trainer.client.answers.attention import (
 )
 from tui_trainer.protocol.attention import (
     AttentionExamination,
+    ExampleImage,
     PatchGrid,
-    Picture,
 )
 from tui_trainer.protocol.text import strip_escapes
 from tui_trainer.ui.panels.attention.base import ExaminationView
@@ -158,7 +158,7 @@ class InputView(ExaminationView):
         return pixels
 
 
-def _pixels(picture: Picture) -> Pixels:
+def _pixels(picture: ExampleImage) -> Pixels:
     values: Pixels = np.frombuffer(picture.pixels, np.uint8)
     return values.reshape(picture.height, picture.width, 3)
 
