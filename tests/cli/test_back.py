@@ -9,6 +9,8 @@ import pytest
 
 from tests.cli.calling import assert_refused, call, started
 from tests.runs.starting import until
+from tui_trainer.comparison.related_runs import find_related, open_related
+from tui_trainer.runs.recording import reported_info
 
 OPTIONS = """
     --steps 12 --layers 1 --width 16 --heads 2 --block-size 8 --batch-size 4 --threads 1
@@ -68,6 +70,27 @@ def test_a_live_run_is_taken_back_and_goes_on(tmp_path: Path) -> None:
     assert "differs" not in printed
 
 
+def shown_beside(one: Path, child: dict[int, float], parent: dict[int, float]) -> None:
+    """The charts of either run show the line of the other."""
+    for directory, other, losses in (
+        (one, "one-2", child),
+        (one.with_name("one-2"), "one", parent),
+    ):
+        info = reported_info(directory)
+        entries = find_related(info)
+        assert [entry.name for entry in entries] == [other]
+        (related,) = open_related(entries, ())
+        window = related.window("step", "loss", (1, 13), 12)
+        assert window is not None
+        assert [step + 1 for step in window.filled.nonzero()[0]] == sorted(losses)
+        assert window.last[window.filled, 0].tolist() == pytest.approx(
+            [losses[step] for step in sorted(losses)], rel=1e-6
+        )
+        assert related.newest("step", "loss") == pytest.approx(losses[max(losses)], rel=1e-6)
+        assert open_related(entries, (related,)) == (related,)
+        assert open_related((), (related,)) == ()
+
+
 def test_a_branch_goes_on_from_an_earlier_step_with_another_rate(tmp_path: Path) -> None:
     command = ("gpt", "--plain", "--paused", "--name", "one", *OPTIONS.split())
     with started(*command, cwd=tmp_path):
@@ -94,5 +117,9 @@ def test_a_branch_goes_on_from_an_earlier_step_with_another_rate(tmp_path: Path)
         assert sorted(child) == list(range(6, 13))
         assert child[6] == parent[6], "the loss of a step is computed before its update"
         assert child[7] != parent[7]
+        shown_beside(one, child, parent)
+        listed = call("ls", cwd=tmp_path).stdout.splitlines()[1:]
+        assert listed[0].startswith("one "), listed
+        assert listed[1].startswith("  one-2 "), listed
         compared = call("compare", "one", "one-2", cwd=tmp_path)
         assert compared.returncode == 0, compared

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from tui_trainer.history import History, MemoryHistory
+from tui_trainer.history.window import Window
 from tui_trainer.protocol.actions import Action
 from tui_trainer.protocol.events import Artifact, Event, LogLine
 from tui_trainer.protocol.inspection import Inspected, InspectionRequest
@@ -37,6 +38,21 @@ class Link:
     read_only: bool = False
 
 
+class RelatedRun(Protocol):
+    """Another run of the same tree, whose line the charts show as well."""
+
+    @property
+    def name(self) -> str: ...
+
+    def window(
+        self, table: str, column: str, steps: tuple[int, int], buckets: int
+    ) -> Window | None:
+        """A column in equal buckets of steps; None where the run does not have it."""
+
+    def newest(self, table: str, column: str) -> float | None:
+        """The newest value of a column."""
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """Everything known at one poll. Immutable, except that `poll()` adds to `history`, which is
@@ -54,6 +70,8 @@ class Snapshot:
     """The last `ARTIFACTS_KEPT` of each kind, oldest first."""
     report: PhaseReport | None = None
     """What the phase that has just ended produced; None unless paused."""
+    related: tuple[RelatedRun, ...] = ()
+    """The run that this one continues, and branches; set by the app."""
     version: int = 0
     """Grows with every change: snapshots of equal versions look the same."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import replace
@@ -24,6 +24,7 @@ from textual.theme import BUILTIN_THEMES
 from textual.timer import Timer
 
 from tui_trainer.client.api import OnLaunch, Session, Snapshot
+from tui_trainer.comparison.related_runs import RelatedRun, find_related, open_related
 from tui_trainer.learn.demos import find_demo
 from tui_trainer.learn.reading_progress import load_progress
 from tui_trainer.protocol import actions
@@ -38,6 +39,7 @@ from tui_trainer.protocol.inspection import (
 )
 from tui_trainer.protocol.messages import Ack, BreakpointStop
 from tui_trainer.protocol.schema import RunInfo
+from tui_trainer.runs.liveness import RunEntry
 from tui_trainer.ui import textual_hacks, theme
 from tui_trainer.ui.command_palette import ActionProvider
 from tui_trainer.ui.frames import FrameScheduler, terminal_link
@@ -69,6 +71,8 @@ NO_QUERIES = ("dumb", "linux")
 """Terminals that would print the question about their background."""
 LIGHT_ANSI_COLORS = (7, *range(9, 16))
 """Background colours of $COLORFGBG that are light, as Vim takes them."""
+FIND_RELATED_S, REFRESH_RELATED_S = 20.0, 2.0
+"""How often to look for other runs of the same tree, and to read on in those that train."""
 STATUS_MESSAGE_S = 4.0
 """How long the answer to a command stays in the header."""
 
@@ -185,6 +189,9 @@ class TuiTrainerApp(App[int]):
         self._stopping = False
         """The user asked to stop the run and leave: the app exits once the run has ended."""
         self._message_timer: Timer | None = None
+        self._related: tuple[RelatedRun, ...] = ()
+        self._related_to = ""
+        """Directory of the run whose relatives they are."""
         self._screen_switch: ExitStack | None = None
         """The batch that suppresses drawing while one screen replaces another."""
         self._terminal_stalled: ExitStack | None = None
@@ -215,6 +222,8 @@ class TuiTrainerApp(App[int]):
         self.frame_scheduler.input_received(self._now())
         ticks_per_second = max(self.link.frames_per_second, MIN_TICKS_PER_SECOND)
         self.set_interval(1 / ticks_per_second, self._tick)
+        self.set_interval(REFRESH_RELATED_S, self._refresh_related)
+        self.set_interval(FIND_RELATED_S, self._find_related)
         if self.session is not None:
             self.attach(self.session)
         if self._demo:
@@ -254,6 +263,7 @@ class TuiTrainerApp(App[int]):
 
     def on_unmount(self) -> None:
         """Disconnect; the run continues."""
+        self._related = open_related((), self._related)
         self._close_session()
 
     def _close_session(self) -> None:
@@ -314,6 +324,8 @@ class TuiTrainerApp(App[int]):
 
     def draw(self, snapshot: Snapshot) -> None:
         """Show `snapshot` on the open screens."""
+        self._look_for_branches(snapshot)
+        snapshot = replace(snapshot, related=self._related)
         self._notify_control_taken(snapshot)
         before, self.snapshot = self.snapshot, snapshot
         for screen in self.screen_stack:
@@ -332,6 +344,39 @@ class TuiTrainerApp(App[int]):
         for screen in self.screen_stack:
             if isinstance(screen, RunScreen):
                 screen.select(stop.parameter)
+
+    def _look_for_branches(self, new: Snapshot) -> None:
+        """Look for the other runs of the tree when the run is known and when a branch is made."""
+        info, known = new.info, self.snapshot
+        if info is None or self.session is None:
+            return
+        fresh = new.events[-3:] if new.events is not known.events else ()
+        made = any(isinstance(each, Notice) and each.kind == "branch" for each in fresh)
+        if self._related_to != info.directory or made:
+            self._related_to = info.directory
+            self.call_later(self._find_related)
+
+    def _find_related(self) -> None:
+        info = self.snapshot.info
+        if info is None:
+            return
+
+        def find() -> None:
+            found = find_related(info)
+            self.call_from_thread(self._show_related, found)
+
+        self.run_worker(find, thread=True, group="related", exclusive=True, exit_on_error=False)
+
+    def _show_related(self, found: Sequence[RunEntry]) -> None:
+        if found or self._related:
+            self._related = open_related(found, self._related)
+            self.redraw()
+
+    def _refresh_related(self) -> None:
+        """Read on in branches that train."""
+        changed = [run.refresh() for run in self._related if run.run.live]
+        if any(changed):
+            self.redraw()
 
     def redraw(self) -> None:
         """Draw the same snapshot again, after a change that is not the run's."""

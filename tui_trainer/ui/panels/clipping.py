@@ -20,6 +20,7 @@ from tui_trainer.ui.panels.base import (
     unavailable_reason,
     user_event_marks,
 )
+from tui_trainer.ui.panels.related import related_curves, related_legend
 from tui_trainer.ui.widgets.chart import Chart, put_message
 from tui_trainer.ui.widgets.chart_layers import AxisMarks, Band, Layer, Threshold
 from tui_trainer.ui.widgets.lines import Row
@@ -62,7 +63,9 @@ class ClippingPanel(Panel):
         if clips and size.height >= MIN_HEIGHT_FOR_CLIPS:
             clips_height = max(3, int((size.height - 1) * CLIPS_SHARE))
         chart_height = size.height - 1 - (clips_height if clips else 1)
-        steps, layers = self._chart_layers(size.width)
+        steps, layers, others = self._chart_layers(size.width)
+        legend = related_legend(self, others, size.width)
+        chart_height -= len(legend)
         rows = self.chart.rows(size.width, chart_height, steps, layers, self.palette, self.glyphs)
         if not layers:
             put_message(rows, NO_STEP_YET, self.palette.dim)
@@ -78,10 +81,11 @@ class ClippingPanel(Panel):
         title = self.title_line(
             size.width, self._figures(), f" {self.glyphs.separator} ".join(right)
         )
-        return [title, *rows, *why, *self._clipped_steps(size.width, clips_height)]
+        return [title, *legend, *rows, *why, *self._clipped_steps(size.width, clips_height)]
 
-    def _chart_layers(self, width: int) -> tuple[tuple[int, int], list[Layer]]:
-        """The steps that the chart shows, and its layers; none before the first step."""
+    def _chart_layers(self, width: int) -> tuple[tuple[int, int], list[Layer], list[Figure]]:
+        """The steps that the chart shows, its layers (none before the first step), and the legend
+        of other runs."""
         snapshot, info = self.snapshot, self.snapshot.info
         table = snapshot.history.table(schema.STEP)
         last_step = (table.last_step or 0) if table is not None else 0
@@ -89,20 +93,22 @@ class ClippingPanel(Panel):
         steps = step_window(last_step, self.max_steps, total_steps, self.slow_link)
         index = table.column("grad_norm_preclip") if table is not None else None
         if table is None or not table.rows or index is None:
-            return steps, []
+            return steps, [], []
         columns = 2 * self.chart.plot_width(width)
         layers: list[Layer] = []
         limit = self._newest_clip()[0].get("max_norm", math.nan)
         if math.isfinite(limit):
             layers.append(Threshold(self.palette.clip, limit))
         window = table.window([index], *steps, columns)
+        lines, others = related_curves(self, schema.STEP, "grad_norm_preclip", steps, columns)
+        layers += lines
         layers.append(Band.from_window(window, 0, self.palette.norm))
         clipped = [event.step for event in snapshot.events if isinstance(event, Clip)]
         layers.append(
             AxisMarks.at_steps(clipped, steps, columns, self.palette.clip, self.glyphs.mark)
         )
         layers += user_event_marks(self, snapshot, steps, columns)
-        return steps, layers
+        return steps, layers, others
 
     def _newest_clip(self) -> tuple[dict[str, float], bool]:
         """The newest values of the clip table by column, {} before the first, and whether they are

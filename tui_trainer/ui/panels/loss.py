@@ -17,6 +17,7 @@ from tui_trainer.ui.panels.base import (
     user_event_marks,
     waiting_message,
 )
+from tui_trainer.ui.panels.related import related_curves, related_legend
 from tui_trainer.ui.widgets.chart import Chart, put_message
 from tui_trainer.ui.widgets.chart_layers import AxisMarks, Band, Label, Layer, Line, Points, smooth
 from tui_trainer.ui.widgets.lines import Row
@@ -63,7 +64,8 @@ class LossPanel(Panel):
         total_steps = info.total_steps if info else None
         steps = step_window(last_step, self.max_steps, total_steps, self.slow_link)
         columns = 2 * self.chart.plot_width(size.width)
-        layers: list[Layer] = []
+        layers, others = related_curves(self, schema.STEP, "loss", steps, columns)
+        layers += related_curves(self, schema.VALIDATION, "loss", steps, columns, points=True)[0]
         figures: list[Figure] = []
         for number, table in enumerate(tables):
             layers += self._training_loss(table, number, steps, columns)
@@ -81,12 +83,14 @@ class LossPanel(Panel):
         learning_rate = tables[0].newest("learning_rate") if tables else None
         if learning_rate is not None and why_absent(learning_rate) is None:
             figures.append(("lr", formatting.scientific(learning_rate, 8), palette.text))
-        rows = self.chart.rows(size.width, size.height - 1, steps, layers, palette, glyphs)
+        legend = related_legend(self, others, size.width)
+        height = size.height - 1 - len(legend)
+        rows = self.chart.rows(size.width, height, steps, layers, palette, glyphs)
         if not last_step:
             put_message(rows, waiting_message(self.snapshot), palette.dim)
         window = "whole run" if self.max_steps is None else f"last {self.max_steps:,}"
         right = f"log {glyphs.separator} {window}" if self.chart.drawn_log else window
-        return [self.title_line(size.width, figures, right), *rows]
+        return [self.title_line(size.width, figures, right), *legend, *rows]
 
     def _training_loss(
         self, table: SeriesReader, number: int, steps: tuple[int, int], columns: int

@@ -24,6 +24,7 @@ from tui_trainer.ui.panels.base import (
     staleness,
     waiting_message,
 )
+from tui_trainer.ui.panels.related import related_curves
 from tui_trainer.ui.widgets.chart import Chart, put_message
 from tui_trainer.ui.widgets.chart_layers import Band, Floats, Layer, Line, Threshold, fill_gaps
 from tui_trainer.ui.widgets.lines import Row
@@ -188,8 +189,10 @@ class LearningRatePanel(Panel):
         newest = table.newest("learning_rate")
         if newest is None or why_absent(newest) is not None:
             return [], None
-        window = table.window([column], *steps, 2 * self.chart.plot_width(width))
-        return [Band.from_window(window, 0, self.palette.accent)], newest
+        columns = 2 * self.chart.plot_width(width)
+        window = table.window([column], *steps, columns)
+        others, _ = related_curves(self, schema.STEP, "learning_rate", steps, columns)
+        return [*others, Band.from_window(window, 0, self.palette.accent)], newest
 
 
 def _row_extremes(values: Floats, least: bool) -> Floats:

@@ -31,6 +31,7 @@ from tui_trainer.ui.panels.base import (
     title_line,
     unavailable_reason,
 )
+from tui_trainer.ui.panels.related import related_curves
 from tui_trainer.ui.widgets.chart import Chart
 from tui_trainer.ui.widgets.chart_layers import Band, Label, Layer, Line, smooth
 from tui_trainer.ui.widgets.lines import Row
@@ -194,6 +195,11 @@ class TrendChart(Panel):
         curves: list[Layer] = []
         names: list[Layer] = []
         figures: list[Figure] = []
+        table = location.history.table
+        for part, column in zip(statistic.parts, columns, strict=True):
+            name, dots = table.columns[column].name, 2 * self.chart.plot_width(width)
+            if layer.comparable(part):
+                curves += related_curves(self, table.name, name, steps, dots)[0]
         for number, part in enumerate(statistic.parts):
             if not layer.comparable(part):
                 figures.append((part, NOT_COMPARABLE.rjust(VALUE_WIDTH), self.palette.dim))

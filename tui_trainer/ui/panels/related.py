@@ -1,0 +1,72 @@
+"""The lines of other runs of the same tree on the charts of one: dim, with the sign of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.segment import Segment
+
+from tui_trainer.protocol import formatting
+from tui_trainer.protocol.text import truncate_middle
+from tui_trainer.ui.panels.base import Figure, Panel
+from tui_trainer.ui.widgets.axes import AXIS_WIDTH
+from tui_trainer.ui.widgets.chart_layers import Layer, Line, Points, fill_gaps, smooth
+from tui_trainer.ui.widgets.lines import Row
+
+MARKERS, ASCII_MARKERS = "■□▲△", "%&=@"
+"""Not those of validation points and events, which are on the same charts."""
+MARKER_SPACING = 26
+"""Dot columns between two signs of a line."""
+MAX_NAME_WIDTH = 28
+
+
+def related_curves(
+    panel: Panel,
+    table: str,
+    column: str,
+    steps: tuple[int, int],
+    columns: int,
+    points: bool = False,
+) -> tuple[list[Layer], list[Figure]]:
+    """Below a chart's own curves: a smoothed line of each related run that has this column, or its
+    single `points`; and for the legend its sign, name and newest value."""
+    layers: list[Layer] = []
+    figures: list[Figure] = []
+    style = panel.palette.dim
+    for place, run in enumerate(panel.snapshot.related):
+        window = run.window(table, column, steps, columns)
+        if window is None or not window.filled.any():
+            continue
+        marker = (ASCII_MARKERS if panel.glyphs.ascii else MARKERS)[place % len(MARKERS)]
+        if points:
+            at = np.flatnonzero(window.filled)
+            layers.append(Points(style, at, window.last[at, 0], marker))
+            continue
+        low, high = fill_gaps(window.low[:, 0], window.high[:, 0], window.filled)
+        line = smooth(low, high)
+        layers += [Line(style, line), Points(style, at := _signs(line, place), line[at], marker)]
+        newest = run.newest(table, column)
+        figures.append((f"{marker} {run.name}", formatting.number(newest, 0), style))
+    return layers, figures
+
+
+def related_legend(panel: Panel, figures: Sequence[Figure], width: int) -> list[Row]:
+    """`■ gpt-2 1.43  □ gpt-3 1.51`, as one row; none without related runs."""
+    if not figures:
+        return []
+    row: Row = [Segment(" " * AXIS_WIDTH, panel.palette.text)]
+    left = width - AXIS_WIDTH
+    for label, value, style in figures:
+        text = f"{truncate_middle(label, MAX_NAME_WIDTH, panel.glyphs.ellipsis)} {value}  "
+        row.append(Segment(text[: max(0, left)], style))
+        left -= len(text)
+    return [row]
+
+
+def _signs(line: NDArray[np.float32], place: int) -> NDArray[np.int64]:
+    """The dot columns at which a line has a sign: not those of the other lines, and at its end."""
+    known = np.flatnonzero(np.isfinite(line))
+    at = known[(known - place * MARKER_SPACING // 4) % MARKER_SPACING == 0]
+    return np.asarray(np.unique(np.r_[at, known[-1:]]), np.int64)
