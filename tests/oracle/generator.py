@@ -226,6 +226,9 @@ def sensible(loop: Loop) -> bool:
         all(c.over != "first" or loop.layers[0] in held for c in loop.clips),
         # PyTorch's clip_grad_value_ fails where there is no gradient at all.
         not (loop.frozen and any(c.over == "first" for c in loop.clips)),
+        loop.gradients != "assigned"
+        or loop.rounds == "joint"
+        or not any(c.kind == "value" and c.over == "first" for c in loop.clips),
     )
     return all(checks)
 

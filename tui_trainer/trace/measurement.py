@@ -253,7 +253,8 @@ class StepMeasurer:
                 return None
             positions = sorted({*(positions or ()), *differing})
         if positions is not None and not (positions := self._kept(positions, after)):
-            self.marks.remember()
+            if not self.thrown_away():  # else that is noticed at the next forward or backward
+                self.marks.remember()
             return None
         self.changed_by_hand = self.changed_by_hand or changed or self._on_host
         self.marks.remember()
