@@ -29,7 +29,7 @@ from tui_trainer.learn.demos import find_demo
 from tui_trainer.learn.scalar.examples import EXAMPLES
 from tui_trainer.learn.scalar.graph import ScalarGraph
 from tui_trainer.learn.scalar.svg import svg
-from tui_trainer.protocol.schema import Scalar
+from tui_trainer.protocol.schema import SCRIPT, Scalar
 from tui_trainer.runs.launch import launch
 from tui_trainer.tasks.definition import find_task
 from tui_trainer.ui.app import TuiTrainerApp
@@ -193,6 +193,58 @@ async def make_demo(runs: Path) -> None:
         launched.process.wait(60)
 
 
+TUTORIAL = "tutorial"
+TUTORIAL_SCRIPT = HERE.parent / "docs" / "examples" / "reverse.py"
+TUTORIAL_STOP = "step == 300 at backward"
+
+
+async def make_tutorial(runs: Path) -> None:
+    """The session of docs/tutorial.md, key by key: five pictures of one run."""
+    name, directory = create_run_directory(TUTORIAL_SCRIPT.stem, runs)
+    spec = RunSpec(
+        name=name, directory=str(directory), task=SCRIPT, script=str(TUTORIAL_SCRIPT),
+        snapshots=100 << 20, breakpoints=(Breakpoint(1, TUTORIAL_STOP, once=True),),
+    )  # fmt: skip
+    launched = launch(spec)
+    app = TuiTrainerApp(LiveSession(connector(launched.connect)))
+
+    def status() -> tuple[str, int]:
+        return app.snapshot.status.state, app.snapshot.status.step
+
+    try:
+        async with app.run_test(size=(120, 40)) as pilot:
+
+            async def press(*keys: str) -> None:
+                for key in keys:
+                    await pilot.press(key)
+                    await pilot.pause(0.5)
+
+            async def take(part: str) -> None:
+                await pilot.pause(2.0)
+                write(f"{TUTORIAL}-{part}", app.export_screenshot(title="tui-trainer"))
+
+            await until(pilot, app, lambda: status() == ("paused", 299))
+            await take("loss")
+            await press("3", *["down"] * 12)
+            await take("parameters")
+            await press("enter", "u", "x", *"3,17", "enter")
+            await press("s")
+            await until(pilot, app, lambda: status() == ("paused", 300))
+            await take("update")
+            await press("T", "end")
+            await take("timeline")
+            await press("enter")
+            await pilot.pause(5.0)
+            await press("escape", "E", *"weight_decay[1]=0.01")
+            await take("settings")
+            await press("enter", "escape", "1", "n", *["backspace"] * 3, *"300", "enter")
+            await until(pilot, app, lambda: status()[1] == 600)
+            await take("mended")
+    finally:
+        launched.process.terminate()
+        launched.process.wait(60)
+
+
 async def make(picture: Picture, runs: Path) -> None:
     """Train as far as the picture needs, show it, and write it down."""
     definition = find_task(picture.task)
@@ -259,7 +311,11 @@ def write(name: str, svg: str) -> None:
 def main() -> None:
     """Make all pictures, or those that are named."""
     wanted = sys.argv[1:]
-    known = {each.name for each in (*PICTURES, *GRAPHS, *PAGES)} | {BACKPROPAGATION, DEMO}
+    known = {each.name for each in (*PICTURES, *GRAPHS, *PAGES)} | {
+        BACKPROPAGATION,
+        DEMO,
+        TUTORIAL,
+    }
     unknown = set(wanted) - known
     if unknown:
         sys.exit(f"no picture is called {', '.join(sorted(unknown))}")
@@ -269,6 +325,8 @@ def main() -> None:
                 asyncio.run(make(picture, Path(runs)))
         if not wanted or DEMO in wanted:
             asyncio.run(make_demo(Path(runs)))
+        if not wanted or TUTORIAL in wanted:
+            asyncio.run(make_tutorial(Path(runs)))
     for page in PAGES:
         if not wanted or page.name in wanted:
             with tempfile.TemporaryDirectory(prefix="tui-trainer-pictures-") as state:

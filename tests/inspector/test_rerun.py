@@ -10,11 +10,16 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
+from tests.inspector.custom_function import Halved
 from tests.inspector.test_inspector import Traced
 from tests.trace.support import SmallGpt, gpt_loop, mlp
+from tui_trainer.inspector import loss_recording
+from tui_trainer.inspector.gradient_check import check_gradient
 from tui_trainer.inspector.rerun import StepCapture
-from tui_trainer.inspector.tensor_catalog import InspectionError
+from tui_trainer.inspector.tensor_catalog import InspectionError, TensorCatalog
+from tui_trainer.protocol.autograd import CheckGradient
 from tui_trainer.protocol.inspection import NOT_CAPTURED
 from tui_trainer.trace.random_state import random_state
 
@@ -202,9 +207,27 @@ def test_losses_of_common_loops_are_found(loop):
     assert all(found for found, _ in same), same
 
 
-def unknown_loss(model):
-    x, y = torch.randn(4, 6), torch.randn(4, 3)
+@pytest.fixture
+def nothing_compiled(monkeypatch):
+    """Other tests in this process may have."""
+    monkeypatch.setattr(loss_recording, "compiled_code_exists", lambda: False)
+
+
+def batch():
+    return torch.randn(4, 6), torch.randn(4, 3)
+
+
+def by_hand(model):
+    x, y = batch()
     return (model(x) - y).abs().mean()
+
+
+def in_place(model):
+    x, y = batch()
+    errors = (y - model(x)).clone()
+    errors[0] *= 2.0
+    errors[:, 1] = errors[:, 1] * 0.5
+    return errors.square_().sum(1).mean()
 
 
 def regularised(model):
@@ -212,14 +235,106 @@ def regularised(model):
     return F.cross_entropy(model(x), y) + 0.1 * sum(p.square().sum() for p in model.parameters())
 
 
+def with_own_targets(model):
+    """Targets from the model itself, without gradients, as in DQN and in distillation."""
+    x, _ = batch()
+    found = model(x)
+    with torch.no_grad():
+        best = found.softmax(-1).max(-1, keepdim=True).values * 0.9
+    return F.huber_loss(found, best + found.detach().roll(1, 0)) + found.logsumexp(-1).mean()
+
+
+def with_a_mask(model):
+    x, y = batch()
+    mask = y > 0
+    return torch.where(mask, (model(x) - y) ** 2, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def read_out(model):
+    x, y = batch()
+    error = (model(x) - y).square().mean()
+    return error / max(error.item(), 1e-8)
+
+
+def with_dropout(model):
+    x, y = batch()
+    return (F.dropout(model(x), 0.5) - y).pow(2).mean()
+
+
+OWN_LOSSES = [by_hand, in_place, regularised, with_own_targets, with_a_mask, read_out, with_dropout]
+
+
+@pytest.mark.parametrize("compute", OWN_LOSSES, ids=lambda each: each.__name__)
+def test_losses_of_their_own_are_computed_again(compute, nothing_compiled):
+    """Also in float64, where the gradient check compares them with differences."""
+    torch.manual_seed(1)
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    same, notes, checked = [], [], []
+
+    def loop():
+        loss = compute(model)
+        loss.backward()
+        optimizer.step()
+
+    def look(capture, phase, step):
+        if phase == "backward":
+            with capture.rerun() as rerun:
+                same.append(rerun.same_loss)
+                notes.extend(rerun.notes)
+                weight = rerun.model[0].weight
+                gradient = torch.autograd.grad(rerun.loss, weight)[0]
+                checked.append(torch.allclose(gradient, weight.grad, rtol=1e-6, atol=1e-8))
+            catalog = TensorCatalog(capture._tracer())
+            found = check_gradient(
+                capture._tracer(), catalog, capture, CheckGradient("0.weight", ((1, 2),))
+            )
+            entry = found.entries[0]
+            checked.append(compute is read_out or entry.steps[entry.best].central_error < 1e-6)
+
+    look_at(loop, look)
+    assert same == [True]
+    assert checked == [True, True]
+    assert notes == ["numbers that the script read out of tensors are those of the step"] * (
+        compute is read_out
+    )
+    assert torch._C._len_torch_function_stack() == 0
+
+
+def of_another_function(model):
+    x, y = batch()
+    return (Halved.apply(model(x)) - y).abs().mean()
+
+
+def into_a_buffer(model):
+    x, y = batch()
+    losses = torch.zeros(2)
+    losses[0] = (model(x) - y).abs().mean()
+    return losses.sum()
+
+
+def of_two_calls(model):
+    x, y = batch()
+    first = model(x)
+    return (first - model(y @ torch.ones(3, 6))).square().mean()
+
+
+def under_a_mode(model):
+    x, y = batch()
+    with torch.device("cpu"):
+        return (model(x) - y).abs().mean()
+
+
 @pytest.mark.parametrize(
     ("compute", "why"),
     [
-        (unknown_loss, "without the loss: sub between the model and its loss is not repeated"),
-        (regularised, "terms of the loss that torch's loss functions did not compute"),
+        (of_another_function, "or by a function that is not torch's"),
+        (into_a_buffer, "__setitem__ writes into a tensor that the model has not computed"),
+        (of_two_calls, "more than the output of the last call of a model"),
+        (under_a_mode, "without the loss: sub between the model and its loss is not repeated"),
     ],
 )
-def test_what_is_missing_of_a_loss_is_noted(compute, why):
+def test_why_a_loss_is_not_computed_again(compute, why, nothing_compiled):
     torch.manual_seed(1)
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -236,6 +351,43 @@ def test_what_is_missing_of_a_loss_is_noted(compute, why):
 
     look_at(loop, look)
     assert why in "\n".join(notes)
+    assert torch._C._len_torch_function_stack() == 0
+
+
+def test_modes_of_the_script_end_as_they_began(nothing_compiled):
+    """Begun between the model and backward, and ended after it, or never."""
+    torch.manual_seed(1)
+    model = mlp()
+    seen = []
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    def loop():
+        x, y = batch()
+        found = model(x)
+        with Mode():
+            loss = (found - y).abs().mean()
+            loss.backward()
+            after = torch.ones(2) + 1
+            seen.append(after)
+        model(x)  # no backward follows
+        assert torch._C._len_torch_function_stack() == 1
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+
+    same = []
+
+    def look(capture, phase, step):
+        if phase == "backward":
+            with capture.rerun() as rerun:
+                same.append(rerun.same_loss)
+
+    look_at(loop, look)
+    assert same == [True]
+    assert torch.Tensor.add in seen
+    assert torch._C._len_torch_function_stack() == 0
 
 
 def test_a_step_that_was_not_captured_says_from_when_on():

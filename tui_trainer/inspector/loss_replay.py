@@ -1,7 +1,8 @@
 """Records how the loss of a step was computed from the model's output, so that it can be
 recomputed. It records the calls of torch's loss functions with their targets, and the simple
 operations between the model's output and them, which are read from the autograd graph: views,
-casts, slices, means.
+casts, slices, means. Any other loss is recomputed call by call, from what `loss_recording` has
+recorded.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from tui_trainer.inspector.loss_recording import LossRecorder, RecordedCall, replay
 from tui_trainer.inspector.tensor_catalog import InspectionError
 from tui_trainer.trace.submodule_calls import tensors_in
 from tui_trainer.trace.torch_private import (
@@ -107,6 +109,18 @@ class LossCall:
         return result
 
 
+@dataclass(frozen=True)
+class _Recorded:
+    """All calls between the model and the loss."""
+
+    calls: list[RecordedCall]
+    slot: int
+    """Of the tensor on which backward was called."""
+    scale: float
+    """Of a GradScaler, in that tensor."""
+    read: bool
+
+
 class LossReplay:
     """How one step computes its loss, recorded while it does."""
 
@@ -122,6 +136,8 @@ class LossReplay:
         self._terms: list[LossCall] = []
         self._others = False
         """Whether the loss has terms that none of these calls computed."""
+        self._recorded: _Recorded | None = None
+        """Used where the others do not give the whole loss."""
 
     # ------------------------------------------------------------ learning
 
@@ -188,6 +204,18 @@ class LossReplay:
             for call in self._calls:
                 call.key = None
 
+    def recorded(self, recorder: LossRecorder, slot: int | None, loss: torch.Tensor) -> None:
+        """`slot`: of `loss`, on which backward is called. Called after `backward_began`."""
+        whole = self._direct is not None or (self._terms and not self._others)
+        if whole or self.value is None or loss.dim() != self.value.dim():
+            return
+        if slot is None or recorder.missing:
+            self.missing = recorder.missing or self.missing
+            return
+        value, scaled = float(self.value), float(loss.detach())
+        scale = scaled / value if value and scaled != value else 1.0
+        self._recorded = _Recorded(recorder.calls, slot, scale, recorder.read)
+
     def _take(self, loss: torch.Tensor) -> None:
         calls = {call.key: call for call in self._calls}
         if _key(loss) in calls:
@@ -214,10 +242,15 @@ class LossReplay:
 
     # ------------------------------------------------------------ again
 
-    def recompute(self, output: Any, wide: bool = False) -> torch.Tensor | None:
-        """The loss of this output of a re-run, 0-d; None where it is unknown how it is computed.
-        `wide`: in float64, if the model has computed in it."""
+    def recompute(
+        self, output: Any, model: torch.nn.Module, wide: bool = False
+    ) -> torch.Tensor | None:
+        """The loss of this output of a re-run of `model`, 0-d; None where it is unknown how it is
+        computed. `wide`: in float64, if the model has computed in it."""
         outputs = outputs_of(output)
+        if self._recorded is not None:
+            loss = replay(self._recorded.calls, outputs, self._recorded.slot, model, wide)
+            return loss if self._recorded.scale == 1.0 else loss / self._recorded.scale
         if self._direct is not None:
             return self._direct.recompute(outputs, wide)
         if not self._terms:
@@ -234,7 +267,7 @@ class LossReplay:
     @property
     def _factor(self) -> float:
         """The factor of a single term, as for accumulated gradients."""
-        if self.value is None or len(self._terms) != 1 or self._others:
+        if self.value is None or len(self._terms) != 1 or self._others or self._recorded:
             return 1.0
         before, after = float(self._terms[0].value), float(self.value)
         if before == after or not before or not math.isfinite(before * after):
@@ -260,7 +293,9 @@ class LossReplay:
             notes.append("of the loss functions called so far: backward has not begun")
         elif factor != 1.0:
             notes.append(f"the loss times {factor:.6g}, as backward was called on it")
-        if self._others:
+        if self._recorded is not None and self._recorded.read:
+            notes.append("numbers that the script read out of tensors are those of the step")
+        if self._others and self._recorded is None:
             notes.append(
                 "terms of the loss that torch's loss functions did not compute are left out"
             )

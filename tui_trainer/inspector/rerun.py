@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import threading
 import warnings
 import weakref
 from collections import OrderedDict, defaultdict, deque
@@ -19,7 +20,8 @@ from typing import Any, Protocol
 
 import torch
 
-from tui_trainer.inspector.loss_replay import LossReplay
+from tui_trainer.inspector.loss_recording import LossRecorder
+from tui_trainer.inspector.loss_replay import LossReplay, outputs_of
 from tui_trainer.inspector.tensor_catalog import InspectionError
 from tui_trainer.protocol.formatting import bytes_
 from tui_trainer.protocol.inspection import NOT_CAPTURED
@@ -115,6 +117,8 @@ class StepCapture:
         tracer.observers.forwards = self
         self.checked: CallWatch | None = None
         """Observes the same, for re-runs of its own."""
+        self._recorder: LossRecorder | None = None
+        """Between the return of a model and backward, in steps that will probably be asked for."""
 
     def request(self) -> None:
         """Capture the next steps: requests about them are expected."""
@@ -127,6 +131,7 @@ class StepCapture:
     ) -> None:
         """Keep the arguments and the state of the random generators, if a request may come."""
         self.call = None
+        self._end_recording(None)
         tracer = self._tracer()
         if tracer is not None and self.checked is not None:
             self.checked.forward_began(tracer.step, module, args, kwargs)
@@ -171,6 +176,26 @@ class StepCapture:
         if self.call is not None:
             self.call.returned = True
             self._guarded(lambda loss: loss.forward_ended(result))
+            self._guarded(lambda _: self._record(result))
+
+    def _record(self, result: Any) -> None:
+        tracer = self._tracer()
+        model = self.call.module() if self.call is not None else None
+        if tracer is None or model is None or not (self._left or tracer.gate.armed):
+            return
+
+        def listening() -> bool:
+            return tracer.training_thread == threading.get_ident()
+
+        self._recorder = LossRecorder.begin(outputs_of(result), unwrapped(model), listening)
+
+    def _end_recording(self, loss: torch.Tensor | None) -> tuple[LossRecorder, int | None] | None:
+        recorder, self._recorder = self._recorder, None
+        return (recorder, recorder.end(loss)) if recorder is not None else None
+
+    def detached(self) -> None:
+        """The tracer observes no more."""
+        self._end_recording(None)
 
     def loss_called(
         self,
@@ -183,6 +208,7 @@ class StepCapture:
             self._guarded(lambda loss: loss.called(function, args, kwargs, result))
 
     def backward_began(self, loss: torch.Tensor, value: torch.Tensor) -> None:
+        ended = self._end_recording(loss)
         self.live_loss = weakref.ref(loss)
         tracer = self._tracer()
         self.live_step = tracer.step if tracer is not None else 0
@@ -190,6 +216,8 @@ class StepCapture:
             self.checked.backward_began()
         if self.call is not None:
             self._guarded(lambda recipe: recipe.backward_began(loss, value))
+        if self.call is not None and ended is not None:
+            self._guarded(lambda recipe: recipe.recorded(*ended, loss))
 
     def _guarded(self, work: Callable[[LossReplay], None]) -> None:
         if self.call is not None:
@@ -232,7 +260,7 @@ class StepCapture:
             if returned is not None:
                 _after_calls(model, returned)
             output = call_again(model, call)
-            found = call.loss.recompute(output) if loss and call.returned else None
+            found = call.loss.recompute(output, model) if loss and call.returned else None
             notes = self._notes(call, model, hooked)
             if loss:
                 notes += self._loss_notes(call, found)
@@ -309,7 +337,7 @@ def evaluate(model: torch.nn.Module, call: ModelCall, wide: bool) -> torch.Tenso
         restore_random_state(call.random)
         for generator, state in call.generators:
             generator.set_state(state)
-        return call.loss.recompute(call_again(model, call, wide), wide)
+        return call.loss.recompute(call_again(model, call, wide), model, wide)
 
 
 def call_again(model: torch.nn.Module, call: ModelCall, wide: bool = False) -> Any:

@@ -284,6 +284,7 @@ class EvaluationLosses:
 
         # TorchScript compiles the source of a function.
         loss.__prepare_scriptable__ = lambda: original  # type: ignore[attr-defined]
+        loss.observed_function = original  # type: ignore[attr-defined]
         return copy_metadata(loss, original)  # type: ignore[no-any-return]
 
     def _observe_loss(

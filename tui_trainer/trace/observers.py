@@ -54,6 +54,9 @@ class ForwardObserver(Protocol):
         """The gradients of this scalar are about to be computed; `value`: it without its graph and
         the scale of a GradScaler."""
 
+    def detached(self) -> None:
+        """The tracer is detached: nothing more is observed."""
+
 
 @dataclass(eq=False)
 class Observers:

@@ -8,6 +8,7 @@ so that a different PyTorch costs information and never a training.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -43,6 +44,45 @@ def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
             module = module.module
         else:
             return module
+
+
+# ---------------------------------------------------------------- modes
+
+
+def function_modes() -> int | None:
+    """How many `TorchFunctionMode`s are active in this thread, besides that of
+    `torch.set_default_device`; None where it is not known."""
+    try:
+        active = torch._C._len_torch_function_stack()
+        default = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
+        if active == 1 and torch._C._get_function_stack_at(0) is default is not None:
+            return 0
+        return int(active)
+    except AttributeError:
+        return None
+
+
+def remove_function_mode(mode: Any) -> None:
+    """Remove a mode from those of this thread, wherever it stands; the others stay in their
+    order."""
+    above = []
+    while torch._C._len_torch_function_stack():
+        top = torch._C._pop_torch_function_stack()
+        if top is mode:
+            break
+        above.append(top)
+    for each in reversed(above):
+        torch._C._push_on_torch_function_stack(each)
+
+
+def compiled_code_exists() -> bool:
+    """Whether `torch.compile` was called: another mode would have its code compiled again. Where it
+    is not known, it is assumed."""
+    frames = sys.modules.get("torch._dynamo.eval_frame")
+    if frames is None:
+        return False
+    backends = getattr(frames, "cached_backends", None)
+    return backends is None or any(each is not None for each in backends.values())
 
 
 # ---------------------------------------------------------------- sharded tensors

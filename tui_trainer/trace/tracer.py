@@ -194,6 +194,8 @@ class Tracer:
         if not self._attached:
             return
         self._attached = False
+        if self.observers.forwards is not None:
+            self.observers.forwards.detached()
         if self.training_thread == threading.get_ident():
             self._script_ended()
         self.training_thread = 0

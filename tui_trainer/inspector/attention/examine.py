@@ -159,7 +159,7 @@ def examine_attention(
         given = tensors_of((run.call.args, run.call.kwargs))
         if request.residual and run.call.returned:
             with contextlib.suppress(Exception):  # without a loss the largest logit is explained
-                run.call.loss.recompute(run.output)  # passes the targets to cross_entropy
+                run.call.loss.recompute(run.output, run.model)  # gives cross_entropy its targets
         notes = [note for note in run.notes if not note.startswith(WITHOUT_LOSS)]
     device = next((tensor.device.type for tensor in given), "cpu")
     with torch.autocast(device, enabled=False):  # the training loop may be inside an `autocast`
