@@ -29,6 +29,7 @@ from tui_trainer.learn.demos import find_demo
 from tui_trainer.learn.scalar.examples import EXAMPLES
 from tui_trainer.learn.scalar.graph import ScalarGraph
 from tui_trainer.learn.scalar.svg import svg
+from tui_trainer.protocol.messages import Breakpoint
 from tui_trainer.protocol.schema import SCRIPT, Scalar
 from tui_trainer.runs.launch import launch
 from tui_trainer.tasks.definition import find_task

@@ -16,13 +16,15 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from tui_trainer.inspector.tensor_catalog import InspectionError
 from tui_trainer.trace.torch_private import (
+    TreeSpec,
     compiled_code_exists,
     function_modes,
     remove_function_mode,
+    tree_flatten,
+    tree_unflatten,
     version_of,
 )
 

@@ -46,6 +46,14 @@ def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
             return module
 
 
+# ---------------------------------------------------------------- nested arguments
+
+TreeSpec = torch.utils._pytree.TreeSpec
+"""How values are nested in tuples, lists and dictionaries."""
+tree_flatten = torch.utils._pytree.tree_flatten
+tree_unflatten = torch.utils._pytree.tree_unflatten
+
+
 # ---------------------------------------------------------------- modes
 
 
