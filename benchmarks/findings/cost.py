@@ -3,9 +3,9 @@
     .venv/bin/python benchmarks/findings/cost.py [--blocks 30] [--steps 20]
 
 nanoGPT's CPU shape (4 layers, 4 heads, width 128, block 64, batch 12) on one thread. Three tracers
-take turns: without the rules and the probes that only they need, with them, and with the outputs of
-all modules watched (`--watch-nonfinite`). Time is the CPU time of the whole process, so that the
-recorder's thread counts and other load on the machine counts little.
+take turns: without the rules, the probes that only they need and what a re-run of a step needs;
+with them; and with the outputs of all modules watched (`--watch-nonfinite`). Time is the CPU time
+of the whole process, so that the recorder's thread counts and other load counts little.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from report import begin, finish
 
 from tui_trainer.findings.engine import FindingsEngine
+from tui_trainer.inspector.checked_rerun import CheckedRerun
+from tui_trainer.inspector.inspector import Inspector
 from tui_trainer.probes import PROBES, RULE_PROBES
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.recorder import Recorder
@@ -71,6 +73,9 @@ def main() -> None:
         tracer = Tracer(
             recorder, Gate(), probes, ProbeOptions(budget=0.01, watch_nonfinite=watched)
         )
+        inspector = Inspector(tracer)
+        if judged:
+            inspector.capture.checked = tracer.origins.rerun = CheckedRerun(tracer, 3)
         with tracer:
             train(model, optimizer, 20)
         variants[name] = tracer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 
 import pytest
 import torch
@@ -133,3 +134,18 @@ def test_training_goes_on_as_without_it(middle):
     states = zip(plain.state_dict().items(), watched.state_dict().items(), strict=True)
     for (name, expected), (_, found) in states:
         assert torch.equal(expected.nan_to_num(7.0), found.nan_to_num(7.0)), name
+
+
+def test_nothing_of_a_batch_is_kept_after_the_step():
+    net = Net(nn.ReLU())
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    with Tracer(KeepingRecorder(), Gate(), (), ProbeOptions(budget=0.01)) as tracer:
+        watch = CheckedRerun(tracer, 3)
+        inspector = Inspector(tracer)
+        inspector.capture.checked = tracer.origins.rerun = watch
+        x = torch.randn(12, 8)
+        F.cross_entropy(net(x), torch.randint(0, 4, (12,))).backward()
+        optimizer.step()
+        kept = weakref.ref(x)
+        del x
+        assert kept() is None

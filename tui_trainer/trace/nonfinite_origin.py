@@ -253,10 +253,10 @@ class NonFiniteOrigins:
 
     def before_step(self, measurer: _Measurer, norms: Readings | None) -> None:
         """The gradients with these norms are about to be used: what made them not finite."""
-        if self.rerun is None or norms is None or not measurer.passes:
+        if self.rerun is None:
             return
-        known = [norm for norm in norms if isinstance(norm, float)]
-        if not math.isfinite(sum(known)):
+        known = [norm for norm in norms or () if isinstance(norm, float)]
+        if measurer.passes and not math.isfinite(sum(known)):
             last = measurer.passes[-1]
             losses_finite = all(bool(torch.isfinite(loss).all()) for loss in last.losses)
             if last.producer is None and losses_finite:
