@@ -1,7 +1,7 @@
 """What the programs of sets B to E have wrong, and what a finding has to say of it.
 
 Written before the rules were read (set E: after all the others and their rules, by an author who
-knew only the names of the rules): `cause` names a class of problem in words of its own. Which
+had read only their list): `cause` names a class of problem in words of its own. Which
 rules belong to a class is in `causes.py`, written afterwards.
 """
 
