@@ -18,10 +18,11 @@ from tui_trainer.protocol import actions
 from tui_trainer.protocol.events import Notice
 from tui_trainer.protocol.messages import BreakpointStop
 from tui_trainer.protocol.schema import SCRIPT
+from tui_trainer.protocol.text import wrap
 from tui_trainer.runs.launch import LaunchError, LaunchRequest
 from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.command_palette import ActionProvider
-from tui_trainer.ui.guide import GuideLine, guidance, introduction, stage_of
+from tui_trainer.ui.guide import MAX_ROWS, GuideLine, guidance, introduction, stage_of
 from tui_trainer.ui.screens.start import Launcher
 
 
@@ -139,12 +140,15 @@ def test_each_language_says_all_of_it(demo: Demo) -> None:
     session = run_of(demo, 30)
     stop(session, demo)
     for language in ("en", "fr"):
-        for text in (introduction(demo, language), guidance(session.poll(), demo, False, language)):
+        said = guidance(session.poll(), demo, False, language)
+        assert demo.breakpoint in said or demo.breakpoint.startswith("finding")
+        assert demo.breakpoint in introduction(demo, language)
+        for text in (introduction(demo, language), said):
             assert "{" not in text
             assert demo.rule in text
-            assert demo.breakpoint in text
             assert demo_texts(language)[demo.name].cure in text
             assert not demo.live or demo.live in text
+        assert len(wrap(f"{demo.name}  {said}", 78)) <= MAX_ROWS, said
 
 
 # ---------------------------------------------------------------- the ways in

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -87,18 +87,26 @@ def guidance(
         return text["demo_finishing"]
     stage = stage_of(snapshot, demo, cured)
     if stage == "paused":
-        stopped = snapshot.status.stopped_at
-        at = text["demo_paused"].format(condition=demo.breakpoint) if stopped else ""
-        if stopped and stopped.text and demo.breakpoint.startswith("loss"):
-            at = f"{at} ({stopped.text})"
-        found = any(each.rule == demo.rule for each in newest_findings(snapshot.events))
-        named = text["demo_named" if found else "demo_not_yet_named"].format(rule=demo.rule)
         cure = text[f"demo_cure_{_kind(demo)}"].format(set=demo.live)
-        parts = (f"{at}." if at else "", named, text["demo_cure"].format(cure=said.cure), cure)
-        return " ".join(part for part in parts if part)
+        return " ".join(
+            (*_pause(snapshot, demo, text), text["demo_cure"].format(cure=said.cure), cure)
+        )
     return text[f"demo_{stage}"].format(
         happens=_sentence(said.happens), condition=demo.breakpoint, cure=said.cure
     )
+
+
+def _pause(snapshot: Snapshot, demo: Demo, text: dict[str, str]) -> Iterator[str]:
+    """Where it has paused, and what names the fault."""
+    stopped = snapshot.status.stopped_at
+    if stopped is not None and demo.breakpoint.startswith("finding"):
+        yield text["demo_paused_finding"].format(rule=demo.rule)
+        return
+    if stopped is not None:
+        at = text["demo_paused"].format(condition=demo.breakpoint)
+        yield f"{at} ({stopped.text})." if stopped.text else f"{at}."
+    found = any(each.rule == demo.rule for each in newest_findings(snapshot.events))
+    yield text["demo_named" if found else "demo_not_yet_named"].format(rule=demo.rule)
 
 
 def _kind(demo: Demo) -> str:
