@@ -185,6 +185,13 @@ def test_descent_without_a_minimum_and_without_a_gradient():
     assert (still.runs, "no step of any size" in still.verdict) == ((), True)
 
 
+def test_a_saturated_neuron_hardly_moves():
+    saturated = ScalarGraph.of("tanh(w*x)", {"w": 9, "x": 2})
+    descent = three_rates(saturated, "w")
+    assert descent.runs == ()
+    assert "so little that no rate" in descent.verdict
+
+
 @pytest.mark.parametrize("name", [each.name for each in EXAMPLES])
 def test_every_node_has_a_place_of_its_own(name):
     graph = example(name)

@@ -257,7 +257,8 @@ class GraphScreen(RunScreen):
             try:
                 return graph.with_value(node.name, float(text))
             except ValueError:
-                raise GraphError(f"{text or 'nothing'} is not a number", "", 0, 0) from None
+                wrong = f"{text} is not a number" if text else "enter a number, or press escape"
+                raise GraphError(wrong, "", 0, 0) from None
 
         def change(text: str | None) -> None:
             if text is not None:

@@ -377,6 +377,10 @@ def three_rates(graph: ScalarGraph, name: str) -> Descent:
     which = f"d{output}/d{name} = {gradient:.4g}: {output} falls as {name} goes {way}"
     if math.isinf(reached[best]):
         return Descent(name, (), f"{which}; every rate leaves what is defined")
+    if abs(start - reached[best]) <= abs(start) * 1e-9:
+        return Descent(
+            name, (), f"{which}, but so little that no rate up to {RATES[-1]:g} shows it"
+        )
     if too_large is None:
         rates = (RATES[16], RATES[24], RATES[32])  # 0.01, 0.1, 1
         runs = tuple(
