@@ -361,4 +361,4 @@ def test_a_product_that_is_not_understood_is_said():
 
     found = examined(perturbed(nn.Sequential(Dotted(""))), torch.randn(3, 5, 8))
     assert found.map is None
-    assert found.missing.startswith("following it failed: ")
+    assert found.missing.startswith("tracing it failed: ")
