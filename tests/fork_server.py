@@ -229,7 +229,7 @@ if __name__ == "__main__":
     sys.modules.pop("tests", None)
     _request, _descriptors = serve(_asking)
     _own: socket.socket | None = None
-    if _request["terminal"] or _request["worker"]:
+    while _own is None and (_request["terminal"] or _request["worker"]):
         _own, _forked = fork_own_server(_descriptors)
         if _forked is not None:
             _request, _descriptors = _forked
