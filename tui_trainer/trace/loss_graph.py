@@ -8,7 +8,7 @@ from collections import deque
 from typing import Any
 
 from tui_trainer.history.records import LossGraph
-from tui_trainer.trace.torch_private import result_of, saved_dim
+from tui_trainer.trace.torch_private import result_of, saved_dim, viewed_shape
 
 MAX_PATH = 32
 MAX_NODES = 4000
@@ -87,7 +87,7 @@ def _mixed_view(softmax: Any, classes: int) -> tuple[int, ...]:
     node = below[0] if len(below) == 1 else None
     if node is None or not node.name().startswith(("View", "UnsafeView", "ReshapeAlias")):
         return ()
-    shape = tuple(node._saved_self_sym_sizes)
+    shape = viewed_shape(node)
     below = [child for child, _ in node.next_functions if child is not None]
     made = below[0].name() if len(below) == 1 else ""
     if made.startswith(("Permute", "Transpose", "Clone")):  # moved, and perhaps copied, before

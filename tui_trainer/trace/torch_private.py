@@ -452,6 +452,11 @@ class NormCapture:
         }
 
 
+def viewed_shape(node: Any) -> tuple[int, ...]:
+    """The shape of what a node of a view views."""
+    return tuple(node._saved_self_sym_sizes)
+
+
 @dataclass(frozen=True)
 class CrossEntropy:
     """The cross-entropy of a loss, as read from its graph."""
