@@ -123,3 +123,15 @@ def test_a_branch_goes_on_from_an_earlier_step_with_another_rate(tmp_path: Path)
         assert listed[1].startswith("  one-2 "), listed
         compared = call("compare", "one", "one-2", cwd=tmp_path)
         assert compared.returncode == 0, compared
+    # The run was killed: it is resumed from the checkpoint of its branch, and taken back.
+    command = ("gpt", "--resume", "one@5", "--plain", "--paused", "--name", "three")
+    with started(*command, "--snapshots", "64MB", cwd=tmp_path):
+        until(lambda: call("step", "three", "3", cwd=tmp_path).returncode == 0, "the run steps")
+        for step in (7, 6, 8):
+            there = json.loads(
+                call("back", "three", "--to", str(step), "--json", cwd=tmp_path).stdout
+            )
+            assert (there["step"], there["loss"]) == (step, pytest.approx(parent[step], rel=1e-6))
+        three = tmp_path / "runs" / "three"
+        until(lambda: len(losses_from(three, tmp_path)) == 3, "three steps are stored")
+        assert losses_from(three, tmp_path) == {step: parent[step] for step in (6, 7, 8)}

@@ -20,10 +20,23 @@ from tests.integrations.seen import SEEN
 from tests.runs.starting import until
 from tui_trainer.client.connection import RunClient
 from tui_trainer.protocol import schema
-from tui_trainer.protocol.actions import ChangeBreakpoint, Pause, Resume, Step, StepPhase, Stop
+from tui_trainer.protocol.actions import (
+    Back,
+    Branch,
+    ChangeBreakpoint,
+    ChangeSettings,
+    KeepSnapshots,
+    Pause,
+    Resume,
+    Step,
+    StepPhase,
+    Stop,
+    UndoSettings,
+)
 from tui_trainer.protocol.attention import ExamineAttention
 from tui_trainer.protocol.autograd import CheckGradient, DescribeGraph
 from tui_trainer.protocol.events import Notice
+from tui_trainer.protocol.experiments import WhatIf
 from tui_trainer.protocol.framing import read_as
 from tui_trainer.protocol.inspection import (
     DescribeUse,
@@ -36,6 +49,7 @@ from tui_trainer.protocol.inspection import (
 )
 from tui_trainer.protocol.ranks import MAX_BYTES, Go, to_rank
 from tui_trainer.protocol.schema import RunInfo
+from tui_trainer.protocol.settings import SettingChange
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.run import rank_server
 from tui_trainer.run.rank_server import Peer, RankServer, ending_of
@@ -252,6 +266,16 @@ def look_into_ranks(client):
     assert (refused.state, refused.rank) == ("failed", 1)
     absent = client.inspect(OfRank(7, ListTensors()))
     assert (absent.message, absent.hint) == ("rank 7 is not connected", "connected are 0, 1")
+    changes = (SettingChange("lr", 0.1),)
+    for action in (ChangeSettings(changes), UndoSettings(), Back(), KeepSnapshots(1 << 20)):
+        ack = client.command(action)
+        assert not ack.ok, action
+        assert ack.message.startswith("this run trains in 2 processes"), ack
+    assert "trains a script" in client.command(Branch(changes)).message
+    experiment = client.inspect(WhatIf(changes))
+    assert (experiment.state, experiment.message) == (
+        "failed", "experiments are for the shipped tasks",
+    )  # fmt: skip
 
 
 @pytest.mark.slow
