@@ -31,6 +31,9 @@ from tui_trainer.ui.screens import app_context
 from tui_trainer.ui.screens.dialogs import SnapshotDialog
 
 EXAMPLES = "such as lr=3e-4, lr[1]=1e-3, betas=0.9,0.95, clip=off, freeze=blocks.0.*"
+IN_THE_PAST = (
+    "step {:,} is in the past of this run, which has been at step {:,}: ctrl+b starts a branch"
+)
 LATER = "the settings are read at the next step boundary"
 
 
@@ -185,7 +188,10 @@ class SettingsDialog(SnapshotDialog):
     def on_input_submitted(self, event: Input.Submitted) -> None:
         """Make the change, or show what is wrong with it."""
         changes = self._parsed(event.value)
-        if changes:
+        status = app_context(self).snapshot.status
+        if changes and status.ahead is not None:
+            self.query_one(".error", Static).update(IN_THE_PAST.format(status.step, status.ahead))
+        elif changes:
             app_context(self).command(ChangeSettings(changes))
             event.input.value = ""
 
