@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import socket
@@ -559,6 +560,16 @@ def test_a_process_that_does_not_read_is_not_waited_for(monkeypatch):
                 ours.send(bytes(1024), socket.MSG_DONTWAIT)
         with pytest.raises(BlockingIOError):
             peer.send(Go(7))
+
+
+def test_moments_of_another_machine_are_told_by_the_clock_of_rank_0():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert Peer(1, "", os.getpid(), ours, child=False).on_our_clock(1100.0) == 1100.0
+        peer = Peer(1, "", os.getpid(), ours, child=False, host="far")
+        assert math.isnan(peer.on_our_clock(1100.0))
+        peer.clock_differences += [-99.5, -100.0, -98.0]
+        assert peer.on_our_clock(1100.0) == 1000.0
 
 
 def test_the_status_of_a_run_does_not_wait_for_a_process_that_joins():

@@ -88,6 +88,8 @@ class RankPosition(msgspec.Struct, tag="position", frozen=True, array_like=True)
     phase: Phase | Literal[""]
     for_s: float
     """Seconds since that phase ended."""
+    time: float
+    """When it was sent, by the clock of that machine: see `RankRow.time`."""
 
 
 class Leave(msgspec.Struct, tag="leave", frozen=True, array_like=True):

@@ -284,10 +284,10 @@ class RankFollower:
     def _position(self) -> RankPosition:
         shared = self._gate.shared
         if shared is None or not shared[1]:
-            return RankPosition(self._gate.boundary, self._gate.phase, 0.0)
+            return RankPosition(self._gate.boundary, self._gate.phase, 0.0, time.time())
         step, number, phase, since = shared
         for_s = max(0.0, (time.monotonic_ns() - since) / 1e9)
-        return RankPosition((step, number), PHASES[phase], for_s)
+        return RankPosition((step, number), PHASES[phase], for_s, time.time())
 
     def _settle(self) -> None:
         """Wait until a thread that has just reached a boundary stops there or passes it, so that it

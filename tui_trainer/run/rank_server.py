@@ -7,6 +7,7 @@ One thread per connected process reads its messages; the training thread never w
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 import os
 import signal
@@ -51,6 +52,8 @@ from tui_trainer.record.recorder import Recorder
 
 MAX_PROCESSES = 1024
 SEND_TIMEOUT_S = 10.0
+CLOCK_MESSAGES = 64
+"""Messages from which the difference between two machines' clocks is estimated."""
 MATCH_S = 2.0
 """How long a row waits for rank 0 to end the same step, which determines its lag."""
 STEPS_REMEMBERED = 4096
@@ -82,6 +85,9 @@ class Peer:
     """The machine that it runs on, if that is another."""
     sent: tuple[RankPosition, float] | None = None
     """The last position that it has sent, and when that arrived (monotonic)."""
+    clock_differences: deque[float] = field(default_factory=lambda: deque(maxlen=CLOCK_MESSAGES))
+    """Of the last messages of a process on another machine: when they arrived minus when they were
+    sent, each by the clock of its machine."""
     left: Leave | None = None
     sending: threading.Lock = field(default_factory=threading.Lock)
 
@@ -93,6 +99,15 @@ class Peer:
     @property
     def name(self) -> str:
         return self.label or f"rank {self.rank}"
+
+    def on_our_clock(self, moment: float) -> float:
+        """A moment on the clock of its machine by ours; NaN while their difference is unknown.
+
+        It is too late by the shortest time that one of the messages took.
+        """
+        if not self.host:
+            return moment
+        return moment + min(self.clock_differences) if self.clock_differences else math.nan
 
     def position(self) -> ProcessAt | None:
         """Where it is now; None if unknown."""
@@ -293,7 +308,7 @@ class RankServer:
                     peer.step = max(peer.step, row.step)
                     if peer.child:
                         self.steps_of_children = max(self.steps_of_children, row.step)
-                    self._add(peer.rank, row.step, row.time, values, peer.child)
+                    self._add(peer.rank, row.step, peer.on_our_clock(row.time), values, peer.child)
                     if not peer.child:
                         self.hooks.row_received(peer.rank, row.step, values)
                 self._match()
@@ -309,6 +324,7 @@ class RankServer:
                 self.hooks.changed()
             case RankPosition():
                 peer.sent = message, time.monotonic()
+                peer.clock_differences.append(time.time() - message.time)
             case StopWanted():
                 self.hooks.stop_wanted()
             case Leave():
@@ -410,7 +426,7 @@ class RankServer:
                     blocked.add(row.table)
                     kept.append(row)
                     continue
-                if own_end is not None:
+                if own_end is not None and not math.isnan(row.ended_at):
                     row.values[schema.RANK_INDEX["lag_ms"]] = (row.ended_at - own_end) * 1e3
                 self._recorder.row(row.table, row.step, row.values)
             self._waiting = kept

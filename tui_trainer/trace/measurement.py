@@ -472,7 +472,7 @@ class StepMeasurer:
         known = self.reading.norms
         if awaited or (self._on_host and not self.clips and known is self._latest is not None):
             if self._on_host:
-                norms = self._checked(norms, clipped, limit, total)
+                norms = self._checked(norms, None if awaited else known, clipped, limit, total)
             if not awaited and not _close(known, norms):
                 return  # changed through `.data` since they were read
             self.reading.norms = norms
@@ -485,9 +485,16 @@ class StepMeasurer:
             with self.probes.context:
                 self._read_norms(self.reading, self.tracked.gradients())
 
-    def _checked(self, norms: Readings, clipped: Any, limit: Any, total: torch.Tensor) -> Readings:
+    def _checked(
+        self,
+        norms: Readings,
+        known: Readings | None,
+        clipped: Any,
+        limit: Any,
+        total: torch.Tensor,
+    ) -> Readings:
         """Norms that a clipping computed on the CPU, with those that may have lost digits computed
-        again."""
+        again. `known`: our own, where they were read; the clipping's may have underflowed to 0."""
         values: list[float] = []
         for norm in norms:
             if not isinstance(norm, torch.Tensor):
@@ -496,7 +503,7 @@ class StepMeasurer:
                 values += norm.tolist()
             else:
                 values.append(norm.item())
-        self._judge(values)
+        self._judge(values if known is None else [n for n in known if isinstance(n, float)])
         if self._comfortable:
             return values
         with self.probes.context:
