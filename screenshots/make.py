@@ -174,7 +174,7 @@ async def make_graph(picture: GraphPicture) -> None:
         write(picture.name, app.export_screenshot(title="tui-trainer"))
 
 
-DEMO, DEMO_NAME = "demo", "rate-high"
+DEMO, DEMO_NAME = "demo", "bad-batch"
 
 
 async def make_demo(runs: Path) -> None:
