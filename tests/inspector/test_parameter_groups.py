@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from tests.inspector.test_inspector import Traced
-from tui_trainer.protocol.inspection import DescribeUse, ParameterUse
+from tui_trainer.protocol.inspection import NOT_CAPTURED, DescribeUse, ParameterUse
 
 
 class Tied(nn.Module):
@@ -24,7 +24,7 @@ class Tied(nn.Module):
         return self.head(self.forgotten(self.frozen(self.embedding(tokens))))
 
 
-def use_after_backward() -> ParameterUse:
+def use_after_backward(requested: bool = False) -> ParameterUse:
     model, found = Tied(), []
     optimizer = torch.optim.AdamW(
         [
@@ -44,7 +44,10 @@ def use_after_backward() -> ParameterUse:
             model(torch.tensor([1, 2, 3])).sum().backward()
             optimizer.step()
 
-    Traced(look).run(loop)
+    traced = Traced(look)
+    if requested:
+        traced.inspector.capture.request()
+    traced.run(loop)
     return found[0]
 
 
@@ -63,6 +66,11 @@ def test_parameters_that_are_not_trained_as_one_expects():
     assert use.without_optimizer == ("forgotten.weight",)
     assert use.without_gradient == ("unused.weight",)
     assert use.shared == (("embedding.weight", "head.weight"),)
+    assert NOT_CAPTURED in use.graph_missing  # the next step's graph is known
+    again = use_after_backward(requested=True)
+    assert set(again.unused) == {"unused.weight"}
+    saved = again.memory[-1]
+    assert (saved.kind, saved.bytes > 0, again.graph_missing) == ("saved", True, "")
 
 
 def test_memory_counts_each_tensor_once():

@@ -31,12 +31,15 @@ from tui_trainer.protocol.experiments import (
 from tui_trainer.protocol.formatting import bytes_
 from tui_trainer.protocol.inspection import (
     MAX_ENTRIES,
+    MAX_NAMES,
     DescribeUse,
     ExplainUpdate,
+    HeldBytes,
     InspectionRequest,
     InspectionResult,
     ListTensors,
     OfRank,
+    ParameterUse,
     ReadTensor,
     Summarize,
     TensorInfo,
@@ -91,7 +94,7 @@ class Inspector:
                 case ReadTensor(tensor=ref):
                     return TensorCopy(ref, catalog.find(ref), catalog.note(ref))
                 case DescribeUse():
-                    return parameter_use(tracer, catalog)
+                    return self._use(tracer, catalog)
                 case ExplainUpdate():
                     return self._explain(tracer, request)
                 case ExamineAttention():
@@ -107,6 +110,24 @@ class Inspector:
                     raise InspectionError("this run has no settings that can be changed")
                 case WhatIf() | FindLearningRate() | MeasureLandscape() | EstimateCost():
                     raise InspectionError("this run cannot be experimented with")
+
+    def _use(self, tracer: Tracer, catalog: TensorCatalog) -> ParameterUse:
+        """With what the graph of the step's loss holds and reaches, where it can be had again."""
+        use = parameter_use(tracer, catalog)
+        try:
+            graph = describe_graph(tracer, catalog, self.capture)
+        except (InspectionError, RuntimeError) as error:  # such as too little memory
+            why = error.message if isinstance(error, InspectionError) else str(error)
+            return structs.replace(use, graph_missing=why)
+        if graph.source == "live" or graph.saved_bytes is None:
+            return structs.replace(use, graph_missing="; ".join(graph.notes))
+        reached = {node.leaf for node in graph.nodes if node.leaf}
+        keeping = sum(node.saved_bytes > 0 for node in graph.nodes)
+        saved = HeldBytes("saved", "", keeping, graph.saved_bytes)
+        unused = [
+            name for name, p in catalog.parameters() if p.requires_grad and name not in reached
+        ]
+        return structs.replace(use, memory=(*use.memory, saved), unused=tuple(unused[:MAX_NAMES]))
 
     def _explain(self, tracer: Tracer, request: ExplainUpdate) -> UpdateExplanation:
         """From the first request on, the steps of the latest requested parameter are observed."""

@@ -211,7 +211,8 @@ class OptimizerGroup(msgspec.Struct, frozen=True, array_like=True):
 class HeldBytes(msgspec.Struct, frozen=True, array_like=True):
     """The memory of one kind of tensor on one device."""
 
-    kind: TensorKind
+    kind: TensorKind | Literal["saved"]
+    """`saved`: what the graph of the step's loss keeps for backward, on all devices."""
     device: str
     tensors: int
     bytes: int
@@ -230,6 +231,10 @@ class ParameterUse(msgspec.Struct, tag="use", frozen=True, array_like=True):
     """Trainable and held by an optimizer, and without a gradient while others have one."""
     shared: tuple[tuple[str, ...], ...] = ()
     """Names of the same parameter."""
+    unused: tuple[str, ...] = ()
+    """Trainable, and not in the graph of the step's loss."""
+    graph_missing: str = ""
+    """Why the graph of the loss is unknown, and with it `saved` and `unused`."""
 
 
 class DescribeUse(msgspec.Struct, tag="describe_use", frozen=True):

@@ -517,7 +517,7 @@ def _update_text(answer: Inspected, found: UpdateExplanation) -> str:
 
 NAMES_SHOWN = 6
 KIND_NAMES = {"parameter": "parameters", "gradient": "gradients", "state": "optimizer state",
-              "buffer": "buffers"}  # fmt: skip
+              "buffer": "buffers", "saved": "saved for backward"}  # fmt: skip
 
 
 def _use_text(use: ParameterUse, answer: Inspected) -> str:
@@ -533,6 +533,7 @@ def _use_text(use: ParameterUse, answer: Inspected) -> str:
         ("frozen (requires_grad is False)", use.frozen),
         ("trainable, in no optimizer", use.without_optimizer),
         ("without a gradient now, while others have one", use.without_gradient),
+        ("not used by the loss of this step", use.unused),
     ):
         if names:
             lines += ["", f"{title}: {len(names):,}", f"  {_names(names, len(names))}"]
@@ -543,7 +544,10 @@ def _use_text(use: ParameterUse, answer: Inspected) -> str:
     for each in use.memory:
         kind = KIND_NAMES[each.kind]
         table.add_row(kind, Text(each.device), f"{each.tensors:,}", bytes_(each.bytes, 0))
-    return "\n".join([*lines, "", *(line.plain for line in table_lines(table))])
+    lines += ["", *(line.plain for line in table_lines(table))]
+    if use.graph_missing:
+        lines.append(f"saved for backward, and not used by the loss: unknown, {use.graph_missing}")
+    return "\n".join(lines)
 
 
 def _names(names: tuple[str, ...], whole: int) -> str:
