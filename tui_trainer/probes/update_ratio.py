@@ -62,6 +62,8 @@ class UpdateRatio(Probe):
         self._kept: list[torch.Tensor] = []
         """Memory for copies of all parameters, if they fit into one turn: allocating it for each
         measurement would take as long as the measurement."""
+        self._layout: list[tuple[torch.Size, torch.dtype, torch.device]] = []
+        """Of the weights that the memory was allocated for."""
         self._under_way: deque[list[int]] = deque()
         self._norms = Norms(tracked.parameters, tracked.device)
         self._updates = np.full(len(tracked.names), np.nan)
@@ -93,14 +95,22 @@ class UpdateRatio(Probe):
                 return
             except (MemoryError, RuntimeError) as fault:
                 self.missing = step, f"the copy could not be allocated: {fault}"
-        weights = [local(self.tracked.parameters[i]).detach() for i in self._now]
+        weights = self._weights(self._now)
         if len(self._turns) > 1:
             self._copies = [_copy(weight) for weight in weights]
             return
-        if not self._kept or not all(map(_same_layout, self._kept, weights)):
+        layout = [(weight.shape, weight.dtype, weight.device) for weight in weights]
+        if layout != self._layout:
+            self._layout = layout
             self._kept = [torch.empty_like(weight, dtype=_wide(weight)) for weight in weights]
         copy_each(self._kept, weights)
         self._copies = self._kept
+
+    def _weights(self, positions: Sequence[int]) -> list[torch.Tensor]:
+        parameters = self.tracked.parameters
+        if self.tracked.sharded:
+            return [local(parameters[i]).detach() for i in positions]
+        return [parameters[i].detach() for i in positions]
 
     def after_update(self) -> Readings:
         """Norms before, then norms of the update."""
@@ -109,7 +119,7 @@ class UpdateRatio(Probe):
             self._turn = (self._turn + 1) % len(self._turns)
         copies, self._copies = self._copies, []
         before = self._norms.read(copies)
-        subtract_each(copies, [local(self.tracked.parameters[i]).detach() for i in turn])
+        subtract_each(copies, self._weights(turn))
         self._under_way.append(turn)
         return [*before, *self._norms.read(copies)]
 
@@ -139,12 +149,6 @@ def _wide(weight: torch.Tensor) -> torch.dtype:
 
 def _copy(weight: torch.Tensor) -> torch.Tensor:
     return weight.to(_wide(weight), copy=True)
-
-
-def _same_layout(kept: torch.Tensor, weight: torch.Tensor) -> bool:
-    return (
-        kept.shape == weight.shape and kept.dtype == _wide(weight) and kept.device == weight.device
-    )
 
 
 def copy_budget(device: torch.device, options: ProbeOptions) -> int:

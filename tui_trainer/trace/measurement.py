@@ -236,7 +236,7 @@ class StepMeasurer:
         released or zeroed are discarded, which does not count as a change.
         """
         changed = self.marks.changed()
-        compare = compare and self.careful and self._latest is not None
+        compare = compare and self._latest is not None and self.careful
         if not changed and not compare:
             return None
         if self.averaged and self.reading is None:

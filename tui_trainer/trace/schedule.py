@@ -20,14 +20,14 @@ class StepPlan:
         """`resting`: those of `probes` that need not observe the forward."""
 
         def those_with(hook: str) -> tuple[ActiveProbe, ...]:
-            return tuple(probe for probe in probes if hook in probe.hooks)
+            return tuple([probe for probe in probes if hook in probe.hooks])
 
         self.probes = tuple(probes)
-        self.reading = tuple(probe for probe in probes if probe.hooks)
-        self.before_forward = tuple(p for p in those_with("before_forward") if p not in resting)
-        self.after_forward = tuple(p for p in those_with("after_forward") if p not in resting)
-        self.further_forward = tuple(p for p in self.before_forward if p.probe.every_forward)
-        self.model_called = tuple(p for p in those_with("model_called") if p not in resting)
+        self.reading = tuple([probe for probe in probes if probe.hooks])
+        self.before_forward = tuple([p for p in those_with("before_forward") if p not in resting])
+        self.after_forward = tuple([p for p in those_with("after_forward") if p not in resting])
+        self.further_forward = tuple([p for p in self.before_forward if p.probe.every_forward])
+        self.model_called = tuple([p for p in those_with("model_called") if p not in resting])
         self.loss_called = those_with("loss_called")
         self.gradients = those_with("gradients")
         self.gradient_norms = those_with("gradient_norms")
