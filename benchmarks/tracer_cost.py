@@ -5,18 +5,21 @@
 nanoGPT's CPU shape (4 layers, 4 heads, width 128, block 64, batch 12), on random tokens. Blocks
 of steps alternate (bare, traced, bare, traced, …), so that other load on the machine
 affects both. It prints the median step of each, the median of the pairwise ratios with its
-quartiles, and the tracer's own count of the cost by probe. `--profile` prints where our time goes.
+quartiles, the tracer's own count of the cost by probe, and the number of Python functions of ours
+that a step calls, which does not depend on the load. `--profile` prints where our time goes.
 """
 
 from __future__ import annotations
 
 import argparse
 import cProfile
+import os
 import pstats
 import statistics
 import sys
 import time
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
 import torch
@@ -27,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from report import begin, finish
 
+import tui_trainer
 from tui_trainer.probes import PROBES
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.recorder import Recorder
@@ -49,6 +53,30 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int) 
         optimizer.step()
         taken.append((time.perf_counter() - began) * 1e3)
     return taken
+
+
+CALLS_COUNTED = 160
+"""Steps whose calls are counted: every natural cadence of the GPT occurs in them."""
+
+
+def calls_per_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> float:
+    """Calls of Python functions of the package, but for those of the model."""
+    package = str(Path(tui_trainer.__file__).resolve().parent)
+    models = str(Path(GPT.forward.__code__.co_filename).parent)
+    count = 0
+
+    def profile(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal count
+        if event == "call":
+            file = os.path.realpath(frame.f_code.co_filename)
+            count += file.startswith(package) and not file.startswith(models)
+
+    sys.setprofile(profile)
+    try:
+        train(model, optimizer, CALLS_COUNTED)
+    finally:
+        sys.setprofile(None)
+    return count / CALLS_COUNTED
 
 
 def main() -> None:
@@ -92,13 +120,20 @@ def main() -> None:
     for name, cost in costs.items():
         print(f"  {name:20s} {cost:7.4f} ms")
     print(f"  {'all':20s} {float(np.median(values.sum(axis=1))):7.4f} ms")
+    with tracer:
+        train(model, optimizer, 20)
+        calls = calls_per_step(model, optimizer)
+    print(f"{calls:.0f} calls of our functions a step")
     if chosen.profile:
         with tracer, cProfile.Profile() as profile:
             train(model, optimizer, 200)
         pstats.Stats(profile).sort_stats("tottime").print_stats("tui_trainer|built-in", 40)
     recorder.close()
     ratio = {"ratio": middle, "low": low, "high": high, "pairs": len(ratios)}
-    finish(chosen.json, {"bare_ms": plain, "traced_ms": watched, **ratio, "overhead_ms": costs})
+    finish(
+        chosen.json,
+        {"bare_ms": plain, "traced_ms": watched, **ratio, "calls": calls, "overhead_ms": costs},
+    )
 
 
 if __name__ == "__main__":
