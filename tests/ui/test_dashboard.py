@@ -244,11 +244,9 @@ async def test_panels_fold_into_tabs_and_unfold_on_resize():
             await pilot.pause()
             assert shown() == [name]
         await pilot.resize_terminal(120, 40)
-        await pilot.pause()
-        assert len(shown()) == 4
+        await until(pilot, lambda: len(shown()) == 4, "four panels")
         await pilot.resize_terminal(80, 24)
-        await pilot.pause()
-        assert shown() == ["LayersTable"]
+        await until(pilot, lambda: shown() == ["LayersTable"], "one panel")
 
 
 async def test_a_too_small_terminal_shows_a_message_and_recovers():
