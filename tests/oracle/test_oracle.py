@@ -164,6 +164,14 @@ WRONG_BEFORE = (
     Loop(clips=(Clip("hand", when="after"), Clip("value", when="after"))),
     Loop(
         iterations=2,
+        optimizers=(Optimizer("momentum", ("a",)), Optimizer("sgd", ("b",))),
+        rounds="alternate",
+        zero_by="data",
+        gradients="assigned",
+        clips=(Clip("value", tight=False), Clip("hand", tight=False, when="each")),
+    ),
+    Loop(
+        iterations=2,
         optimizers=TWO,
         zero_by="hand",
         set_to_none=False,

@@ -110,7 +110,9 @@ class WaitingGradients:
             if measurer.passes:
                 self.resolve_returned(measurer)
             if not measurer.passes and measurer.marks.changed() and measurer.any_gradient():
-                used = self._phases.just_stepped and not measurer.marks.any_replaced()
+                # Changed in place, they are those that its last step has used.
+                others = any(each.passes for each in self.registry.measurers)
+                used = (others or self._phases.just_stepped) and not measurer.marks.any_replaced()
                 if not used and not self._waits_elsewhere(measurer):
                     measurer.add_pass(BackwardPass([]))
                 measurer.marks.remember()
