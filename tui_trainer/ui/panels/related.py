@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from rich.segment import Segment
 
 from tui_trainer.protocol import formatting
-from tui_trainer.protocol.text import truncate_middle
+from tui_trainer.protocol.text import strip_escapes, truncate_middle
 from tui_trainer.ui.panels.base import Figure, Panel
 from tui_trainer.ui.widgets.axes import AXIS_WIDTH
 from tui_trainer.ui.widgets.chart_layers import Layer, Line, Points, fill_gaps, smooth
@@ -59,7 +59,7 @@ def related_legend(panel: Panel, figures: Sequence[Figure], width: int) -> list[
     row: Row = [Segment(" " * AXIS_WIDTH, panel.palette.text)]
     left = width - AXIS_WIDTH
     for label, value, style in figures:
-        text = f"{truncate_middle(label, MAX_NAME_WIDTH, panel.glyphs.ellipsis)} {value}  "
+        text = f"{truncate_middle(strip_escapes(label), MAX_NAME_WIDTH, panel.glyphs.ellipsis)} {value}  "
         row.append(Segment(text[: max(0, left)], style))
         left -= len(text)
     return [row]
