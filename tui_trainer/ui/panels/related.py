@@ -59,7 +59,8 @@ def related_legend(panel: Panel, figures: Sequence[Figure], width: int) -> list[
     row: Row = [Segment(" " * AXIS_WIDTH, panel.palette.text)]
     left = width - AXIS_WIDTH
     for label, value, style in figures:
-        text = f"{truncate_middle(strip_escapes(label), MAX_NAME_WIDTH, panel.glyphs.ellipsis)} {value}  "
+        name = truncate_middle(strip_escapes(label), MAX_NAME_WIDTH, panel.glyphs.ellipsis)
+        text = f"{name} {value}  "
         row.append(Segment(text[: max(0, left)], style))
         left -= len(text)
     return [row]
