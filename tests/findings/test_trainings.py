@@ -307,3 +307,13 @@ def test_nan_in_the_batch_is_the_cause_of_the_batch_that_stands_out():
     assert cause.text.endswith("in row 5")
     assert "rows of the batch" in cause.next
     assert found["bad-batch"].cause == cause.number
+
+
+def test_constant_that_is_not_finite_is_not_taken_for_the_batch():
+    def times_nan(net, x, y, step):
+        return F.cross_entropy(net(x), y) * (math.nan if step == 20 else 1.0)
+
+    found = next(f for f in findings_of(lambda: train(loss=times_nan)) if f.rule == "non-finite")
+    assert "a constant" in found.text
+    assert "rows" not in found.next
+    assert found.phase == "loss"

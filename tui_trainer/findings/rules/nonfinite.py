@@ -115,7 +115,11 @@ class NonFiniteRule(Rule):
             else origin_text(seen.producer)
         )
         advice = ""
-        if seen.producer is not None and seen.producer.source == "input":
+        phase = "loss" if seen.producer is None else PHASES[seen.producer.source]
+        outside = seen.producer is not None and seen.producer.source == "input"
+        if outside and seen.bad_batch is not None and not seen.bad_batch.broken_rows:
+            phase, origin = "loss", "a constant or a detached tensor that is not finite enters it"
+        elif outside:
             rows = seen.bad_batch.broken_rows if seen.bad_batch is not None else ()
             if rows:
                 origin += f", in {'row' if len(rows) == 1 else 'rows'} {', '.join(map(str, rows))}"
@@ -129,7 +133,7 @@ class NonFiniteRule(Rule):
             f"the loss became {event.value} at step {seen.step:,}{before}: {origin}",
             next=advice,
             confidence="certain",
-            phase="loss" if seen.producer is None else PHASES[seen.producer.source],
+            phase=phase,
             parameters=(seen.producer and _named_place(seen.producer)) or parameters,
             evidence=(evidence("loss", math.nan, table="step", column="loss",
                                text=event.value), *_rerun(seen.producer)),
