@@ -253,7 +253,7 @@ class WaitingGradients:
         if not measurer.changed_between_passes():
             return
         if not measurer.thrown_away():
-            self.follow_changes_by_hand()
+            self.follow_changes_by_hand(compare=True)
         else:
             self.skip(self._discard(measurer), "hand")
             measurer.marks.forget()
