@@ -100,7 +100,7 @@ def losses_when_cured_at_the_breakpoint(demo: Demo, tmp_path) -> tuple[np.ndarra
     recorder, gate, faults = Recorder(RunInfo(name="run", task="script")), Gate(), []
     found_by_rule = demo.breakpoint.startswith("finding")  # which needs every quantity
     if found_by_rule:
-        recorder.judge_with(FindingsEngine(on_fault=faults.append))
+        recorder.evaluate_with(FindingsEngine(on_fault=faults.append))
     condition = Breakpoint(1, demo.breakpoint, once=True)
     spec = RunSpec(name="run", directory=str(tmp_path), task="script", breakpoints=(condition,))
     breakpoints = RunBreakpoints(spec, gate, recorder)
