@@ -234,7 +234,7 @@ def clips(comparison: Comparison) -> Found:
                 yield f"{where}: a clip is not written: {true.clips[-1]}"
             continue
         seen = _hardest(true.clips)
-        if comparison.loop.by_hand and all(clip.kind == "hand" for clip in true.clips):
+        if comparison.loop.by_hand and any(clip.kind == "hand" for clip in true.clips):
             seen = true.clips  # the last may have gone unseen
         if not any(_same_clip(found, step, clip) for clip in seen):
             yield f"{where}: the clip was {_hardest(true.clips)}, and {_short(found)} is written"
