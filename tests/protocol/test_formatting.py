@@ -9,6 +9,11 @@ from hypothesis import strategies as st
 from tui_trainer.protocol import formatting as f
 
 
+def test_a_number_in_text_keeps_its_sign_and_decimals():
+    assert f.signed(0.5, 0) == "+0.5000"
+    assert f.signed(-0.25, 0, 2) == "-0.25"
+
+
 @given(st.floats(), st.integers(5, 12), st.integers(2, 5))
 def test_a_number_is_always_exactly_as_wide_as_its_column(value, width, digits):
     assert len(f.number(value, width, digits)) == width

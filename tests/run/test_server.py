@@ -27,7 +27,7 @@ from tui_trainer.protocol.actions import (
     Throttle,
 )
 from tui_trainer.protocol.framing import ConnectionClosed, encode, read_to_viewer
-from tui_trainer.protocol.messages import Ack, Command, Hello, Poll, Refused, Update, Welcome
+from tui_trainer.protocol.messages import Ack, Command, Hello, Join, Poll, Refused, Update, Welcome
 from tui_trainer.protocol.schema import Column, RunInfo, Table
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.run import server as connections
@@ -125,9 +125,14 @@ def test_greeting_and_poll(rig):
     assert rig.recorder.status.controller is None
 
 
-def test_another_version_is_refused_with_a_hint(rig):
+@pytest.mark.parametrize(
+    "greeting",
+    [Hello(PROTOCOL_VERSION + 1, "9.9", "me"), Join(PROTOCOL_VERSION + 1, "9.9", 1, 2, 7)],
+    ids=["viewer", "rank"],
+)
+def test_another_version_is_refused_with_a_hint(rig, greeting):
     stream = rig.connect()
-    stream.sendall(encode(Hello(PROTOCOL_VERSION + 1, "9.9", "me")))
+    stream.sendall(encode(greeting))
     answer = read_to_viewer(stream.recv)
     assert isinstance(answer, Refused)
     assert "9.9" in answer.reason

@@ -1,4 +1,6 @@
-"""Settings that switch rules and change thresholds: `over-fitting=off,loss-diverges.rise=3`."""
+"""Settings of a user that switch rules and change thresholds, such as
+`over-fitting=off,loss-diverges.rise=3`. The defaults are the `thresholds` of each rule.
+"""
 
 from __future__ import annotations
 

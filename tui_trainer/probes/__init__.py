@@ -19,7 +19,7 @@ from tui_trainer.probes.kept_updates import KeptUpdates
 from tui_trainer.probes.memory import Memory
 from tui_trainer.probes.modes import Modes
 from tui_trainer.probes.nonfinite import NonFiniteProbe
-from tui_trainer.probes.outputs import OutputSums
+from tui_trainer.probes.nonfinite_module import OutputSums
 from tui_trainer.probes.overhead import Overhead
 from tui_trainer.probes.replica import ReplicaChecksum, ReplicaSample
 from tui_trainer.probes.step import PhasesProbe, StepProbe

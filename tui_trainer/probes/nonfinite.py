@@ -1,4 +1,8 @@
-"""nan and inf in loss, gradients and weights, reported when they appear."""
+"""Reports nan and inf in loss, gradients and weights when they appear.
+
+The module that produced them is found in `nonfinite_module.py`, the operation in
+`trace/nonfinite_origin.py`.
+"""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def signed(value: float | None, width: int = 7, decimals: int = 4) -> str:
     if value is None or not math.isfinite(value):
         return _fit(_number(value, decimals), width)
     shown = f"{value:+.{decimals}f}"
-    return _fit(shown if len(shown) <= width else _number(value, 3), width)
+    return _fit(shown if not width or len(shown) <= width else _number(value, 3), width)
 
 
 def scientific(value: float | None, width: int = 8, digits: int = 2) -> str:

@@ -22,7 +22,7 @@ import msgspec
 from tui_trainer import __version__
 from tui_trainer.config.run_spec import SOCKET_DIRECTORY_PREFIX
 from tui_trainer.protocol import PROTOCOL_VERSION
-from tui_trainer.protocol.experiments import FindLearningRate, MeasureLandscape, WhatIf
+from tui_trainer.protocol.experiments import Experiment
 from tui_trainer.protocol.framing import ConnectionClosed, ProtocolError, encode, read_to_run
 from tui_trainer.protocol.inspection import Inspect, Inspected
 from tui_trainer.protocol.messages import (
@@ -133,23 +133,27 @@ class ViewerConnection:
 
         hello = read_to_run(read)
         self._stream.settimeout(None)
-        if isinstance(hello, Join) and self._serve_rank and hello.protocol == PROTOCOL_VERSION:
-            self.seen_end.set()  # the end of the run does not wait for it as for a viewer
-            self._serve_rank(self._stream, hello)
-            return
-        if not isinstance(hello, Hello):
+        if not isinstance(hello, Hello | Join):
             self._send(Refused("the first message must be a greeting"))
             raise ProtocolError(f"its first message was a {type(hello).__name__}, not a greeting")
         if hello.protocol != PROTOCOL_VERSION:
+            sender = "viewer" if isinstance(hello, Hello) else "process"
             theirs = f"protocol {hello.protocol} (tui-trainer {single_line(hello.product, 40)})"
             self._send(
                 Refused(
                     f"the run speaks protocol {PROTOCOL_VERSION} (tui-trainer {__version__}), "
-                    f"this viewer {theirs}",
+                    f"this {sender} {theirs}",
                     "use the same version of tui-trainer on both sides",
                 )
             )
             raise ProtocolError(f"it speaks {theirs}")
+        if isinstance(hello, Join):
+            if self._serve_rank is None:
+                self._send(Refused("this run accepts no further training processes"))
+                raise ProtocolError("a training process tried to join")
+            self.seen_end.set()  # the end of the run does not wait for it as for a viewer
+            self._serve_rank(self._stream, hello)
+            return
         name = single_line(hello.viewer, VIEWER_NAME_CHARACTERS) or f"viewer {self._viewer_id}"
         self.viewer = Viewer(self._viewer_id, name, hello.read_only)
         self._control.joined(self.viewer)
@@ -196,7 +200,7 @@ class ViewerConnection:
     def _inspected(self, message: Inspect) -> Inspected:
         if self._inspections is None:
             return Inspected(message.id, "failed", message="this run has no tensors")
-        experiment = isinstance(message.request, (WhatIf, FindLearningRate, MeasureLandscape))
+        experiment = isinstance(message.request, Experiment)
         if experiment and self.viewer is not None and self.viewer.read_only:
             why = "this viewer is read-only, and an experiment pauses the training"
             return Inspected(message.id, "failed", message=why)
@@ -351,7 +355,8 @@ class Server:
             if len(self._connections) >= MAX_CONNECTIONS:
                 with contextlib.suppress(OSError), stream:
                     stream.settimeout(0.1)
-                    stream.send(encode(Refused(f"this run already has {MAX_CONNECTIONS} viewers")))
+                    refused = Refused(f"this run already has {MAX_CONNECTIONS} connections")
+                    stream.send(encode(refused))
                 continue
             self._serve(stream, IDLE_TIMEOUT_S)
 

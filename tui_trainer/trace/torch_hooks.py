@@ -27,7 +27,7 @@ from torch.optim.optimizer import (
 
 from tui_trainer.protocol.events import ClipKind
 from tui_trainer.trace.backward_passes import BackwardPasses
-from tui_trainer.trace.clippings import Clippings
+from tui_trainer.trace.clipping_calls import Clippings
 from tui_trainer.trace.module_calls import Patches, copy_metadata
 from tui_trainer.trace.optimizer_steps import OptimizerSteps
 from tui_trainer.trace.torch_private import NormCapture

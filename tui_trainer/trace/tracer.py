@@ -32,7 +32,7 @@ from torch.optim.optimizer import Optimizer
 from tui_trainer.protocol.events import ClipKind
 from tui_trainer.trace.backward_passes import BackwardPasses
 from tui_trainer.trace.bad_batch import BadBatches
-from tui_trainer.trace.clippings import Clippings
+from tui_trainer.trace.clipping_calls import Clippings
 from tui_trainer.trace.evaluation import EvaluationLosses, EvaluationModes
 from tui_trainer.trace.faults import Faults, always_guarded, guarded
 from tui_trainer.trace.forward_passes import ForwardPasses

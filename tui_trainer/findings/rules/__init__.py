@@ -1,4 +1,7 @@
-"""All rules, in the order in which they are evaluated and documented: causes before effects."""
+"""All rules, in the order in which they are evaluated and documented: causes before effects.
+
+To add a rule, write a subclass of `Rule` with its `thresholds`, and list it here.
+"""
 
 from __future__ import annotations
 

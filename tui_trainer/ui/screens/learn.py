@@ -383,11 +383,6 @@ class LearnScreen(RunScreen):
 
     # ------------------------------------------------------------ measuring
 
-    @property
-    def measuring(self) -> bool:
-        """Whether an experiment is in progress."""
-        return self._experiment is not None
-
     def _measure(self, name: str, seed: int) -> None:
         """Run an experiment once the one in progress has ended."""
         self._failure.pop(name, None)

@@ -81,7 +81,7 @@ class VirtualTable(LineView, can_focus=True, inherit_bindings=False):
         Binding("end,G", "edge(1)", "Last", show=False, id="table.last",
                 tooltip="To the last row"),
         Binding("enter", "activate", "Open", show=False, id="table.activate",
-                tooltip="Fold or unfold the module under the cursor"),
+                tooltip="Open the row under the cursor"),
     ]  # fmt: skip
 
     @dataclass

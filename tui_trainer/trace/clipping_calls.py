@@ -1,4 +1,7 @@
-"""Clippings of gradients by the functions of torch."""
+"""Calls that clip gradients, from their begin to the step that they belong to.
+
+The norms and the limit are kept here; `probes/clipping.py` computes the scale from them.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from tui_trainer.trace.waiting_gradients import WaitingGradients
 
 
 class Clippings:
-    """The clipping that is open, or was the last."""
+    """Records the clipping in progress, or the last one."""
 
     def __init__(
         self,
