@@ -238,7 +238,8 @@ def clips(comparison: Comparison) -> Found:
             seen = true.clips  # the last may have gone unseen
         if not any(_same_clip(found, step, clip) for clip in seen):
             yield f"{where}: the clip was {_hardest(true.clips)}, and {_short(found)} is written"
-        clipped = any(clip.scale < 1 for clip in _hardest(seen))
+        alike = [clip for clip in seen if _same_clip(found, step, clip)]
+        clipped = any(clip.scale < 1 for clip in _hardest(alike or seen))
         if found["clipped"] != clipped:
             yield f"{where}: clipped is {found['clipped']}, and it is {clipped}"
         elif clipped and found["kind"] not in {clip.kind for clip in _hardest(true.clips)}:
