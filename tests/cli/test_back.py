@@ -128,9 +128,9 @@ def test_a_branch_goes_on_from_an_earlier_step_with_another_rate(tmp_path: Path)
     with started(*command, "--snapshots", "64MB", cwd=tmp_path):
         until(lambda: call("step", "three", "3", cwd=tmp_path).returncode == 0, "the run steps")
         for step in (7, 6, 8):
-            there = json.loads(
-                call("back", "three", "--to", str(step), "--json", cwd=tmp_path).stdout
-            )
+            done = call("back", "three", "--to", str(step), "--json", cwd=tmp_path)
+            assert done.returncode == 0, done
+            there = json.loads(done.stdout)
             assert (there["step"], there["loss"]) == (step, pytest.approx(parent[step], rel=1e-6))
         three = tmp_path / "runs" / "three"
         until(lambda: len(losses_from(three, tmp_path)) == 3, "three steps are stored")

@@ -269,6 +269,17 @@ def test_faults_of_work_go_to_whoever_asked():
         assert gate.call_soon(lambda: "on").result(240) == "on"
 
 
+def test_steps_requested_before_a_resumed_run_knows_its_step_are_counted_from_it():
+    gate = Gate(paused=True)
+    gate.step(3)
+    gate.step()
+    gate.continue_from(5)
+    assert gate.run_to == 9
+    gate.run_until(7)
+    gate.continue_from(6)
+    assert gate.run_to == 7
+
+
 def test_between_steps_sees_every_step_and_its_faults_do_not_reach_the_loop():
     gate = Gate()
     steps, faults = [], []
@@ -282,7 +293,7 @@ def test_between_steps_sees_every_step_and_its_faults_do_not_reach_the_loop():
 
 def test_regular_work_is_done_after_multiples_and_costs_nothing_in_between():
     gate = Gate()
-    gate.completed = 7
+    gate.continue_from(7)
     threes, fours, entered = [], [], []
 
     @contextmanager

@@ -132,7 +132,7 @@ class Run:
     def resume(self, folder: Path) -> None:
         """Continue from the newest checkpoint of the run in `folder`, as after a kill."""
         checkpoint = load_checkpoint(folder)
-        self.gate.completed, self.gate.step_in_progress = checkpoint.step, checkpoint.step + 1
+        self.gate.continue_from(checkpoint.step)
         self.tracer.step = checkpoint.step + 1
         self.tracer.register(self.training.model, [self.training.stateful["optimizer"]])
         self.gate.due_after(self.travel._after_step, checkpoint.step + 1)

@@ -50,7 +50,7 @@ def train_task(run: RunContext) -> Outcome:
     run.show_waiting_for("preparing the data and the model")
     checkpoint = _checkpoint_to_resume(run.spec)
     start = checkpoint.step if checkpoint else 0
-    run.gate.completed, run.gate.step_in_progress = start, start + 1
+    run.gate.continue_from(start)
     tracer = create_tracer(run, start + 1)
     tracer.attach()
     try:

@@ -147,6 +147,8 @@ class Gate:
         self._boundaries_left = 1 if paused else 0
         self._target: int | None = None
         self._target_is_epoch = False
+        self._target_counts = False
+        """Whether it was given as a number of steps from `completed`."""
         self._hold: Boundary | None = None
         self._rate: float | None = None
         self._next_step_at = 0.0
@@ -224,6 +226,7 @@ class Gate:
         with self._control():
             stepping = self._target is not None and not self._target_is_epoch
             first = self._target if stepping and self._target is not None else self.completed
+            self._target_counts = not stepping or self._target_counts
             self._target, self._target_is_epoch = first + count, False
             self._release()
 
@@ -248,6 +251,7 @@ class Gate:
             if not (self._waiting and self.phase == "step" and self.completed >= step):
                 self._release()
                 self._target, self._target_is_epoch = step, False
+                self._target_counts = False
 
     def run_to_epoch_end(self) -> None:
         """Pause after the last step of the current epoch."""
@@ -256,7 +260,7 @@ class Gate:
         with self._control():
             epoch = self.completed // self.steps_per_epoch
             self._target = (epoch + 1) * self.steps_per_epoch
-            self._target_is_epoch = True
+            self._target_is_epoch, self._target_counts = True, False
             self._release()
 
     def throttle(self, steps_per_second: float | None) -> None:
@@ -358,6 +362,14 @@ class Gate:
         """Call `work` after this step."""
         self._due[work] = step
         self._next_scheduled = min(self._next_scheduled, step)
+
+    def continue_from(self, step: int) -> None:
+        """The training starts after optimizer step `step`. Steps that were requested before this
+        was known are counted from it."""
+        with self._condition:
+            if self._target is not None and self._target_counts:
+                self._target += step - self.completed
+            self.completed, self.step_in_progress = step, step + 1
 
     def rewind(self, step: int) -> None:
         """The training is taken to the end of step `step`, by the thread that trains. It is not
