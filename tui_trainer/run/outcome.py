@@ -1,8 +1,8 @@
 """How a run ended: the outcome of the exception that ended its training, and what is printed.
 
 The run process decides here whether it finished, was stopped or crashed, with a reason, a hint and
-an exit status. For a run whose process was killed,
-`runs/liveness.py` decides, for another rank of it `rank_server.py`.
+an exit status. For a run whose process was killed, `runs/liveness.py` decides, and
+`rank_server.py` for its other ranks.
 """
 
 from __future__ import annotations
