@@ -45,7 +45,7 @@ def test_cause_that_is_found_after_its_effect_takes_it_over():
 class Failing(Rule):
     name = "failing"
     title = "fails"
-    needs = explanation = next = source = "nothing"
+    needs = explanation = advice = source = "nothing"
 
     def step(self, seen):
         if seen.step == 3:

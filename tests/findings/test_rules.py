@@ -623,7 +623,7 @@ def test_bug_is_named_with_its_onset(rule):
     finding = run.found[rule]
     assert onset <= finding.onset <= onset + NEAR.get(rule, 0)
     assert finding.text
-    assert finding.next
+    assert finding.advice
     assert finding.evidence
     assert not run.faults
 

@@ -305,7 +305,7 @@ def test_nan_in_the_batch_is_the_cause_of_the_batch_that_stands_out():
     cause = found["non-finite"]
     assert cause.onset == 40
     assert cause.text.endswith("in row 5")
-    assert "rows of the batch" in cause.next
+    assert "rows of the batch" in cause.advice
     assert found["bad-batch"].cause == cause.number
 
 
@@ -315,5 +315,5 @@ def test_constant_that_is_not_finite_is_not_taken_for_the_batch():
 
     found = next(f for f in findings_of(lambda: train(loss=times_nan)) if f.rule == "non-finite")
     assert "a constant" in found.text
-    assert "rows" not in found.next
+    assert "rows" not in found.advice
     assert found.phase == "loss"

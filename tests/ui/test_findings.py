@@ -22,7 +22,7 @@ def finding(session, number=0, **changed):
         "onset": 120,
         "title": "updates are too large",
         "text": "one step changes the weights by 0.3 of their size",
-        "next": "divide the learning rate by 10",
+        "advice": "divide the learning rate by 10",
         "parameters": (session.poll().info.parameters[3].name,),
         "evidence": (
             Evidence("‖Δw‖/‖w‖", "0.3", 0.3, 1e-4, 1e-1, "update_ratio",

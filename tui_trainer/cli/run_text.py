@@ -207,7 +207,7 @@ def finding_lines(findings: Sequence[Finding], details: bool = False) -> list[Te
         )
         lines.append(Text(f"        {found.text}"))
         if details:
-            lines.append(Text.assemble(("        next: ", "dim"), found.next))
+            lines.append(Text.assemble(("        next: ", "dim"), found.advice))
         effects = [each for each in findings if each.cause == found.number]
         if effects:
             listed = ", ".join(f"{each.title} (step {each.onset:,})" for each in effects)

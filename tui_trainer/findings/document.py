@@ -60,7 +60,7 @@ def section(rule: type[Rule]) -> str:
         "",
         f"**{rule.title[:1].upper()}{rule.title[1:]}** ({rule.level}). {rule.explanation}",
         "",
-        f"* What to do: {rule.next}.",
+        f"* What to do: {rule.advice}.",
         f"* Requires: {rule.needs}.",
     ]
     if rule.thresholds:

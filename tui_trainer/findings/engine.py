@@ -224,7 +224,7 @@ class FindingsEngine:
             onset=found.onset,
             title=rule.title,
             text=found.text,
-            next=found.next or rule.next,
+            advice=found.advice or rule.advice,
             confidence=found.confidence,
             parameters=found.parameters,
             phase=found.phase,

@@ -58,7 +58,7 @@ def finding_object(finding: Finding) -> dict[str, Any]:
         },
         "title": finding.title,
         "text": finding.text,
-        "next": finding.next,
+        "next": finding.advice,
         "confidence": finding.confidence,
         "evidence": [
             {name: getattr(each, name) for name in each.__struct_fields__}

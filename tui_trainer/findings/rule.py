@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from tui_trainer.findings.observation import LossTrend, Observation, RunFacts, SkippedStep, TableRow
+from tui_trainer.history.records import BatchRecord
 from tui_trainer.protocol import Phase
 from tui_trainer.protocol.events import Confidence, Evidence, Level
 
@@ -29,7 +30,7 @@ class Found:
     text: str
     level: Level | None = None
     """None: the level of the rule."""
-    next: str = ""
+    advice: str = ""
     """"": the advice of the rule."""
     confidence: Confidence = "likely"
     parameters: tuple[str, ...] = ()
@@ -52,7 +53,7 @@ class Rule:
     """What has to be measured before the rule can report anything."""
     explanation: ClassVar[str]
     """What is tested, and why it matters."""
-    next: ClassVar[str]
+    advice: ClassVar[str]
     """What to look at or try."""
     source: ClassVar[str]
     """Where the test and its thresholds come from."""
@@ -73,6 +74,10 @@ class Rule:
         self.facts = facts
         self.trend = trend
         self.limits = limits
+        self.start()
+
+    def start(self) -> None:
+        """Set the initial state, when the instance is created."""
 
     def step(self, seen: Observation) -> Iterable[Found]:
         """A step of this optimizer; `trend` has its loss already."""
@@ -140,8 +145,7 @@ class SignRule(Rule):
     """Name of the evidence: what the steps have in common."""
     phase: ClassVar[Phase]
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
         self._streak = Streak()
         self._reported = False
 
@@ -159,6 +163,28 @@ class SignRule(Rule):
             phase=self.phase,
             evidence=(evidence(self.counted, count, high=0, text=str(count)),),
         )
+
+
+class BatchRule(Rule):
+    """Base class of rules on what the model and the loss function receive, which report once."""
+
+    def start(self) -> None:
+        self.streak = Streak()
+        self.done = False
+        """Nothing more is looked at."""
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        return () if self.done or seen.batch is None else self.batch(seen, seen.batch)
+
+    def batch(self, seen: Observation, batch: BatchRecord) -> Iterable[Found]:
+        """A step whose batch was recorded, until the rule is `done`."""
+        raise NotImplementedError
+
+    def persists(self, wrong: bool, step: int) -> bool:
+        """Count a measured step; True, and the rule is `done`, once `wrong` has held at
+        `thresholds["steps"]` of them in a row."""
+        self.done = self.streak.add(wrong, step) >= self.limits["steps"]
+        return self.done
 
 
 def named(names: Iterable[str], most: int = 3) -> str:

@@ -149,6 +149,9 @@ class BatchRecord(NamedTuple):
     labels: LabelCounts | None = None
     """Of the only loss over classes in a step."""
 
+    def with_role(self, role: TensorRole) -> list[BatchTensor]:
+        return [tensor for tensor in self.tensors if tensor.role == role]
+
 
 class LossGraph(NamedTuple):
     """How a loss is computed, as read from its autograd graph."""

@@ -157,7 +157,7 @@ class Finding(msgspec.Struct, tag="finding", frozen=True, array_like=True):
     """In a few words, without numbers."""
     text: str
     """What is wrong, in a sentence or two with numbers."""
-    next: str
+    advice: str
     """What to look at or try."""
     confidence: Confidence = "likely"
     parameters: tuple[str, ...] = ()

@@ -129,7 +129,7 @@ def event_bytes(event: Event) -> int:
         case Skipped():
             return 60 + len(event.text) + sum(len(values) + 8 for _, values in event.rows)
         case Finding():
-            words = len(event.text) + len(event.next) + len(event.title)
+            words = len(event.text) + len(event.advice) + len(event.title)
             return 200 + 2 * words + sum(len(name) + 2 for name in event.parameters)
         case Notice():
             return 40 + _utf8_length(event.text) + _utf8_length(event.who)

@@ -226,7 +226,7 @@ class Host:
         advice = "try a lower learning rate, clipping or float32"
         for finding in self.recorder.findings:
             if finding.rule == NonFiniteRule.name and finding.phase == "data":
-                advice = finding.next
+                advice = finding.advice
         return f"the {first.quantity} was {first.value} at step {first.step}{finite}: {advice}"
 
     def close(self, outcome: Outcome, first_viewer_s: float = 0.0) -> None:

@@ -44,7 +44,7 @@ def explanation(rule: type[Rule]) -> str:
     parts = [
         f"{rule.name} ({rule.level}): {rule.title}",
         _paragraph("", rule.explanation),
-        _paragraph("what to do: ", rule.next),
+        _paragraph("what to do: ", rule.advice),
         _paragraph("it needs: ", rule.needs),
     ]
     parts += [

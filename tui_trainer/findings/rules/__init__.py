@@ -13,14 +13,8 @@ from tui_trainer.findings.rules.batch import (
     BadBatchRule,
     BatchesRepeat,
     ConstantInputs,
-    ConstantLabels,
     InputScale,
-    LabelRange,
-    LossBroadcasts,
-    NotShuffled,
-    OutOfReach,
     SameBatch,
-    UnbalancedClasses,
 )
 from tui_trainer.findings.rules.clipping import AlwaysClipped, ClippedAfterStep, ClippedToNothing
 from tui_trainer.findings.rules.coverage import (
@@ -73,6 +67,14 @@ from tui_trainer.findings.rules.resources import (
     LossScale,
     MemoryGrowth,
 )
+from tui_trainer.findings.rules.targets import (
+    ConstantLabels,
+    LabelRange,
+    LossBroadcasts,
+    NotShuffled,
+    TargetsOutOfReach,
+    UnbalancedClasses,
+)
 from tui_trainer.findings.rules.units import DeadUnits, DropoutOff, SaturatedUnits, SignalVanishes
 from tui_trainer.findings.rules.update_ratio import (
     UpdateRatioHigh,
@@ -107,7 +109,7 @@ RULES: tuple[type[Rule], ...] = (
     UnbalancedClasses,
     NotShuffled,
     LabelRange,
-    OutOfReach,
+    TargetsOutOfReach,
     LossBroadcasts,
     BadBatchRule,
     ConstantWeights,

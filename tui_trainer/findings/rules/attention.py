@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
-from tui_trainer.findings.observation import LossTrend, Observation, RunFacts, TableRow
+from tui_trainer.findings.observation import Observation, TableRow
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence
 
 EVERY = 10
@@ -14,8 +14,7 @@ EVERY = 10
 class _PerLayer(Rule):
     """Reads one statistic of every attention layer."""
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
         self._columns: dict[tuple[str, str], tuple[tuple[str, ...], list[tuple[int, str]]]] = {}
         self._streak = Streak()
         self._reported = False
@@ -45,7 +44,7 @@ class AttentionLogits(_PerLayer):
         "each softmax puts all its weight on one position, its gradient vanishes, and large models "
         "diverge soon after. The product of the norms grows long before the loss reacts."
     )
-    next = (
+    advice = (
         "normalise queries and keys (QK-norm), lower the learning rate, add weight decay to Wq, Wk"
     )
     source = (
@@ -59,8 +58,8 @@ class AttentionLogits(_PerLayer):
     )
     explained_by = ("update-ratio-high", "learning-rate-jump", "no-warm-up", "gradients-kept")
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
+        super().start()
         self._first: dict[str, float] = {}
         self._rows = 0
 
@@ -119,7 +118,7 @@ class AttentionEntropy(_PerLayer):
         "to a single other position, although it attended to many at the start. Entropy collapse "
         "is associated with instability and with vanishing gradients of Wq and Wk."
     )
-    next = "lower the learning rate or warm up longer; normalise queries and keys"
+    advice = "lower the learning rate or warm up longer; normalise queries and keys"
     source = (
         "Zhai et al., Stabilizing Transformer Training by Preventing Attention Entropy Collapse "
         "(ICML 2023)"
@@ -133,8 +132,8 @@ class AttentionEntropy(_PerLayer):
         "gradients-kept",
     )
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
+        super().start()
         self._first: dict[str, float] = {}
 
     def step(self, seen: Observation) -> Iterable[Found]:

@@ -1,49 +1,33 @@
-"""Inputs and targets: their scale, whether they vary, and batches that stand out."""
+"""Batches: the scale of the inputs, whether they vary, and batches that stand out.
+
+Labels and other targets of the loss are in `targets.py`.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
-from tui_trainer.findings.observation import LossTrend, Observation, RunFacts
-from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence
-from tui_trainer.history.records import BadBatch, BatchRecord, BatchTensor
+from tui_trainer.findings.observation import Observation
+from tui_trainer.findings.rule import BatchRule, Found, Rule, RuleThreshold, evidence
+from tui_trainer.history.records import BadBatch, BatchRecord
 from tui_trainer.protocol.events import Level
 from tui_trainer.protocol.formatting import percent
 
-
-def _of_role(batch: BatchRecord, role: str) -> list[BatchTensor]:
-    return [tensor for tensor in batch.tensors if tensor.role == role]
+MIN_PAIRS = 4
+"""Pairs of successive batches after which `batches-repeat` gives up, where there are no more
+workers than that."""
+MAX_BAD_BATCHES = 3
+"""Reports of `bad-batch` in a run."""
+MAX_ROWS = 3
+"""Rows of a bad batch that are named with their share of the loss."""
 
 
 def _checksums(batch: BatchRecord) -> tuple[int, ...]:
-    return tuple(each.checksum for each in _of_role(batch, "input"))
+    return tuple(each.checksum for each in batch.with_role("input"))
 
 
-class _BatchRule(Rule):
-    """Base class of rules on the batch that report once."""
-
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
-        self.streak = Streak()
-        self.done = False
-        """Nothing more is looked at."""
-
-    def step(self, seen: Observation) -> Iterable[Found]:
-        return () if self.done or seen.batch is None else self.batch(seen, seen.batch)
-
-    def batch(self, seen: Observation, batch: BatchRecord) -> Iterable[Found]:
-        """A step whose batch was looked at, until the rule is `done`."""
-        raise NotImplementedError
-
-    def held(self, wrong: bool, step: int) -> bool:
-        """Whether `wrong` has now held at `thresholds["steps"]` measured steps in a row; the rule
-        is done then."""
-        self.done = self.streak.add(wrong, step) >= self.limits["steps"]
-        return self.done
-
-
-class InputScale(_BatchRule):
+class InputScale(BatchRule):
     """Inputs that are far from zero mean and unit variance."""
 
     name = "input-scale"
@@ -56,7 +40,7 @@ class InputScale(_BatchRule):
         "that normalises its input, or an embedding, is not checked, and neither is what the model "
         "itself divides before its first layer."
     )
-    next = (
+    advice = (
         "subtract the mean and divide by the standard deviation of the training data (for images: "
         "divide by 255 first)"
     )
@@ -71,15 +55,15 @@ class InputScale(_BatchRule):
     )
 
     def batch(self, seen: Observation, batch: BatchRecord) -> Iterable[Found]:
-        given = _of_role(batch, "first layer")
+        given = batch.with_role("first layer")
         if not given:
             return
         first = given[0]
         scale = max(abs(first.mean), first.std)
         large, small = scale > self.limits["high"], 0 < scale < self.limits["low"]
-        if not self.held(large or small, seen.step):
+        if not self.persists(large or small, seen.step):
             return
-        whole = any(each.kind != "float" for each in _of_role(batch, "input"))
+        whole = any(each.kind != "float" for each in batch.with_role("input"))
         yield Found(
             self.streak.onset,
             f"the first layer is given numbers from {first.low:.4g} to {first.high:.4g} (mean "
@@ -92,7 +76,7 @@ class InputScale(_BatchRule):
         )
 
 
-class ConstantInputs(_BatchRule):
+class ConstantInputs(BatchRule):
     """Every example of a batch is the same."""
 
     name = "constant-inputs"
@@ -104,17 +88,17 @@ class ConstantInputs(_BatchRule):
         "from its input but a constant. Usually the data was overwritten, cropped to nothing, "
         "divided as integers, or indexed by the same number."
     )
-    next = "print a batch where it is made, and again just before the model is called"
+    advice = "print a batch where it is made, and again just before the model is called"
     source = "unexpected constant data is a fault of TheDeepChecker (Braiek & Khomh, TOSEM 2023)"
     thresholds = (RuleThreshold("steps", 3, "measured steps in a row"),)
 
     def batch(self, seen: Observation, batch: BatchRecord) -> Iterable[Found]:
-        inputs = _of_role(batch, "input")
+        inputs = batch.with_role("input")
         constant = bool(inputs) and all(
             each.same_rows or (math.prod(each.shape) > 1 and each.low == each.high)
             for each in inputs
         )
-        if not self.held(constant, seen.step):
+        if not self.persists(constant, seen.step):
             return
         count = self.streak.count
         first = inputs[0]
@@ -132,7 +116,7 @@ class ConstantInputs(_BatchRule):
         )
 
 
-class SameBatch(_BatchRule):
+class SameBatch(BatchRule):
     """The model is given the same batch at every step."""
 
     name = "same-batch"
@@ -144,14 +128,14 @@ class SameBatch(_BatchRule):
         "called in the loop or the batch is drawn outside of it. It is a warning where the loop "
         "is known to go over more than one batch."
     )
-    next = "draw a new batch in every iteration: `for x, y in loader:`"
+    advice = "draw a new batch in every iteration: `for x, y in loader:`"
     source = (
         "Karpathy, A Recipe for Training Neural Networks (2019), overfit one batch on purpose only"
     )
     thresholds = (RuleThreshold("steps", 5, "measured steps with equal inputs"),)
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
+        super().start()
         self._first: tuple[int, ...] | None = None
         self._onset = self._count = 0
         self._level: Level | None = None
@@ -189,7 +173,7 @@ class SameBatch(_BatchRule):
         )
 
 
-class BatchesRepeat(_BatchRule):
+class BatchesRepeat(BatchRule):
     """Several workers of a DataLoader yield the same batches."""
 
     name = "batches-repeat"
@@ -205,7 +189,7 @@ class BatchesRepeat(_BatchRule):
         "a generator that is seeded alike in each makes the same random examples. An epoch is then "
         "several times the same data."
     )
-    next = (
+    advice = (
         "divide an IterableDataset by torch.utils.data.get_worker_info(), and seed random "
         "generators in worker_init_fn with torch.initial_seed(), which differs in each worker"
     )
@@ -215,8 +199,8 @@ class BatchesRepeat(_BatchRule):
         "error of TrainCheck (Jiang et al., OSDI 2025)"
     )
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
+        super().start()
         self._last: tuple[int, tuple[int, ...]] | None = None
         self._first = 0
         """The first step whose batch was that of the step before."""
@@ -248,7 +232,7 @@ class BatchesRepeat(_BatchRule):
             self.done = self._run > workers
             return
         whole = run == workers or (run > 1 and run + self._cut == workers)
-        self.done = whole or self._equal > 0 or self._pairs >= max(4, workers)
+        self.done = whole or self._equal > 0 or self._pairs >= max(MIN_PAIRS, workers)
         self._cut = 0
         if whole:
             yield self._found(workers)
@@ -270,304 +254,6 @@ class BatchesRepeat(_BatchRule):
         )
 
 
-class ConstantLabels(_BatchRule):
-    """All labels are the same class."""
-
-    name = "constant-labels"
-    title = "all labels are the same"
-    needs = "the targets of cross_entropy or nll_loss in six steps, eight labels each"
-    explanation = (
-        "Every target that the loss function has received is the same class. The loss falls fast "
-        "and the model learns a constant. Usually the labels were not shuffled together with the "
-        "examples, or were overwritten or cast to a type that cannot hold them; a data set sorted "
-        "by class that is read without shuffling looks the same until the next class comes."
-    )
-    next = "print the labels of a batch; shuffle the training data (DataLoader(shuffle=True))"
-    source = (
-        "faulty labels and missing shuffling are faults of TheDeepChecker (Braiek & Khomh, TOSEM "
-        "2023)"
-    )
-    thresholds = (RuleThreshold("steps", 6, "measured steps in a row"),)
-    explained_by = ("not-shuffled",)
-
-    MIN_LABELS = 8
-
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
-        self._label: float | None = None
-
-    def batch(self, seen: Observation, batch: BatchRecord) -> Iterable[Found]:
-        targets = [each for each in _of_role(batch, "target") if each.classes > 1]
-        if not targets:
-            return
-        labels = {value for each in targets for value in (each.low, each.high)}
-        count = sum(math.prod(each.shape) - each.left_out for each in targets)
-        one = len(labels) == 1 and count >= self.MIN_LABELS
-        if not one or labels != {self._label}:
-            self.streak.add(False, seen.step)
-            self._label = next(iter(labels)) if one else None
-        if not self.held(one, seen.step):
-            return
-        yield Found(
-            self.streak.onset,
-            f"every label since step {self.streak.onset:,} is {self._label:.0f}, of "
-            f"{targets[0].classes:,} classes",
-            phase="loss",
-            evidence=(evidence("different labels", 1, low=2, text="1"),),
-        )
-
-
-class UnbalancedClasses(_BatchRule):
-    """Some classes have almost all of the labels."""
-
-    name = "unbalanced-classes"
-    title = "the classes are unbalanced"
-    level = "info"
-    needs = (
-        "the targets of cross_entropy or nll_loss, one for each example and without weights: 200 "
-        "labels, and ten for each class"
-    )
-    explanation = (
-        "The labels of the batches so far are far from evenly distributed over the classes: a "
-        "model that always predicts the most frequent one has a high accuracy already, the loss is "
-        "dominated by it, and the rare classes are hardly learnt. Often the data are like that; "
-        "accuracy is then not the number to look at. It is a mistake where the data were meant to "
-        "be balanced: a filter, a join or a split has lost examples. Labels of every position of "
-        "a text or a picture are not reported, nor losses with a weight for each class."
-    )
-    next = (
-        "count the labels of the training set; sample the rare classes more often "
-        "(WeightedRandomSampler), or give cross_entropy a weight for each class; look at the "
-        "accuracy of each class"
-    )
-    source = (
-        "Buda, Maki & Mazurowski, A systematic study of the class imbalance problem in "
-        "convolutional neural networks (2018); Pielou's evenness (1966): the entropy over ln K; "
-        "unbalanced data is a fault of TheDeepChecker (Braiek & Khomh, TOSEM 2023)"
-    )
-    thresholds = (
-        RuleThreshold("evenness", 0.5, "entropy of the labels over that of an even distribution"),
-        RuleThreshold("labels", 200, "minimum number of labels"),
-    )
-    explained_by = ("not-shuffled",)
-
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
-        self._first = 0
-
-    def batch(self, seen: Observation, batch: BatchRecord) -> Iterable[Found]:
-        labels = batch.labels
-        if labels is None or not labels.plain or not labels.per_example:
-            return
-        self._first = self._first or seen.step
-        if labels.total < max(self.limits["labels"], 10 * labels.classes):
-            return
-        self.done = True
-        evenness = labels.entropy / math.log(labels.classes)
-        if labels.different < 2 or evenness >= self.limits["evenness"]:
-            return
-        missing = labels.classes - labels.different
-        yield Found(
-            self._first,
-            f"{percent(labels.largest, 0, 0)} of {labels.total:,} labels are class "
-            f"{labels.largest_class}"
-            + (f", and {missing} of {labels.classes:,} classes have not come up" if missing else "")
-            + f": their entropy is {percent(evenness, 0, 0)} of that of an even distribution",
-            confidence="certain",
-            phase="data",
-            evidence=(
-                evidence("evenness of the labels", evenness, low=self.limits["evenness"],
-                         text=percent(evenness, 0, 0)),
-            ),
-        )  # fmt: skip
-
-
-class NotShuffled(_BatchRule):
-    """Each batch has examples of one class only, or almost."""
-
-    name = "not-shuffled"
-    title = "the batches are sorted by class"
-    needs = (
-        "the targets of cross_entropy or nll_loss, one for each example, eight in a batch, in "
-        "eight batches that together have several classes"
-    )
-    explanation = (
-        "The labels of one batch are almost all the same, while the batches together have many "
-        "classes: the data set is sorted by class and read in that order. Each step then pulls the "
-        "model towards one class, the loss jumps when the next one comes, and the statistics of "
-        "batch normalisation are those of a single class. Training one class after the other on "
-        "purpose (continual learning) looks the same."
-    )
-    next = "shuffle the training data: DataLoader(shuffle=True), or a sampler that does"
-    source = "missing shuffling is a fault of TheDeepChecker (Braiek & Khomh, TOSEM 2023)"
-    thresholds = (
-        RuleThreshold("share", 0.25, "entropy of a batch's labels over that of all labels"),
-        RuleThreshold("batches", 8, "minimum number of batches"),
-    )
-
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
-        self._first = 0
-
-    def batch(self, seen: Observation, batch: BatchRecord) -> Iterable[Found]:
-        labels = batch.labels
-        if labels is None or not labels.per_example or not labels.batches:
-            return
-        self._first = self._first or seen.step
-        several = labels.different >= 4 and labels.entropy > math.log(3)
-        if labels.total < 8 * labels.batches or labels.batches < self.limits["batches"]:
-            return
-        if not several:
-            return
-        self.done = True
-        share = labels.within / labels.entropy
-        if share >= self.limits["share"]:
-            return
-        yield Found(
-            self._first,
-            f"the labels of one batch are almost all of one class, those of {labels.batches} "
-            f"batches of {labels.different}: their entropy is {labels.within:.2g} nats in a batch "
-            f"and {labels.entropy:.2g} in all",
-            phase="data",
-            evidence=(
-                evidence("entropy of a batch's labels over that of all", share,
-                         low=self.limits["share"], text=percent(share, 0, 0)),
-            ),
-        )  # fmt: skip
-
-
-BOUNDS = {
-    "sigmoid": (0.0, 1.0),
-    "softmax": (0.0, 1.0),
-    "tanh": (-1.0, 1.0),
-    "relu": (0.0, math.inf),
-}
-"""What the results of an activation lie between."""
-
-
-class OutOfReach(_BatchRule):
-    """The targets are outside of what the last activation can give."""
-
-    name = "targets-out-of-reach"
-    title = "the outputs cannot reach the targets"
-    needs = "the targets of a regression loss of an activation's output, in three steps"
-    explanation = (
-        "The predictions come straight from an activation that bounds them: a sigmoid or softmax "
-        "gives 0 to 1, tanh −1 to 1, a ReLU nothing below 0. The targets reach far beyond that, so "
-        "the loss cannot fall below what is missing, and the units are driven into saturation. "
-        "Often the inputs of an autoencoder were normalised and its output was not changed."
-    )
-    next = (
-        "leave out the last activation, or scale the targets to its range (images to 0…1 for a "
-        "sigmoid, −1…1 for tanh)"
-    )
-    source = (
-        "Goodfellow, Bengio & Courville, Deep Learning (2016), section 6.2.2 (output units); a "
-        "wrong output activation is a fault of DeepDiagnosis (Wardat et al., ICSE 2022)"
-    )
-    thresholds = (
-        RuleThreshold("beyond", 0.5, "standard deviations of the targets beyond the range"),
-        RuleThreshold("steps", 3, "measured steps in a row"),
-    )
-
-    def batch(self, seen: Observation, batch: BatchRecord) -> Iterable[Found]:
-        bounded = [each for each in _of_role(batch, "target") if each.after in BOUNDS]
-        if len(bounded) != 1:
-            return
-        target = bounded[0]
-        low, high = BOUNDS[target.after]
-        beyond = max(low - target.low, target.high - high)
-        far = math.isfinite(beyond) and beyond > self.limits["beyond"] * target.std > 0
-        if not self.held(far, seen.step):
-            return
-        text = f"from {low:g} to {high:g}" if math.isfinite(high) else f"{low:g} or more"
-        yield Found(
-            self.streak.onset,
-            f"the targets reach from {target.low:.3g} to {target.high:.3g}, but the predictions "
-            f"come from a {target.after}, which gives {text}",
-            confidence="certain",
-            phase="loss",
-            evidence=(
-                evidence("lowest target", target.low, low=low),
-                evidence("highest target", target.high, high=high if high < math.inf else None),
-            ),
-        )
-
-
-class LabelRange(_BatchRule):
-    """Targets that the loss function is not made for."""
-
-    name = "label-range"
-    title = "targets are out of range"
-    needs = "the targets of a binary or class loss in three steps"
-    explanation = (
-        "binary_cross_entropy_with_logits expects targets from 0 to 1. With others (−1 and 1, or 0 "
-        "and 255) it raises no error, has no minimum, and falls below zero. A class loss whose "
-        "targets are almost all equal to `ignore_index` trains on nothing."
-    )
-    next = "map the targets to 0 and 1; check what ignore_index stands for"
-    source = "PyTorch's documentation of BCEWithLogitsLoss and of CrossEntropyLoss"
-    thresholds = (
-        RuleThreshold("ignored", 0.99, "share of targets that are ignored"),
-        RuleThreshold("steps", 3, "measured steps in a row"),
-    )
-
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
-        self._streaks: dict[str, Streak] = {}
-        """Loss function → of its targets."""
-
-    def batch(self, seen: Observation, batch: BatchRecord) -> Iterable[Found]:
-        for target in _of_role(batch, "target"):
-            if target.name.startswith("binary_cross_entropy"):
-                wrong = target.low < 0 or target.high > 1
-                text = f"from {target.low:.4g} to {target.high:.4g}, not from 0 to 1"
-            elif target.classes:
-                share = target.left_out / math.prod(target.shape)
-                wrong = share > self.limits["ignored"]
-                text = f"to {percent(share, 1, 1)} equal to ignore_index"
-            else:
-                continue
-            self.streak = self._streaks.setdefault(target.name, Streak())
-            if self.held(wrong, seen.step):
-                yield Found(
-                    self.streak.onset,
-                    f"the targets of {target.name} are {text}",
-                    confidence="certain",
-                    phase="loss",
-                    evidence=(evidence("highest target", target.high, text=f"{target.high:.4g}"),),
-                )
-                return
-
-
-class LossBroadcasts(_BatchRule):
-    """The loss compares an input and a target of different shapes."""
-
-    name = "loss-broadcasts"
-    title = "the loss broadcasts its inputs"
-    needs = "a regression loss in three steps"
-    explanation = (
-        "Predictions and targets have different shapes, such as (32, 1) and (32,). PyTorch "
-        "broadcasts both to (32, 32): every prediction is compared with every target, and the best "
-        "that the model can do is to predict their mean. PyTorch itself warns once."
-    )
-    next = "give both the same shape: prediction.squeeze(-1), or target.unsqueeze(-1)"
-    source = "PyTorch's documentation of broadcasting semantics, and the warning of mse_loss"
-    thresholds = (RuleThreshold("steps", 3, "measured steps in a row"),)
-
-    def batch(self, seen: Observation, batch: BatchRecord) -> Iterable[Found]:
-        if not self.held(bool(batch.broadcast), seen.step):
-            return
-        yield Found(
-            self.streak.onset,
-            f"{batch.broadcast} is taken of every pair of elements, not of each with its own "
-            "target",
-            confidence="certain",
-            phase="loss",
-            evidence=(evidence("pairs of different shapes", 1, high=0, text=batch.broadcast),),
-        )
-
-
 class BadBatchRule(Rule):
     """One batch has a loss far above all before it."""
 
@@ -581,24 +267,22 @@ class BadBatchRule(Rule):
         "where the loss function can be taken of each row, the rows with the largest shares of the "
         "loss. One such batch is often a wrong label or a broken example; many are divergence."
     )
-    next = "look at these rows of the batch; clip the gradient norm if such batches are to be kept"
+    advice = (
+        "look at these rows of the batch; clip the gradient norm if such batches are to be kept"
+    )
     source = (
         "Chowdhery et al., PaLM (2022), section 5.1: batches at loss spikes; Koh & Liang, "
         "Understanding Black-box Predictions via Influence Functions (ICML 2017)"
     )
-
     explained_by = ("non-finite",)
     slack = 0
 
-    MAX_REPORTS = 3
-
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
         self._reports = 0
 
     def step(self, seen: Observation) -> Iterable[Found]:
         bad = seen.bad_batch
-        if bad is None or self._reports >= self.MAX_REPORTS:
+        if bad is None or self._reports >= MAX_BAD_BATCHES:
             return
         if not math.isfinite(bad.loss) and not bad.broken_rows:
             return  # reported by `non-finite`, and nothing to add
@@ -626,6 +310,8 @@ def _rows(bad: BadBatch) -> str:
     elif math.isfinite(bad.low):
         text += f"; its inputs are from {bad.low:.4g} to {bad.high:.4g}"
     if bad.shares:
-        shares = ", ".join(f"{row} ({percent(share, 0, 0)})" for row, share in bad.shares[:3])
+        shares = ", ".join(
+            f"{row} ({percent(share, 0, 0)})" for row, share in bad.shares[:MAX_ROWS]
+        )
         text += f"; rows by their share of the loss: {shares}"
     return text

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
-from tui_trainer.findings.observation import LossTrend, Observation, RunFacts
+from tui_trainer.findings.observation import Observation
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, SignRule, evidence
 from tui_trainer.protocol.formatting import percent
 
@@ -22,7 +22,7 @@ class ClippedAfterStep(SignRule):
         "clip_grad_norm_ or clip_grad_value_ is called after optimizer.step(), and the gradients "
         "are zeroed before the next one: clipping changes no update."
     )
-    next = "clip between backward() and optimizer.step()"
+    advice = "clip between backward() and optimizer.step()"
     source = "PyTorch's examples of clip_grad_norm_ (between backward and step)"
     thresholds = (RuleThreshold("steps", 2, "steps in a row"),)
     sign = "clipped_late"
@@ -43,7 +43,7 @@ class ClippedToNothing(Rule):
         "the scale cancels out, but the batches with the largest gradients lose their weight. The "
         "limit does not suit the model: it is meant for rare peaks."
     )
-    next = "set max_norm near the usual gradient norm, or look for the cause of large gradients"
+    advice = "set max_norm near the usual gradient norm, or look for the cause of large gradients"
     source = (
         "Pascanu, Mikolov & Bengio (ICML 2013): a limit near the average gradient norm of the "
         "training"
@@ -51,8 +51,7 @@ class ClippedToNothing(Rule):
     thresholds = (RuleThreshold("scale", 0.01, "median factor applied to the gradients"),)
     explained_by = ("gradients-kept", "gradients-explode", "loss-diverges")
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
         self._scales: deque[tuple[int, float, float]] = deque(maxlen=WINDOW)
         """(step, scale, norm before clipping)"""
         self._reported = False
@@ -99,13 +98,12 @@ class AlwaysClipped(Rule):
         "normalisation: the gradient always has the same norm. That is not an error in itself, "
         "but the limit now scales the learning rate."
     )
-    next = "if clipping is meant for peaks only, raise max_norm above the usual gradient norm"
+    advice = "if clipping is meant for peaks only, raise max_norm above the usual gradient norm"
     source = "Zhang et al., Why Gradient Clipping Accelerates Training (ICLR 2020)"
     thresholds = (RuleThreshold("share", 0.995, "share of the last 500 steps that were clipped"),)
     explained_by = ("clipped-to-nothing", "gradients-kept", "gradients-explode")
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
         self._clipped: deque[bool] = deque(maxlen=500)
         self._first = 0
         self._reported = False

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from tui_trainer.findings.observation import LossTrend, Observation, RunFacts, TableRow
+from tui_trainer.findings.observation import Observation, TableRow
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, SignRule, Streak, evidence, named
 from tui_trainer.protocol.absent import Absent
 from tui_trainer.protocol.formatting import counted, percent
@@ -24,7 +24,7 @@ class NotInOptimizer(Rule):
         "created, or when the optimizer is given the parameters of only a part of the model. If "
         "they are meant to stay fixed, requires_grad_(False) also saves computing their gradients."
     )
-    next = (
+    advice = (
         "give all parameters to the optimizer (model.parameters(), or add_param_group for a layer "
         "that was added), or freeze them with requires_grad_(False)"
     )
@@ -33,8 +33,7 @@ class NotInOptimizer(Rule):
     thresholds = (RuleThreshold("steps", 2, "measured steps with a gradient"),)
     explained_by = ("no-gradients",)
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
         self._seen: dict[str, tuple[int, int]] = {}
         """Name → (first step, number of steps) with a gradient."""
         self._reported: set[str] = set()
@@ -113,7 +112,7 @@ class NeverReached(Rule):
         "its output is detached (`.detach()`, `.item()`, numpy, torch.no_grad), or the optimizer "
         "was given the parameters of a different model."
     )
-    next = (
+    advice = (
         "check that forward uses these layers and that nothing detaches their output; remove them, "
         "or freeze them, if they are not needed"
     )
@@ -121,8 +120,7 @@ class NeverReached(Rule):
     thresholds = (RuleThreshold("steps", 10, "measured steps without a gradient"),)
     explained_by = ("no-gradients",)
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
         self._names: tuple[str, ...] = ()
         self._counts = np.zeros(0, np.int64)
         self._first = 0
@@ -186,7 +184,7 @@ class ZeroGradients(Rule):
         "everything, and rounding or comparisons, which have no slope. Biases alone are not "
         "reported: in a difference of two outputs they cancel."
     )
-    next = "follow the output of this layer in forward to where its gradient ends"
+    advice = "follow the output of this layer in forward to where its gradient ends"
     source = "zero gradients are a symptom of DeepDiagnosis (Wardat et al., ICSE 2022)"
     thresholds = (RuleThreshold("steps", 20, "measured steps in a row"),)
     explained_by = (
@@ -197,8 +195,7 @@ class ZeroGradients(Rule):
         "constant-labels",
     )
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
         self._names: tuple[str, ...] = ()
         self._counts = np.zeros(0, np.int64)
         self._first = 0
@@ -256,7 +253,7 @@ class NoGradients(Rule):
         "was replaced, reloaded, copied or wrapped; or backward is never called; or everything is "
         "detached or frozen."
     )
-    next = (
+    advice = (
         "create the optimizer once the model has its final form (after .to(), loading, wrapping), "
         "and check that backward() is called on a loss that depends on the model"
     )
@@ -264,8 +261,7 @@ class NoGradients(Rule):
     thresholds = (RuleThreshold("steps", 2, "steps in a row without any gradient"),)
     explained_by = ("zeroed-before-step", "constant-labels")
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
         self._streak = Streak()
         self._reported = False
         self._had_any = False
@@ -314,12 +310,11 @@ class MostlyFrozen(Rule):
         "Only a small part of the model's weights is trained. That is intended when fine-tuning a "
         "head or adapters, and a mistake if requires_grad_(False) is left over from another stage."
     )
-    next = "if the whole model should train: requires_grad_(True), and give it to the optimizer"
+    advice = "if the whole model should train: requires_grad_(True), and give it to the optimizer"
     source = "TrainCheck (Jiang et al., OSDI 2025), frozen stages"
     thresholds = (RuleThreshold("share", 0.05, "share of the weights that are trained"),)
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
         self._done = False
 
     def step(self, seen: Observation) -> Iterable[Found]:
@@ -361,15 +356,14 @@ class FrozenLate(Rule):
         "Freezing one layer after another on purpose looks the same. Parameters that are trained "
         "again later were not meant to stay fixed and are not reported."
     )
-    next = (
+    advice = (
         "if they were to keep their pretrained values: freeze them, or call model.train(), before "
         "the first step, and load the pretrained weights again"
     )
     source = "TrainCheck (Jiang et al., OSDI 2025), frozen stages that are not applied"
     thresholds = (RuleThreshold("steps", 2, "measured steps in a row in which they are frozen"),)
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
         self._names: tuple[str, ...] = ()
         self._trained = np.zeros(0, np.int64)
         """Measured steps with a gradient."""
@@ -428,7 +422,7 @@ class EvaluationMode(SignRule):
         "statistics are used instead of updated. Usually model.train() is missing after an "
         "evaluation."
     )
-    next = "call model.train() before the training steps, and again after every evaluation"
+    advice = "call model.train() before the training steps, and again after every evaluation"
     source = "PyTorch's documentation of Module.eval; TrainCheck's missing dropout in training"
     thresholds = (RuleThreshold("steps", 3, "steps in a row"),)
     sign = "eval_mode"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tui_trainer.findings.observation import LossTrend, Observation, RunFacts
+from tui_trainer.findings.observation import Observation
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence
 
 MIN_DEPTH = 4
@@ -20,8 +20,7 @@ EVERY = 5
 class _Depth(Rule):
     """Compares the gradients of the first and the last quarter of the weight matrices."""
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
         self._names: tuple[str, ...] = ()
         self._matrices: NDArray[np.intp] = np.zeros(0, np.intp)
         self._rows = 0
@@ -67,7 +66,7 @@ class GradientsVanish(_Depth):
         "first layers hardly learn. Causes are saturated sigmoid or tanh units, a deep network "
         "without residual connections or normalisation, a poor initialisation, and dead ReLUs."
     )
-    next = (
+    advice = (
         "use residual connections, normalisation and an initialisation that fits the activation "
         "(He for ReLU, Glorot for tanh)"
     )
@@ -81,8 +80,8 @@ class GradientsVanish(_Depth):
 
     explained_by = ("saturated-units", "dead-units", "initial-scale")
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
+        super().start()
         self._streak = Streak()
         self._reported = False
 
@@ -118,7 +117,7 @@ class GradientsExplode(_Depth):
         "gradient norm has risen to a hundred times its first values while the loss does not fall. "
         "The updates are then dominated by a few huge gradients, and nan usually follows."
     )
-    next = "clip the gradient norm (clip_grad_norm_ at about 1), lower the learning rate"
+    advice = "clip the gradient norm (clip_grad_norm_ at about 1), lower the learning rate"
     source = (
         "Pascanu, Mikolov & Bengio, On the difficulty of training recurrent neural networks (ICML "
         "2013)"
@@ -139,8 +138,8 @@ class GradientsExplode(_Depth):
 
     REFERENCE = 20
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
+        super().start()
         self._first: list[float] = []
         self._reference = 0.0
         self._in_time = Streak()

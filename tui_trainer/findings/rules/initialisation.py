@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
-from tui_trainer.findings.observation import LossTrend, Observation, RunFacts
+from tui_trainer.findings.observation import Observation
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, evidence, named
 
 
@@ -21,7 +21,7 @@ class ConstantWeights(Rule):
         "of a single unit. Weights that start at zero are not reported here: as the last layer of "
         "a branch they are usual."
     )
-    next = "initialise with random numbers (nn.init.kaiming_normal_, nn.init.xavier_uniform_)"
+    advice = "initialise with random numbers (nn.init.kaiming_normal_, nn.init.xavier_uniform_)"
     source = (
         "Goodfellow, Bengio & Courville, Deep Learning (2016), section 8.4: break symmetry; "
         "TheDeepChecker's constant weights (Braiek & Khomh, TOSEM 2023)"
@@ -59,7 +59,7 @@ class InitialScale(Rule):
         "grow from layer to layer; far below, they vanish. Weights that are all zero, and frozen "
         "ones, are not reported."
     )
-    next = "initialise with nn.init.kaiming_normal_ (ReLU) or xavier_normal_ (tanh, none)"
+    advice = "initialise with nn.init.kaiming_normal_ (ReLU) or xavier_normal_ (tanh, none)"
     source = (
         "Glorot & Bengio (AISTATS 2010) and He et al., Delving Deep into Rectifiers (ICCV 2015); "
         "the limits leave a factor of 7 above He's and of 10 below the gain of 0.01 that policy "
@@ -70,8 +70,7 @@ class InitialScale(Rule):
         RuleThreshold("low", 0.001, "the same, of weights that are too small"),
     )
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
         self._done = False
 
     def step(self, seen: Observation) -> Iterable[Found]:
@@ -117,7 +116,7 @@ class UntiedWeights(Rule):
         "parameters). From the first step on they part, and the model has more parameters than "
         "intended."
     )
-    next = "tie them again before the optimizer is created: head.weight = embedding.weight"
+    advice = "tie them again before the optimizer is created: head.weight = embedding.weight"
     source = (
         "Press & Wolf, Using the Output Embedding to Improve Language Models (EACL 2017); "
         "parameters lost by .to() are a silent error of TrainCheck (Jiang et al., OSDI 2025)"

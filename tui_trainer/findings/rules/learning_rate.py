@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
-from tui_trainer.findings.observation import LossTrend, Observation, RunFacts
+from tui_trainer.findings.observation import Observation
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence
 from tui_trainer.protocol.events import Level
 
@@ -23,15 +23,14 @@ class LearningRateZero(Rule):
         "schedule that starts at 0 is advanced once per epoch instead of once per step, or the "
         "schedule ended before the training did."
     )
-    next = (
+    advice = (
         "print optimizer.param_groups[0]['lr']; check where scheduler.step() is called and how "
         "many steps the schedule was made for"
     )
     source = "PyTorch's documentation of lr_scheduler (how to adjust the learning rate)"
     thresholds = (RuleThreshold("steps", 20, "steps in a row"),)
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
         self._streak = Streak()
         self._highest = 0.0
         self._reported = False
@@ -70,7 +69,7 @@ class LearningRateJump(Rule):
         "do so on purpose; a resumed run whose scheduler was not restored, or a scheduler that is "
         "created again, does so by mistake. It is a warning only if the loss rises afterwards."
     )
-    next = "restore the scheduler's state with the checkpoint, or warm up again after the jump"
+    advice = "restore the scheduler's state with the checkpoint, or warm up again after the jump"
     source = (
         "Loshchilov & Hutter, SGDR (ICLR 2017), for restarts on purpose; PyTorch's documentation "
         "of lr_scheduler on saving its state"
@@ -83,8 +82,7 @@ class LearningRateJump(Rule):
     reach = 200
     WATCHED = 50
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
         self._last: float | None = None
         self._steps = 0
         self._jump: tuple[int, float, float] | None = None
@@ -151,7 +149,7 @@ class NoWarmUp(Rule):
         "its updates are as large as they can be. The rule reports it only if the loss rises well "
         "above its first value."
     )
-    next = "raise the learning rate linearly over the first 100 to 2,000 steps, or lower it"
+    advice = "raise the learning rate linearly over the first 100 to 2,000 steps, or lower it"
     source = (
         "Liu et al., On the Variance of the Adaptive Learning Rate and Beyond (ICLR 2020); Ma & "
         "Yarats, On the Adequacy of Untuned Warmup (AAAI 2021)"
@@ -161,8 +159,7 @@ class NoWarmUp(Rule):
         RuleThreshold("steps", 200, "number of first steps that are checked"),
     )
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
         self._first_rate: float | None = None
         self._first_loss: float | None = None
         self._steps = 0
@@ -222,7 +219,7 @@ class AdamEpsilon(Rule):
         "neural fields). In float16 the usual 1e-8 is rounded to zero: where the mean square is "
         "zero as well, the update is a division by zero, which is a warning."
     )
-    next = "use the default eps=1e-8, or 1e-4 for weights in float16; or keep weights in float32"
+    advice = "use the default eps=1e-8, or 1e-4 for weights in float16; or keep weights in float32"
     source = (
         "Kingma & Ba, Adam (ICLR 2015), 1e-8; Liu et al., RoBERTa (2019), section 3.1, on its "
         "effect on stability; Müller et al., Instant Neural Graphics Primitives (SIGGRAPH 2022), "

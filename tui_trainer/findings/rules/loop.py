@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
-from tui_trainer.findings.observation import LossTrend, Observation, RunFacts
+from tui_trainer.findings.observation import Observation
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, SignRule, Streak, evidence
 
 
@@ -20,7 +20,7 @@ class BackwardTwice(SignRule):
         "loss twice as large, and the time of a backward is spent for nothing. Several losses of "
         "one graph are not reported."
     )
-    next = "call backward() once for each loss; to use several losses, add them up"
+    advice = "call backward() once for each loss; to use several losses, add them up"
     source = "PyTorch's documentation of Tensor.backward (gradients accumulate in the leaves)"
     thresholds = (RuleThreshold("steps", 2, "steps in a row"),)
     sign = "backward_twice"
@@ -43,7 +43,7 @@ class ScheduleFirst(SignRule):
         "of the schedule is skipped, and with gradient accumulation the schedule runs through once "
         "per micro-batch instead of once per step. PyTorch expects it after optimizer.step()."
     )
-    next = "call scheduler.step() after optimizer.step(), once for each step (or each epoch)"
+    advice = "call scheduler.step() after optimizer.step(), once for each step (or each epoch)"
     source = "PyTorch's documentation of torch.optim (order of scheduler.step since 1.1)"
     thresholds = (RuleThreshold("steps", 3, "steps in a row"),)
     sign = "schedule_first"
@@ -65,7 +65,9 @@ class IdleSchedule(SignRule):
         "optimizer that makes no steps; the one that does keeps its first learning rate, without "
         "warm-up or decay."
     )
-    next = "create the scheduler after the optimizer, and again whenever the optimizer is replaced"
+    advice = (
+        "create the scheduler after the optimizer, and again whenever the optimizer is replaced"
+    )
     source = "PyTorch's documentation of lr_scheduler (a scheduler holds its optimizer)"
     thresholds = (RuleThreshold("steps", 10, "steps in a row"),)
     sign = "idle_schedule"
@@ -90,7 +92,7 @@ class LossesMixed(SignRule):
         "discriminator: the two losses are opposed. Optimizers that step after the same losses, "
         "and a second loss that only one of them can use, are not reported."
     )
-    next = (
+    advice = (
         "detach what the first loss gets from the other network (fake.detach()), or call "
         "zero_grad() of that optimizer just before the backward of its own loss"
     )
@@ -117,7 +119,7 @@ class ScheduleEnds(Rule):
         "(StepLR, ExponentialLR, a cosine over the number of epochs) does that within a few "
         "hundred steps; what follows trains almost nothing."
     )
-    next = "step the scheduler once per epoch, or give it the number of steps instead of epochs"
+    advice = "step the scheduler once per epoch, or give it the number of steps instead of epochs"
     source = "PyTorch's documentation of lr_scheduler (how to adjust the learning rate)"
     thresholds = (
         RuleThreshold("share", 0.001, "of the highest learning rate so far"),
@@ -125,8 +127,7 @@ class ScheduleEnds(Rule):
         RuleThreshold("steps", 10, "steps in a row"),
     )
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
         self._streak = Streak()
         self._highest = 0.0
         self._reported = False
@@ -167,11 +168,10 @@ class TrainModeEvaluation(Rule):
         "uses the statistics of each batch and updates its running ones from the evaluation's "
         "data. Single calls, and those that come at almost every step (a GAN's), are not reported."
     )
-    next = "call model.eval() before an evaluation, and model.train() after it"
+    advice = "call model.eval() before an evaluation, and model.train() after it"
     source = "PyTorch's documentation of Module.eval, and its note on autograd mechanics"
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
         self._reported = False
 
     def step(self, seen: Observation) -> Iterable[Found]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from tui_trainer.findings.observation import FIRST_LOSSES, LossTrend, Observation, RunFacts
+from tui_trainer.findings.observation import FIRST_LOSSES, Observation
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence
 from tui_trainer.history.records import LabelCounts
 from tui_trainer.protocol.formatting import percent
@@ -25,7 +25,7 @@ class InitialLoss(Rule):
         "initialised with weights that are too large. A first loss far below it means that the "
         "model already knows the answers: a leak, or pretrained weights."
     )
-    next = "initialise the last layer with smaller weights (std 0.02 or zero), its bias with zero"
+    advice = "initialise the last layer with smaller weights (std 0.02 or zero), its bias with zero"
     source = 'Karpathy, A Recipe for Training Neural Networks (2019), "verify loss @ init"'
     reach = 20
     thresholds = (
@@ -35,8 +35,7 @@ class InitialLoss(Rule):
 
     explained_by = ("input-scale", "initial-scale", "label-range")
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
         self._done = False
 
     def step(self, seen: Observation) -> Iterable[Found]:
@@ -78,11 +77,10 @@ class SoftmaxTwice(Rule):
         "takes the softmax of numbers between 0 and 1: the loss cannot approach 0 (with K classes "
         "it stays above about ln(1 + (K − 1)/e)), and the gradients are small."
     )
-    next = "pass the logits to cross_entropy without a softmax, or log_softmax to nll_loss"
+    advice = "pass the logits to cross_entropy without a softmax, or log_softmax to nll_loss"
     source = "PyTorch's documentation of CrossEntropyLoss; DeepDiagnosis (Wardat et al., ICSE 2022)"
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
         self._first = 0
         self._reported = False
 
@@ -122,7 +120,7 @@ class NoProgress(Rule):
         "information, a learning rate that is too low or far too high, and weights that are not "
         "updated."
     )
-    next = (
+    advice = (
         "try to overfit a single batch: if that works, look at the data and the labels; if not, at "
         "the learning rate and at what the optimizer updates"
     )
@@ -164,8 +162,7 @@ class NoProgress(Rule):
     slack = 1 << 62
     """Any finding may be the cause, however late its onset."""
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
         self._reported = False
 
     def step(self, seen: Observation) -> Iterable[Found]:
@@ -226,7 +223,7 @@ class NoBetterThanPrior(Rule):
         "destroys them), or learning is slow to begin. It is a hint that comes early; if the loss "
         "has not fallen at all after 300 steps, there is a warning."
     )
-    next = (
+    advice = (
         "look at a few inputs with their labels just before the model is called; train on the "
         "inputs without augmentation; try to overfit a single batch"
     )
@@ -247,8 +244,7 @@ class NoBetterThanPrior(Rule):
     RECENT = 32
     """Losses that are compared."""
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
         self._labels: LabelCounts | None = None
         self._ratio = math.inf
         self._highest_rate = 0.0
@@ -309,7 +305,7 @@ class LossDiverges(Rule):
         "model's outputs at every step (episodes of a reinforcement learning) is not judged: it "
         "grows with them."
     )
-    next = "lower the learning rate, clip gradients; look at what happened at the onset"
+    advice = "lower the learning rate, clip gradients; look at what happened at the onset"
     source = (
         "training problems of DeepDiagnosis (Wardat et al., ICSE 2022) and TheDeepChecker (Ben "
         "Braiek & Khomh, ESEM 2022)"
@@ -330,8 +326,7 @@ class LossDiverges(Rule):
         "initial-loss",
     )
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
         self._above_start = Streak()
         self._above_best = Streak()
         self._varied = 0
@@ -398,7 +393,7 @@ class LossOscillates(Rule):
         "direction at two steps in three; a change at almost every step means that each update "
         "overshoots the minimum in the opposite direction, or that two kinds of batches alternate."
     )
-    next = "lower the learning rate or the momentum; check whether batches come from two sources"
+    advice = "lower the learning rate or the momentum; check whether batches come from two sources"
     source = "Cohen et al., Gradient Descent Typically Occurs at the Edge of Stability (ICLR 2021)"
     thresholds = (
         RuleThreshold("turns", 0.95, "share of the steps at which the loss changes direction"),
@@ -406,8 +401,7 @@ class LossOscillates(Rule):
     )
     explained_by = ("gradients-kept", "update-ratio-high", "learning-rate-jump")
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
         self._reported = False
 
     def step(self, seen: Observation) -> Iterable[Found]:
@@ -452,15 +446,14 @@ class OverFitting(Rule):
         "Since its best value, the validation loss has risen at several evaluations in a row while "
         "the training loss kept falling: the model is memorising the training data."
     )
-    next = "use the checkpoint of the best evaluation; add data, dropout or weight decay"
+    advice = "use the checkpoint of the best evaluation; add data, dropout or weight decay"
     source = "Prechelt, Early Stopping – But When? (1998)"
     thresholds = (
         RuleThreshold("rise", 0.1, "rise over the best validation loss, as a share of it"),
         RuleThreshold("evaluations", 3, "evaluations in a row above half of that rise"),
     )
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
         self._best = math.inf
         self._best_step = 0
         self._training_loss = math.inf

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
-from tui_trainer.findings.observation import LossTrend, Observation, RunFacts
+from tui_trainer.findings.observation import Observation
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, evidence
 from tui_trainer.history.records import LossGraph
 
@@ -15,8 +15,7 @@ NEEDS = "the autograd graph of the first loss, which a compiled model does not s
 class _OfFirstGraph(Rule):
     needs = NEEDS
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
         self._done = False
 
     def step(self, seen: Observation) -> Iterable[Found]:
@@ -40,7 +39,7 @@ class SoftmaxOverBatch(_OfFirstGraph):
         "of those of one example over the classes. The model is rewarded for ranking examples, "
         "and what it predicts for one depends on the others in its batch."
     )
-    next = "take softmax or log_softmax over the last dimension: dim=-1"
+    advice = "take softmax or log_softmax over the last dimension: dim=-1"
     source = "a fault of TheDeepChecker's catalogue (Braiek & Khomh, TOSEM 2023)"
 
     def graph(self, seen: Observation, graph: LossGraph) -> Iterable[Found]:
@@ -66,7 +65,7 @@ class ClassesMixed(_OfFirstGraph):
         "one class. They are then compared with the label of another position; the shapes fit, and "
         "the loss stays near what the frequencies of the labels alone allow."
     )
-    next = (
+    advice = (
         "give cross_entropy the scores as they are, (N, classes, …) with targets (N, …); or call "
         "permute(0, 2, 3, 1) before reshape(-1, classes)"
     )
@@ -96,7 +95,7 @@ class LogOfLogits(_OfFirstGraph):
         "(log_softmax): the logarithm of a negative number is nan, or constant where it was "
         "clamped, and nll_loss has no minimum."
     )
-    next = "use cross_entropy, which takes logits; or apply log_softmax before nll_loss"
+    advice = "use cross_entropy, which takes logits; or apply log_softmax before nll_loss"
     source = (
         "a missing softmax is a fault of TheDeepChecker's catalogue (Braiek & Khomh, TOSEM 2023); "
         "PyTorch's documentation of NLLLoss"
@@ -124,7 +123,7 @@ class SoftmaxInside(_OfFirstGraph):
         "such layer, and the layers before it hardly learn. Attention over positions is something "
         "else and not reported."
     )
-    next = "use ReLU, GELU or tanh inside the network, and a softmax only in the loss"
+    advice = "use ReLU, GELU or tanh inside the network, and a softmax only in the loss"
     source = "a fault of TheDeepChecker's catalogue (Braiek & Khomh, TOSEM 2023)"
 
     def graph(self, seen: Observation, graph: LossGraph) -> Iterable[Found]:
@@ -150,7 +149,7 @@ class SquaredSoftmax(_OfFirstGraph):
         "gradient vanishes where the model is sure and wrong, so it learns more slowly than with "
         "cross-entropy."
     )
-    next = "for classification use cross_entropy on the logits"
+    advice = "for classification use cross_entropy on the logits"
     source = "a fault of TheDeepChecker's catalogue (Braiek & Khomh, TOSEM 2023)"
 
     def graph(self, seen: Observation, graph: LossGraph) -> Iterable[Found]:
@@ -176,7 +175,7 @@ class LossScaled(_OfFirstGraph):
         "dimension. Gradients and the step of plain SGD are larger by that factor, and it changes "
         "with the size of the batch."
     )
-    next = "reduce the loss by a mean over examples: reduction='mean', or .sum(dim=1).mean()"
+    advice = "reduce the loss by a mean over examples: reduction='mean', or .sum(dim=1).mean()"
     source = "two faults of TheDeepChecker's catalogue (Braiek & Khomh, TOSEM 2023)"
     thresholds = (RuleThreshold("tolerance", 0.15, "relative difference from such a multiple"),)
 

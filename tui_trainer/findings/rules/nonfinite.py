@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 
-from tui_trainer.findings.observation import LossTrend, Observation, RunFacts
+from tui_trainer.findings.observation import Observation
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, evidence
 from tui_trainer.history.records import NonFiniteRecord, Producer
 from tui_trainer.protocol import Phase
@@ -44,7 +44,7 @@ class NonFiniteRule(Rule):
         "and the line of the source that calls it; where only gradients are not finite, so is "
         "backward, before the optimizer uses them."
     )
-    next = (
+    advice = (
         "look for log, sqrt, exp and divisions at zero near this place, and for a learning rate "
         "that is too high; torch.autograd.set_detect_anomaly(True) names the operation"
     )
@@ -68,8 +68,7 @@ class NonFiniteRule(Rule):
         "attention-logits",
     )
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
         self._found = False
         self._finite_loss: tuple[int, float] | None = None
         self._unplaced: Found | None = None
@@ -131,7 +130,7 @@ class NonFiniteRule(Rule):
         return Found(
             seen.step,
             f"the loss became {event.value} at step {seen.step:,}{before}: {origin}",
-            next=advice,
+            advice=advice,
             confidence="certain",
             phase=phase,
             parameters=(seen.producer and _named_place(seen.producer)) or parameters,

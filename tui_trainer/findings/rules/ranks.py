@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from statistics import median
 
-from tui_trainer.findings.observation import LossTrend, RunFacts, TableRow
+from tui_trainer.findings.observation import TableRow
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence
 from tui_trainer.protocol.formatting import percent
 
@@ -39,15 +39,14 @@ class ClipsAlone(Rule):
         "that were averaged are the same on all of them. Their updates differ, and the replicas "
         "diverge. Its cause is clipping inside of `if rank == 0`, or before the average."
     )
-    next = "clip on every rank, after backward (DDP has averaged the gradients then)"
+    advice = "clip on every rank, after backward (DDP has averaged the gradients then)"
     source = (
         "clipping on one rank only is the BLOOM-176B divergence that TrainCheck reproduces (Jiang "
         "et al., OSDI 2025)"
     )
     thresholds = (RuleThreshold("steps", 2, "steps in a row of those in which any rank clips"),)
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
         self._streak = Streak()
         self._reported = False
 
@@ -93,7 +92,7 @@ class RanksDiverge(Rule):
         "does by itself (clipping, skipping a step, another learning rate), parameters outside of "
         "the wrapped model, and buffers that are not synchronised."
     )
-    next = "look for code that depends on the rank, and for parameters that DDP does not know"
+    advice = "look for code that depends on the rank, and for parameters that DDP does not know"
     source = (
         "PyTorch's documentation of DistributedDataParallel; diverging replicas are silent errors "
         "of TrainCheck (Jiang et al., OSDI 2025)"
@@ -101,8 +100,7 @@ class RanksDiverge(Rule):
     explained_by = ("clips-alone",)
     slack = 60
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
         self._agreed_at: dict[str, int] = {}
         """Kind of checksum → the last step after which it was equal on all ranks."""
         self._reported = False
@@ -153,15 +151,14 @@ class RanksSameBatch(Rule):
         "do the same work again, and an epoch is as many times the data. Usually the "
         "DistributedSampler is missing, or all ranks draw their examples with the same seed."
     )
-    next = "give the DataLoader a DistributedSampler, or seed the data with a number per rank"
+    advice = "give the DataLoader a DistributedSampler, or seed the data with a number per rank"
     source = (
         "PyTorch's documentation of DistributedSampler; the same seed in all workers is a silent "
         "error of TrainCheck (Jiang et al., OSDI 2025)"
     )
     thresholds = (RuleThreshold("steps", 5, "measured steps in a row"),)
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
         self._streak = Streak()
         self._replicas = False
         self._reported = False
@@ -200,7 +197,7 @@ class Straggler(Rule):
         "are averaged. Usual causes are longer sequences or more data on one rank, a busy or hot "
         "machine, and work that only rank 0 does in the loop (logging, saving)."
     )
-    next = "balance the data; see what this rank does before backward that the others do not"
+    advice = "balance the data; see what this rank does before backward that the others do not"
     source = (
         "Lin et al., Understanding Stragglers in Large Model Training Using What-if Analysis (OSDI "
         "2025)"
@@ -213,8 +210,7 @@ class Straggler(Rule):
 
     FIRST, STEPS = 10, 60
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
         self._busy: dict[int, list[float]] = {}
         self._steps: list[tuple[int, float]] = []
         self._skipped = 0

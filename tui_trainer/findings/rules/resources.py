@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from itertools import pairwise
 from statistics import median
 
-from tui_trainer.findings.observation import LossTrend, Observation, RunFacts, SkippedStep
+from tui_trainer.findings.observation import Observation, SkippedStep
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, evidence
 from tui_trainer.protocol import formatting
 
@@ -23,15 +23,14 @@ class LossScale(Rule):
         "the gradients are not finite at any scale: the values themselves overflow float16 "
         "(65,504), or the loss is nan."
     )
-    next = "train in bfloat16, or look for the layer whose output exceeds 65,504; check the loss"
+    advice = "train in bfloat16, or look for the layer whose output exceeds 65,504; check the loss"
     source = "Micikevicius et al., Mixed Precision Training (ICLR 2018); PyTorch's AMP examples"
     thresholds = (
         RuleThreshold("skips", 10, "skipped iterations in a row"),
         RuleThreshold("floor", 1, "loss scale at which one skip is enough"),
     )
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
         self._count = 0
         self._reported = False
 
@@ -73,7 +72,7 @@ class InputBound(Rule):
         "More than half of each step passes before forward begins: the training waits for the next "
         "batch, or the script does other work between two steps."
     )
-    next = (
+    advice = (
         "use a DataLoader with num_workers > 0, pin_memory and persistent_workers; decode and "
         "augment ahead of time; move other work out of the loop"
     )
@@ -85,8 +84,7 @@ class InputBound(Rule):
 
     FIRST = 10
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
         self._count = 0
         self._data = self._total = 0.0
         self._since = 0
@@ -141,7 +139,7 @@ class EvaluationExpensive(Rule):
         "everything until the next step begins; where such calls make the training data "
         "(reinforcement learning), there is nothing to save."
     )
-    next = (
+    advice = (
         "evaluate less often or on a fixed part of the validation set; use torch.inference_mode(), "
         "larger batches and as many workers as for training"
     )
@@ -160,8 +158,7 @@ class EvaluationExpensive(Rule):
     DISTANCE = 5
     """Steps between evaluations, on average: what is called at almost every step is none."""
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
         self._first = 0
         """The step before which the first evaluation was."""
         self._cycles = 0
@@ -212,7 +209,9 @@ class MemoryGrowth(Rule):
         "`total += loss.item()`), or results are kept for every step. Host memory also grows while "
         "a memory-mapped file is read for the first time, so there it is not a warning."
     )
-    next = "keep numbers instead of tensors (loss.item(), .detach()); see what grows with each step"
+    advice = (
+        "keep numbers instead of tensors (loss.item(), .detach()); see what grows with each step"
+    )
     source = "PyTorch's FAQ, My model reports CUDA out of memory (history across the training loop)"
     thresholds = (
         RuleThreshold("share", 0.2, "growth, as a share of the memory after the start"),
@@ -222,8 +221,7 @@ class MemoryGrowth(Rule):
     BLOCK = 10
     MIN_BLOCKS = 10
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
         self._block: list[float] = []
         self._blocks: list[tuple[int, float]] = []
         """(step, median bytes) of BLOCK measurements each; the first block is left out."""

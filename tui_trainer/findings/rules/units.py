@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
-from tui_trainer.findings.observation import LossTrend, Observation, RunFacts
+from tui_trainer.findings.observation import Observation
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence, named
 from tui_trainer.history.records import UnitsShare
 from tui_trainer.protocol.events import Level
@@ -32,8 +32,7 @@ class _StuckUnits(Rule):
         "learning-rate-jump",
     )
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
         self._level: Level | None = None
 
     def what(self, worst: UnitsShare) -> str:
@@ -80,7 +79,7 @@ class DeadUnits(_StuckUnits):
         "usual cause is one large update (a learning rate that is too high, unnormalised inputs), "
         "or a bias that starts far below zero."
     )
-    next = (
+    advice = (
         "lower the learning rate, normalise the inputs, use He's initialisation, or an activation "
         "with a gradient below zero (LeakyReLU, GELU)"
     )
@@ -111,7 +110,7 @@ class SaturatedUnits(_StuckUnits):
         "too large, and a learning rate that is too high. The activation of the model's output is "
         "not checked."
     )
-    next = "normalise the inputs, use Glorot's initialisation, lower the learning rate"
+    advice = "normalise the inputs, use Glorot's initialisation, lower the learning rate"
     source = (
         "Glorot & Bengio, Understanding the difficulty of training deep feedforward neural "
         "networks (AISTATS 2010); half of a layer is the limit of Amazon SageMaker Debugger's rule "
@@ -140,7 +139,7 @@ class SignalVanishes(Rule):
         "normalisation or residual connections, and with PyTorch's default initialisation (which "
         "is smaller than He's), are the usual cause; a sigmoid in each layer is another."
     )
-    next = (
+    advice = (
         "add normalisation layers (BatchNorm, LayerNorm) or residual connections, or initialise "
         "with kaiming_normal_(weight, nonlinearity='relu') and zero biases"
     )
@@ -167,8 +166,7 @@ class SignalVanishes(Rule):
         "loss-diverges",
     )
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
         self._streak = Streak()
         self._done = False
 
@@ -211,15 +209,14 @@ class DropoutOff(Rule):
         "weights that are trained: a part of the model was set to eval() and never set back. A "
         "part whose weights are all frozen is not reported."
     )
-    next = "call train() on the whole model after the last eval() of any of its parts"
+    advice = "call train() on the whole model after the last eval() of any of its parts"
     source = (
         "PyTorch's documentation of Module.train; dropout that is off in training is a silent "
         "error of TrainCheck (Jiang et al., OSDI 2025)"
     )
     thresholds = (RuleThreshold("steps", 2, "steps in a row"),)
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
         self._streak = Streak()
         self._reported = False
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tui_trainer.findings.observation import LossTrend, Observation, RunFacts, TableRow
+from tui_trainer.findings.observation import Observation, TableRow
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence
 from tui_trainer.protocol.formatting import percent
 from tui_trainer.protocol.schema import HEALTHY_UPDATE_RATIO
@@ -24,8 +24,7 @@ SOURCE = (
 class _UpdateRatio(Rule):
     """Computes update ratios of the weight matrices."""
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
         self._names: tuple[str, ...] = ()
         self._matrices: NDArray[np.intp] = np.zeros(0, np.intp)
 
@@ -59,7 +58,7 @@ class UpdateRatioHigh(_UpdateRatio):
         "high, or a loss with the wrong scale (a sum instead of a mean). Weights that start at "
         "zero have a high ratio too, which is not reported as long as the loss falls."
     )
-    next = "divide the learning rate by 10, or add a warm-up; check that the loss is a mean"
+    advice = "divide the learning rate by 10, or add a warm-up; check that the loss is a mean"
     source = SOURCE
     thresholds = (
         RuleThreshold("ratio", 0.2, "median of ‖Δw‖/‖w‖ over the matrices, three times in a row"),
@@ -82,8 +81,8 @@ class UpdateRatioHigh(_UpdateRatio):
     JUDGED_AFTER = 20
     """Steps after the onset by which the loss should have fallen."""
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
+        super().start()
         self._streak = Streak()
         self._loss_before = self._noise = 0.0
         """The smoothed loss and its noise at the onset."""
@@ -159,7 +158,7 @@ class UpdateRatioLow(_UpdateRatio):
         "while the learning rate is near its highest value so far and the loss does not fall. The "
         "learning rate is too low, the gradients vanish, or clipping cuts them to almost nothing."
     )
-    next = "raise the learning rate tenfold or more; check the gradient norms and the clipping"
+    advice = "raise the learning rate tenfold or more; check the gradient norms and the clipping"
     source = SOURCE
     thresholds = (
         RuleThreshold("ratio", 1e-6, "median of ‖Δw‖/‖w‖ over the weight matrices"),
@@ -182,8 +181,8 @@ class UpdateRatioLow(_UpdateRatio):
         "non-finite",
     )
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
+        super().start()
         self._streak = Streak()
         self._highest_rate = 0.0
         self._loss_at_onset = 0.0
@@ -233,7 +232,7 @@ class UpdatesSmall(_UpdateRatio):
         "has not moved outside of its noise. The learning rate may be too low. It is only a hint: "
         "a large model, or one that was trained before, may need that many steps."
     )
-    next = "try a rate ten times higher for a hundred steps, and compare"
+    advice = "try a rate ten times higher for a hundred steps, and compare"
     source = SOURCE
     thresholds = (
         RuleThreshold("ratio", 2e-4, "median of ‖Δw‖/‖w‖ over the weight matrices"),
@@ -243,8 +242,8 @@ class UpdatesSmall(_UpdateRatio):
     LAST = 300
     """Later a loss that stands still has other reasons."""
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
+        super().start()
         self._streak = Streak()
         self._rate = math.inf
         self._done = False
@@ -302,7 +301,7 @@ class UpdatesRounded(_UpdateRatio):
         "distance; a smaller one is lost when it is rounded, at every step again. Here the mean "
         "update is smaller, so that most elements stay as they are and the others move too far."
     )
-    next = (
+    advice = (
         "keep the weights in float32 and compute in autocast; or use an optimizer with stochastic "
         "rounding or a compensated sum"
     )
@@ -315,8 +314,8 @@ class UpdatesRounded(_UpdateRatio):
         RuleThreshold("steps", 3, "measured steps in a row"),
     )
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
+        super().start()
         self._streak = Streak()
         self._done = False
 
@@ -361,7 +360,7 @@ class UpdatesUndone(Rule):
         "weights that is copied into the model instead of the other way round does that, or a "
         "checkpoint that is loaded in every iteration. The model then hardly trains."
     )
-    next = (
+    advice = (
         "look for copy_, lerp_, load_state_dict or .data = on the model's parameters in the loop; "
         "an average belongs in a copy of the model"
     )
@@ -371,8 +370,7 @@ class UpdatesUndone(Rule):
         RuleThreshold("steps", 3, "steps in a row"),
     )
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
         self._streak = Streak()
         self._done = False
 
@@ -408,7 +406,7 @@ class WeightsShrink(Rule):
         "usual strength takes a few percent in that time. A decay or a penalty that is so strong "
         "decides what the weights become, not the data."
     )
-    next = "divide weight_decay, or the factor of the penalty in the loss, by 10 or more"
+    advice = "divide weight_decay, or the factor of the penalty in the loss, by 10 or more"
     source = "over-regularization is a fault of TheDeepChecker (Braiek & Khomh, TOSEM 2023)"
     thresholds = (
         RuleThreshold("share", 0.75, "of the first norm"),
@@ -416,8 +414,7 @@ class WeightsShrink(Rule):
     )
     explained_by = ("non-finite",)
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
         self._names: tuple[str, ...] = ()
         self._matrices: list[int] = []
         self._first = 0.0

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
-from tui_trainer.findings.observation import LossTrend, Observation, RunFacts, SkippedStep
+from tui_trainer.findings.observation import Observation, SkippedStep
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence
 from tui_trainer.protocol.absent import Absent
 
@@ -22,15 +22,14 @@ class GradientsKept(Rule):
         "scaled or replaced them in between. Every update then follows the sum of all gradients "
         "since the start, like a momentum of 1."
     )
-    next = "call optimizer.zero_grad() once per step, before backward (or after optimizer.step())"
+    advice = "call optimizer.zero_grad() once per step, before backward (or after optimizer.step())"
     source = (
         "PyTorch's optimization tutorial; missing zero_grad is a silent error of TrainCheck "
         "(Jiang et al., OSDI 2025) and DeepDiagnosis (Wardat et al., ICSE 2022)"
     )
     thresholds = (RuleThreshold("steps", 2, "steps in a row that started with used gradients"),)
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
         self._streak = Streak()
         self._norms: list[float] = []
         self._reported = False
@@ -77,14 +76,13 @@ class ZeroedBeforeStep(Rule):
         "The gradients of each iteration are discarded after backward, and the optimizer then "
         "steps without any: the weights do not change, except by weight decay and momentum."
     )
-    next = "move zero_grad() before backward(), or after optimizer.step()"
+    advice = "move zero_grad() before backward(), or after optimizer.step()"
     source = "the order of the loop in PyTorch's optimization tutorial"
     thresholds = (
         RuleThreshold("steps", 2, "steps in a row without the gradients of their iteration"),
     )
 
-    def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
-        super().__init__(facts, trend, limits)
+    def start(self) -> None:
         self._discarded_before = -1
         self._streak = Streak()
         self._reported = False

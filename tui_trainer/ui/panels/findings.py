@@ -120,7 +120,7 @@ class FindingDetail(LineView):
             self._add(rows, "where", ", ".join(found.parameters), width)
         for each in found.evidence:
             self._add(rows, "measured", f"{each.quantity} {each.text}{band(each)}", width)
-        self._add(rows, "try", found.next, width)
+        self._add(rows, "try", found.advice, width)
         self._add(rows, "rule", f"{found.rule} (tui-trainer explain {found.rule})", width)
         return rows
 
