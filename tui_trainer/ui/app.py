@@ -287,14 +287,24 @@ class TuiTrainerApp(App[int]):
             self._terminal_stalled = ExitStack()
             self._terminal_stalled.enter_context(self.batch_update())
         elif not pending and self._terminal_stalled is not None:
-            self._terminal_stalled.close()  # draws what has changed since, in one piece
+            self._terminal_stalled.close()
             self._terminal_stalled = None
+            self._draw_suppressed()
         self._update_poll_rate()
         if not pending and self._seconds_until_due() <= DUE_TOLERANCE_S:
             self._drain_checks = 0
             self.draw_frame()
         elif pending and self.frame_scheduler.requested:
             self._check_again()
+
+    def _draw_suppressed(self) -> None:
+        """Draw what has changed while drawing was suppressed.
+
+        The end of Textual's batch draws nothing: a changed widget waits for the next message to its
+        screen, and there is none until something else changes, which in a paused run is never.
+        """
+        for screen in self.screen_stack:
+            screen.check_idle()
 
     def _check_again(self) -> None:
         """Look soon whether the terminal has read its output, rather than at the next tick."""
