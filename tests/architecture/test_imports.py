@@ -12,7 +12,7 @@ VIEWING = (
     "tui_trainer.ui.graph_app",
     "tui_trainer.learn.demos",
     "tui_trainer.ui.screens.learn",
-    "tui_trainer.learn.experiment_process",
+    "tui_trainer.learn.measurement_process",
     "tui_trainer.client.api",
     "tui_trainer.client.live",
     "tui_trainer.runs.launch",

@@ -10,10 +10,10 @@ import pytest
 from tests.cli.calling import call
 from tests.learn.measured_once import measured
 from tui_trainer.cli.main import run
-from tui_trainer.learn import experiment_process
+from tui_trainer.learn import measurement_process
 from tui_trainer.learn.catalog import PAGES
-from tui_trainer.learn.experiment_messages import PageMeasurement
-from tui_trainer.learn.experiment_process import ExperimentError
+from tui_trainer.learn.measurement_messages import PageMeasurement
+from tui_trainer.learn.measurement_process import MeasurementError
 from tui_trainer.learn.page import titles
 from tui_trainer.learn.reading_progress import load_progress
 
@@ -28,9 +28,9 @@ def _home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def _here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Experiments run in this process."""
+    """Measurements run in this process."""
     monkeypatch.setattr(
-        experiment_process.ExperimentProcess,
+        measurement_process.MeasurementProcess,
         "measure",
         lambda self, name, seed: measured(name, seed),
     )
@@ -84,9 +84,9 @@ def test_what_cannot_be_measured_is_said_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(self: object, name: str, seed: int) -> PageMeasurement:
-        raise ExperimentError("there is no module torch", "pip install torch")
+        raise MeasurementError("there is no module torch", "pip install torch")
 
-    monkeypatch.setattr(experiment_process.ExperimentProcess, "measure", fail)
+    monkeypatch.setattr(measurement_process.MeasurementProcess, "measure", fail)
     assert run(["learn", "loss-graph"]) == 1
     printed = capsys.readouterr()
     assert printed.out == ""

@@ -19,8 +19,8 @@ from tui_trainer.models.vit import ViT
 
 from tests.learn.measured_once import measured
 from tui_trainer.learn.catalog import PAGES
-from tui_trainer.learn.experiment_messages import Value
-from tui_trainer.learn.experiments.small_models import random_batch, small_gpt
+from tui_trainer.learn.measurement_messages import Value
+from tui_trainer.learn.measurements.small_models import random_batch, small_gpt
 
 SEED = 1
 Check = Callable[[dict[str, Value]], None]
@@ -174,7 +174,7 @@ def _(v: dict[str, Value]) -> None:
     assert v["left_none"] == "None"
     assert v["none_moved"] == 0
     assert v["zeros_norm"] == 0
-    _adam_after(False)  # the layer that the experiment made first
+    _adam_after(False)  # the layer that the measurement made first
     assert v["zeros_moved"] == near(_adam_after(True), rel=1e-3)
 
 

@@ -11,8 +11,8 @@ from textual.css.model import RuleSet
 from textual.css.stylesheet import Stylesheet
 from textual.pilot import Pilot
 
-from tui_trainer.learn.experiment_messages import PageMeasurement
-from tui_trainer.learn.experiment_process import ExperimentError, ExperimentProcess
+from tui_trainer.learn.measurement_messages import PageMeasurement
+from tui_trainer.learn.measurement_process import MeasurementError, MeasurementProcess
 
 IDLE_AFTER_S = 0.005
 
@@ -38,11 +38,11 @@ def parse_style_sheets_once() -> Iterator[None]:
 def measure_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests that pass by the pages to learn from start no process that imports PyTorch."""
 
-    def refuse(self: ExperimentProcess, experiment: str, seed: int) -> PageMeasurement:
-        raise ExperimentError("not measured in tests")
+    def refuse(self: MeasurementProcess, page: str, seed: int) -> PageMeasurement:
+        raise MeasurementError("not measured in tests")
 
-    monkeypatch.setattr(ExperimentProcess, "prepare", lambda self: None)
-    monkeypatch.setattr(ExperimentProcess, "measure", refuse)
+    monkeypatch.setattr(MeasurementProcess, "prepare", lambda self: None)
+    monkeypatch.setattr(MeasurementProcess, "measure", refuse)
 
 
 @pytest.fixture(autouse=True, scope="session")

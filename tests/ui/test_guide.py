@@ -11,7 +11,7 @@ import pytest
 from tests.ui.fake import FakeSession, fake_gpt
 from tests.ui.screens import SIZES, app_on, frame, settle, text_of, until
 from tests.ui.test_findings import finding
-from tests.ui.test_learn import experiments, press, shows  # noqa: F401
+from tests.ui.test_learn import measurements, press, shows  # noqa: F401
 from tui_trainer.config.live_settings import parse_changes
 from tui_trainer.learn.demos import DEMOS, Demo, demo_texts, find_demo
 from tui_trainer.protocol import actions

@@ -13,8 +13,8 @@ from tests.ui.fake import fake_gpt
 from tests.ui.screens import SIZES, app_on, frame, settle, text_of, until
 from tests.ui.test_findings import finding
 from tui_trainer.learn.catalog import PAGES
-from tui_trainer.learn.experiment_messages import PageMeasurement, Value
-from tui_trainer.learn.experiment_process import ExperimentError
+from tui_trainer.learn.measurement_messages import PageMeasurement, Value
+from tui_trainer.learn.measurement_process import MeasurementError
 from tui_trainer.learn.page import load_page, placeholders
 from tui_trainer.learn.reading_progress import load_progress
 from tui_trainer.ui.app import TuiTrainerApp
@@ -25,30 +25,30 @@ from tui_trainer.ui.screens.learn import LearnScreen
 from tui_trainer.ui.widgets.lines import LineView
 
 
-class FakeExperiments:
+class FakeMeasurements:
     """Answers with values of its own; `gate` holds answers back."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, int]] = []
         self.gate = threading.Event()
         self.gate.set()
-        self.error: ExperimentError | None = None
+        self.error: MeasurementError | None = None
         self.closed = False
 
     def prepare(self) -> None:
         pass
 
-    def measure(self, experiment: str, seed: int) -> PageMeasurement:
-        self.asked.append((experiment, seed))
+    def measure(self, name: str, seed: int) -> PageMeasurement:
+        self.asked.append((name, seed))
         assert self.gate.wait(240)
         if self.error is not None:
             raise self.error
-        page = load_page(experiment, "en")
+        page = load_page(name, "en")
         values: dict[str, Value] = {}
         for name in sorted(placeholders(page.text + page.answer)):
             values[name] = 7
         values |= {"loss": 3.0 + seed, "norm_once": 0.5 * seed, "left_none": "None"}
-        return PageMeasurement(experiment, seed, values, 12.3, "2.13.0")
+        return PageMeasurement(name, seed, values, 12.3, "2.13.0")
 
     def release(self) -> None:
         pass
@@ -59,9 +59,9 @@ class FakeExperiments:
 
 
 @pytest.fixture(autouse=True)
-def experiments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeExperiments:
-    fake = FakeExperiments()
-    monkeypatch.setattr(learn, "ExperimentProcess", lambda: fake)
+def measurements(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeMeasurements:
+    fake = FakeMeasurements()
+    monkeypatch.setattr(learn, "MeasurementProcess", lambda: fake)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     for name in ("LANGUAGE", "LC_ALL", "LC_MESSAGES", "LANG"):
         monkeypatch.delenv(name, raising=False)
@@ -87,7 +87,7 @@ def title(name: str, language: str = "en") -> str:
 
 
 @pytest.mark.parametrize("size", SIZES)
-async def test_the_list_and_a_page(size: tuple[int, int], experiments: FakeExperiments) -> None:
+async def test_the_list_and_a_page(size: tuple[int, int], measurements: FakeMeasurements) -> None:
     app = app_on("learn", None)
     async with app.run_test(size=size) as pilot:
         await settle(pilot)
@@ -98,36 +98,36 @@ async def test_the_list_and_a_page(size: tuple[int, int], experiments: FakeExper
         assert load_progress().read == [PAGES[0]]
         await press(pilot, "escape")
         assert title(PAGES[1]) in text_of(app)
-    assert experiments.closed
+    assert measurements.closed
 
 
-async def test_a_page_is_there_before_its_numbers(experiments: FakeExperiments) -> None:
-    experiments.gate.clear()
+async def test_a_page_is_there_before_its_numbers(measurements: FakeMeasurements) -> None:
+    measurements.gate.clear()
     app = app_on("learn", None)
     async with app.run_test(size=(80, 24)) as pilot:
         await settle(pilot)
         await press(pilot, "enter")
         await shows(pilot, app, "measuring…", "A weight matrix of …×… holds")
-        experiments.gate.set()
+        measurements.gate.set()
         await shows(pilot, app, "measured in 12 ms")
         assert "measuring…" not in text_of(app)
 
 
-async def test_only_the_page_in_front_is_measured_next(experiments: FakeExperiments) -> None:
-    experiments.gate.clear()
+async def test_only_the_page_in_front_is_measured_next(measurements: FakeMeasurements) -> None:
+    measurements.gate.clear()
     app = app_on("learn", None)
     async with app.run_test(size=(80, 24)) as pilot:
         await settle(pilot)
         await press(pilot, "enter", "n", "n")
-        experiments.gate.set()
+        measurements.gate.set()
         await shows(pilot, app, f"3/{len(PAGES)}", "measured in 12 ms")
-        assert experiments.asked == [(PAGES[0], 1), (PAGES[2], 1)]
+        assert measurements.asked == [(PAGES[0], 1), (PAGES[2], 1)]
         await press(pilot, "left")
         await shows(pilot, app, f"2/{len(PAGES)}", "measured in 12 ms")
-        assert experiments.asked[2:] == [(PAGES[1], 1)]
+        assert measurements.asked[2:] == [(PAGES[1], 1)]
 
 
-async def test_another_seed_shows_what_is_law(experiments: FakeExperiments) -> None:
+async def test_another_seed_shows_what_is_law(measurements: FakeMeasurements) -> None:
     app = app_on("learn", None)
     app.lesson = "loss-graph"
     async with app.run_test(size=(80, 24)) as pilot:
@@ -142,7 +142,9 @@ async def test_another_seed_shows_what_is_law(experiments: FakeExperiments) -> N
         assert styles["7"] == "good underline"
 
 
-async def test_the_answer_is_shown_on_request_and_remembered(experiments: FakeExperiments) -> None:
+async def test_the_answer_is_shown_on_request_and_remembered(
+    measurements: FakeMeasurements,
+) -> None:
     app = app_on("learn", None)
     app.lesson = "loss-graph"
     async with app.run_test(size=(80, 48)) as pilot:
@@ -157,7 +159,7 @@ async def test_the_answer_is_shown_on_request_and_remembered(experiments: FakeEx
         assert "✓" in text_of(app)
 
 
-async def test_the_language_is_changed_and_remembered(experiments: FakeExperiments) -> None:
+async def test_the_language_is_changed_and_remembered(measurements: FakeMeasurements) -> None:
     app = app_on("learn", None)
     async with app.run_test(size=(80, 24)) as pilot:
         await settle(pilot)
@@ -177,16 +179,16 @@ async def test_the_language_is_that_of_the_environment(monkeypatch: pytest.Monke
 
 
 async def test_without_pytorch_the_text_stays_and_the_reason_is_said(
-    experiments: FakeExperiments,
+    measurements: FakeMeasurements,
 ) -> None:
-    experiments.error = ExperimentError("there is no module *torch*", "pip_install [torch]")
+    measurements.error = MeasurementError("there is no module *torch*", "pip_install [torch]")
     app = app_on("learn", None)
     async with app.run_test(size=(120, 40)) as pilot:
         await settle(pilot)
         await press(pilot, "enter")
         await shows(pilot, app, "could not be measured", "no module *torch*", "pip_install [torch]")
         assert "A weight matrix of" in text_of(app)
-        experiments.error = None
+        measurements.error = None
         await press(pilot, "r")
         await shows(pilot, app, "seed 1, measured")
 
@@ -237,7 +239,7 @@ async def test_a_page_for_a_live_run_proposes_no_command() -> None:
 # ---------------------------------------------------------------- from other screens
 
 
-async def test_the_help_leads_to_the_page_of_the_screen(experiments: FakeExperiments) -> None:
+async def test_the_help_leads_to_the_page_of_the_screen(measurements: FakeMeasurements) -> None:
     app = app_on("parameters", fake_gpt())
     async with app.run_test(size=(80, 24)) as pilot:
         await settle(pilot)

@@ -21,8 +21,8 @@ PAGES = (
     "residual-stream",
     "vit-arithmetic",
 )
-"""Names of the pages. The text of each is in `pages/en` and `pages/fr`, and the experiment that
-measures its numbers in `experiments/`."""
+"""Names of the pages. The text of each is in `pages/en` and `pages/fr`, and a module of the same
+name in `measurements/` measures its numbers."""
 
 PAGE_OF_PHASE: dict[Phase, str] = {
     "zero_grad": "accumulation",

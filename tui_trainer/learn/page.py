@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from tui_trainer.learn.experiment_messages import Value
+from tui_trainer.learn.measurement_messages import Value
 
 TEXTS = Path(__file__).parent / "pages"
 """A folder for each language, with a file for each page and the words of the screen."""
@@ -43,7 +43,7 @@ class Page:
     to_try: str
     """One thing to try, with its heading as the others."""
     question: str
-    """A question whose answer the experiment gives."""
+    """A question whose answer the measurement gives."""
     answer: str
 
     @property

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
 
-from tui_trainer.learn.experiment_messages import Value
+from tui_trainer.learn.measurement_messages import Value
 from tui_trainer.learn.page import NARROW_NO_BREAK, NO_BREAK, PLACEHOLDER, written
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Numbers:
     values: dict[str, Value] | None = None
     """None: not measured yet."""
     before: dict[str, Value] | None = None
-    """Values of the experiment with another seed, to show which of them stay."""
+    """Values of the measurement with another seed, to show which of them stay."""
     pending: str = PENDING
     quotes_code: bool = False
     """Whether code in running text keeps its backticks, where there are no styles."""

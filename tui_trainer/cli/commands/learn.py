@@ -14,8 +14,8 @@ from tui_trainer.cli.options import StartOptions
 from tui_trainer.cli.start import start_screen
 from tui_trainer.cli.terminal import why_no_screen
 from tui_trainer.learn.catalog import PAGES, UnknownPage, find_page
-from tui_trainer.learn.experiment_messages import PageMeasurement
-from tui_trainer.learn.experiment_process import ExperimentError, ExperimentProcess
+from tui_trainer.learn.measurement_messages import PageMeasurement
+from tui_trainer.learn.measurement_process import MeasurementError, MeasurementProcess
 from tui_trainer.learn.page import Page, load_page, titles, words
 from tui_trainer.learn.page_layout import Numbers, laid_out, plain
 from tui_trainer.learn.reading_progress import ReadingProgress, load_progress, save_progress
@@ -34,7 +34,7 @@ def learn(
             help="language of the pages, from now on (default: that of $LANG)", show_default=False
         ),
     ] = None,
-    seed: Annotated[int, Parameter(help="seed of the experiment, off the screen")] = 1,
+    seed: Annotated[int, Parameter(help="seed of the measurement, off the screen")] = 1,
     answer: Annotated[bool, flag("print the answer to the question, too")] = False,
     plain: Annotated[bool, flag("print text even on a terminal")] = False,
     json: Annotated[bool, flag("print one JSON object")] = False,
@@ -62,13 +62,13 @@ def learn(
         _print_list(progress, json)
         return 0
     shown = load_page(name, progress.shown_language)
-    experiments = ExperimentProcess()
+    measurements = MeasurementProcess()
     try:
-        measured = experiments.measure(name, seed)
-    except ExperimentError as error:
+        measured = measurements.measure(name, seed)
+    except MeasurementError as error:
         raise CommandError(error.message, error.hint) from error
     finally:
-        experiments.close()
+        measurements.close()
     if json:
         print(msgspec.json.encode(page_object(shown, measured)).decode())
     else:

@@ -18,8 +18,8 @@ from textual.timer import Timer
 from tui_trainer.client.api import Snapshot
 from tui_trainer.learn.catalog import PAGES
 from tui_trainer.learn.demos import DEMOS, Demo, demo_texts, find_demo
-from tui_trainer.learn.experiment_messages import PageMeasurement
-from tui_trainer.learn.experiment_process import ExperimentError, ExperimentProcess
+from tui_trainer.learn.measurement_messages import PageMeasurement
+from tui_trainer.learn.measurement_process import MeasurementError, MeasurementProcess
 from tui_trainer.learn.page import (
     LANGUAGES,
     Page,
@@ -164,7 +164,7 @@ class LearnScreen(RunScreen):
 
     def __init__(self) -> None:
         super().__init__()
-        self.experiments = ExperimentProcess()
+        self.measurements = MeasurementProcess()
         self._progress = load_progress()
         self._page: Page | None = None
         self._demo: Demo | None = None
@@ -173,10 +173,10 @@ class LearnScreen(RunScreen):
         self._opened_from_help = False
         self._measured: dict[str, list[PageMeasurement]] = {}
         """What was measured for each page: the newest two, the older first."""
-        self._failure: dict[str, ExperimentError] = {}
+        self._failure: dict[str, MeasurementError] = {}
         """Why a page has no numbers."""
-        self._experiment: tuple[str, int] | None = None
-        """The experiment in progress and its seed."""
+        self._measurement: tuple[str, int] | None = None
+        """The measurement in progress and its seed."""
         self._wanted: tuple[str, int] | None = None
         """The one to run after it."""
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -207,15 +207,15 @@ class LearnScreen(RunScreen):
         if self._release_timer is not None:
             self._release_timer.stop()
             self._release_timer = None
-        self.run_worker(self.experiments.prepare, thread=True, group="experiment")
+        self.run_worker(self.measurements.prepare, thread=True, group="measurement")
 
     def on_screen_suspend(self) -> None:
         """End the child process a while after the screen was left: it holds 300 MB."""
-        self._release_timer = self.set_timer(RELEASE_AFTER_S, self.experiments.release)
+        self._release_timer = self.set_timer(RELEASE_AFTER_S, self.measurements.release)
 
     def on_unmount(self) -> None:
         """End the child process."""
-        self.experiments.close()
+        self.measurements.close()
 
     def on_resize(self, event: events.Resize) -> None:
         """Show list and page beside each other where there is room."""
@@ -362,7 +362,7 @@ class LearnScreen(RunScreen):
     def _page_state(self, page: Page, numbers: Numbers) -> tuple[str, str, str]:
         """What is known of the numbers of a page, its style, and a hint."""
         name, text = page.name, words(self.language)
-        if self._experiment is not None and self._experiment[0] == name:
+        if self._measurement is not None and self._measurement[0] == name:
             return text["measuring"], "warning", ""
         if name in self._failure:
             return text["failed"], "error", ""
@@ -384,26 +384,26 @@ class LearnScreen(RunScreen):
     # ------------------------------------------------------------ measuring
 
     def _measure(self, name: str, seed: int) -> None:
-        """Run an experiment once the one in progress has ended."""
+        """Run a measurement once the one in progress has ended."""
         self._failure.pop(name, None)
-        if self._experiment is not None:
+        if self._measurement is not None:
             self._wanted = name, seed
             return
-        self._experiment = name, seed
-        self.run_worker(partial(self._run, name, seed), thread=True, group="experiment")
+        self._measurement = name, seed
+        self.run_worker(partial(self._run, name, seed), thread=True, group="measurement")
 
     def _run(self, name: str, seed: int) -> None:
         """Called on a thread: a child process measures."""
         try:
-            result: PageMeasurement | ExperimentError = self.experiments.measure(name, seed)
-        except ExperimentError as error:
+            result: PageMeasurement | MeasurementError = self.measurements.measure(name, seed)
+        except MeasurementError as error:
             result = error
         assert self._loop is not None
         with contextlib.suppress(RuntimeError):  # the app has left
             self._loop.call_soon_threadsafe(self.call_next, self._arrived, name, result)
 
-    def _arrived(self, name: str, result: PageMeasurement | ExperimentError) -> None:
-        self._experiment = None
+    def _arrived(self, name: str, result: PageMeasurement | MeasurementError) -> None:
+        self._measurement = None
         if isinstance(result, PageMeasurement):
             self._measured[name] = [*self._measured.get(name, []), result][-2:]
         else:
@@ -458,8 +458,8 @@ class LearnScreen(RunScreen):
             self.call_after_refresh(self.query_one(PageView).scroll_end, animate=False)
 
     def action_again(self) -> None:
-        """Run the experiment of the page with the next seed."""
-        if self._page is not None and self._experiment is None:
+        """Run the measurement of the page with the next seed."""
+        if self._page is not None and self._measurement is None:
             known = self._measured.get(self._page.name, [])
             self._measure(self._page.name, known[-1].seed + 1 if known else FIRST_SEED)
             self._show_all()

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tui_trainer.learn.experiment_messages import Value
-from tui_trainer.learn.experiments.small_models import (
+from tui_trainer.learn.measurement_messages import Value
+from tui_trainer.learn.measurements.small_models import (
     gradient_vector,
     loss_of,
     random_batch,
@@ -21,7 +21,7 @@ WATCHED = ("token_embedding", "blocks.0", "blocks.1", "norm", "head")
 LEARNING_RATE = 0.1
 
 
-def experiment() -> dict[str, Value]:
+def measure() -> dict[str, Value]:
     """Note the order in which modules are passed, count operations, and step in four directions."""
     model = small_gpt()
     batch = random_batch()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from tui_trainer.learn.experiment_messages import Value
-from tui_trainer.learn.experiments.small_models import (
+from tui_trainer.learn.measurement_messages import Value
+from tui_trainer.learn.measurements.small_models import (
     graph_nodes,
     leaves,
     loss_of,
@@ -16,7 +16,7 @@ from tui_trainer.learn.experiments.small_models import (
 BATCHES = 3
 
 
-def experiment() -> dict[str, Value]:
+def measure() -> dict[str, Value]:
     """Walk the graph of a loss, and of sums of losses."""
     model = small_gpt()
     batch = random_batch()

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from tui_trainer.learn.experiment_messages import Value
-from tui_trainer.learn.experiments.small_models import (
+from tui_trainer.learn.measurement_messages import Value
+from tui_trainer.learn.measurements.small_models import (
     BLOCK_SIZE,
     loss_of,
     random_batch,
@@ -20,7 +20,7 @@ STEPS = 30
 
 
 @torch.no_grad()
-def experiment() -> dict[str, Value]:
+def measure() -> dict[str, Value]:
     """Train a small GPT a little, and take the attention of its first block apart."""
     model = small_gpt()
     with torch.enable_grad():

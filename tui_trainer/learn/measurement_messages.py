@@ -1,4 +1,4 @@
-"""Messages between the process that runs experiments and the screen: requests and results."""
+"""Messages between the screen and the process that measures the values of pages."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ Value = bool | int | float | str | list[float | int | str]
 
 
 class PageMeasurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The result of one experiment."""
+    """The measured values of one page."""
 
-    experiment: str
+    page: str
     seed: int
     values: dict[str, Value]
     """By the name of the placeholder."""
@@ -23,16 +23,16 @@ class PageMeasurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PageFailure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The reason why an experiment could not be run."""
+    """The reason why a measurement could not be run."""
 
     message: str
     hint: str = ""
 
 
 class PageRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The experiment to run, and the seed of its random numbers."""
+    """The page to measure, and the seed of its random numbers."""
 
-    experiment: str
+    page: str
     seed: int
 
 

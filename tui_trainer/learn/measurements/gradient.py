@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tui_trainer.learn.experiment_messages import Value
-from tui_trainer.learn.experiments.small_models import (
+from tui_trainer.learn.measurement_messages import Value
+from tui_trainer.learn.measurements.small_models import (
     gradient_vector,
     loss_of,
     random_batch,
@@ -17,7 +17,7 @@ WEIGHT = "blocks.0.mlp.up.weight"
 H = 1e-4
 
 
-def experiment() -> dict[str, Value]:
+def measure() -> dict[str, Value]:
     """Count gradients around `backward`, and compare one with the slope of the loss."""
     model = small_gpt().double()
     batch = random_batch()

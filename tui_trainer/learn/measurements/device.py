@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from tui_trainer.learn.experiment_messages import Value
-from tui_trainer.learn.experiments.small_models import loss_of, random_batch, small_gpt
+from tui_trainer.learn.measurement_messages import Value
+from tui_trainer.learn.measurements.small_models import loss_of, random_batch, small_gpt
 from tui_trainer.models.gpt import GPT
 
 TERMS = 10_000
 
 
-def experiment() -> dict[str, Value]:
+def measure() -> dict[str, Value]:
     """Put the same model on the CPU and on `meta`, where tensors have a shape and no memory."""
     model, batch = small_gpt(), random_batch()
     weight = model.head.weight

@@ -1,4 +1,4 @@
-"""Experiments in a child process: its answers are checked, and it never stays behind."""
+"""Measurements in a child process: its answers are checked, and it never stays behind."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import msgspec
 import pytest
 
 from tui_trainer.learn import reading_progress as progress_module
-from tui_trainer.learn.experiment_messages import (
+from tui_trainer.learn.measurement_messages import (
     PageFailure,
     PageMeasurement,
     PageRequest,
 )
-from tui_trainer.learn.experiment_process import (
+from tui_trainer.learn.measurement_process import (
     COMMAND,
-    ExperimentError,
-    ExperimentProcess,
+    MeasurementError,
+    MeasurementProcess,
     checked,
 )
-from tui_trainer.learn.experiments.__main__ import answer
+from tui_trainer.learn.measurements.__main__ import answer
 from tui_trainer.learn.reading_progress import ReadingProgress, load_progress, save_progress
 
 ANSWER = PageMeasurement(
@@ -32,9 +32,9 @@ ANSWER = PageMeasurement(
 )
 
 
-def child(program: str) -> ExperimentProcess:
-    """A experiments whose child is this Python program."""
-    return ExperimentProcess((sys.executable, "-c", program))
+def child(program: str) -> MeasurementProcess:
+    """A process of measurements whose child is this Python program."""
+    return MeasurementProcess((sys.executable, "-c", program))
 
 
 def gone(pid: int) -> bool:
@@ -49,20 +49,20 @@ def gone(pid: int) -> bool:
 
 
 @pytest.fixture
-def real() -> Iterator[ExperimentProcess]:
-    experiments = ExperimentProcess()
-    yield experiments
-    experiments.close()
+def real() -> Iterator[MeasurementProcess]:
+    measurements = MeasurementProcess()
+    yield measurements
+    measurements.close()
 
 
 @pytest.mark.slow
-def test_a_real_child_answers_again_and_ends_with_its_owner(real: ExperimentProcess) -> None:
+def test_a_real_child_answers_again_and_ends_with_its_owner(real: MeasurementProcess) -> None:
     real.prepare()
     first, second = real.measure("loss-graph", 1), real.measure("loss-graph", 2)
-    assert (first.experiment, first.seed, second.seed) == ("loss-graph", 1, 2)
+    assert (first.page, first.seed, second.seed) == ("loss-graph", 1, 2)
     assert first.values["leaves"] == second.values["leaves"]
     assert first.values["loss"] != second.values["loss"]
-    with pytest.raises(ExperimentError, match="no page nothing"):
+    with pytest.raises(MeasurementError, match="no page nothing"):
         real.measure("nothing", 1)
     assert real.measure("loss-graph", 1).values == first.values
     real.release()
@@ -71,7 +71,7 @@ def test_a_real_child_answers_again_and_ends_with_its_owner(real: ExperimentProc
     pid = real._process.pid  # type: ignore[union-attr]
     real.close()
     assert gone(pid)
-    with pytest.raises(ExperimentError, match="closed"):
+    with pytest.raises(MeasurementError, match="closed"):
         real.measure("loss-graph", 1)
 
 
@@ -80,9 +80,9 @@ def test_the_child_is_this_python_without_the_current_directory() -> None:
 
 
 def test_a_child_ends_when_its_input_is_closed() -> None:
-    experiments = child("import sys; sys.stdin.read()")
-    experiments.prepare()
-    process = experiments._process
+    measurements = child("import sys; sys.stdin.read()")
+    measurements.prepare()
+    process = measurements._process
     assert process is not None
     assert process.stdin is not None
     process.stdin.close()
@@ -92,7 +92,7 @@ def test_a_child_ends_when_its_input_is_closed() -> None:
 def test_a_child_that_dies_is_reported_with_its_last_words_and_started_again(
     tmp_path: Path,
 ) -> None:
-    experiments = child(
+    measurements = child(
         "import os, sys\n"
         f"path = {str(tmp_path / 'again')!r}\n"
         "if not os.path.exists(path):\n"
@@ -100,29 +100,29 @@ def test_a_child_that_dies_is_reported_with_its_last_words_and_started_again(
         "    sys.exit('out of luck')\n"
         f"sys.stdin.readline(); print({msgspec.json.encode(ANSWER).decode()!r}, flush=True)\n"
     )
-    with pytest.raises(ExperimentError, match="without an answer") as caught:
-        experiments.measure("loss-graph", 1)
+    with pytest.raises(MeasurementError, match="without an answer") as caught:
+        measurements.measure("loss-graph", 1)
     assert caught.value.hint == "out of luck"
-    assert experiments.measure("loss-graph", 1) == ANSWER
-    experiments.close()
+    assert measurements.measure("loss-graph", 1) == ANSWER
+    measurements.close()
 
 
-def test_closing_ends_an_experiment_that_hangs() -> None:
-    experiments = child("import time; time.sleep(600)")
+def test_closing_ends_a_measurement_that_hangs() -> None:
+    measurements = child("import time; time.sleep(600)")
     errors = []
 
     def measure() -> None:
         try:
-            experiments.measure("loss-graph", 1)
-        except ExperimentError as error:
+            measurements.measure("loss-graph", 1)
+        except MeasurementError as error:
             errors.append(error)
 
     thread = threading.Thread(target=measure)
     thread.start()
     deadline = time.monotonic() + 120
-    while experiments._process is None and time.monotonic() < deadline:
+    while measurements._process is None and time.monotonic() < deadline:
         time.sleep(0.01)
-    experiments.close()
+    measurements.close()
     thread.join(120)
     assert not thread.is_alive()
     assert len(errors) == 1
@@ -130,10 +130,10 @@ def test_closing_ends_an_experiment_that_hangs() -> None:
 
 def test_an_answer_for_another_page_is_refused() -> None:
     line = msgspec.json.encode(ANSWER).decode()
-    experiments = child(f"input(); print({line!r}, flush=True); input()")
-    with pytest.raises(ExperimentError, match="another"):
-        experiments.measure("accumulation", 1)
-    experiments.close()
+    measurements = child(f"input(); print({line!r}, flush=True); input()")
+    with pytest.raises(MeasurementError, match="another"):
+        measurements.measure("accumulation", 1)
+    measurements.close()
 
 
 @pytest.mark.parametrize(
@@ -142,41 +142,41 @@ def test_an_answer_for_another_page_is_refused() -> None:
         b"",
         b"not json",
         b"[]",
-        b'{"experiment": "loss-graph"}',
-        b'{"experiment":"x","seed":1,"values":{"a":null},"milliseconds":1,"torch":""}',
-        b'{"experiment":"x","seed":1,"values":{"a":{"b":1}},"milliseconds":1,"torch":""}',
-        b'{"experiment":"x","seed":1,"values":{},"milliseconds":1,"torch":"","more":1}',
+        b'{"page": "loss-graph"}',
+        b'{"page":"x","seed":1,"values":{"a":null},"milliseconds":1,"torch":""}',
+        b'{"page":"x","seed":1,"values":{"a":{"b":1}},"milliseconds":1,"torch":""}',
+        b'{"page":"x","seed":1,"values":{},"milliseconds":1,"torch":"","more":1}',
     ],
 )
 def test_what_is_no_answer_is_refused(line: bytes) -> None:
-    with pytest.raises(ExperimentError, match="no valid answer"):
+    with pytest.raises(MeasurementError, match="no valid answer"):
         checked(line)
 
 
 def test_an_answer_is_checked() -> None:
     assert checked(msgspec.json.encode(ANSWER)) == ANSWER
-    with pytest.raises(ExperimentError, match="why") as caught:
+    with pytest.raises(MeasurementError, match="why") as caught:
         checked(msgspec.json.encode(PageFailure("why", "what to do")))
     assert caught.value.hint == "what to do"
 
 
 def test_a_python_without_pytorch_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.delitem(sys.modules, "tui_trainer.learn.experiments.loss_graph", raising=False)
+    monkeypatch.delitem(sys.modules, "tui_trainer.learn.measurements.loss_graph", raising=False)
     failed = answer(PageRequest("loss-graph", 1))
     assert isinstance(failed, PageFailure)
     assert "PyTorch" in failed.message
     assert "pip install torch" in failed.hint
 
 
-def test_an_experiment_that_raises_or_measures_nan_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tui_trainer.learn.experiments import loss_graph
+def test_a_measurement_that_raises_or_measures_nan_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tui_trainer.learn.measurements import loss_graph
 
-    monkeypatch.setattr(loss_graph, "experiment", lambda: {"loss": float("nan")})
+    monkeypatch.setattr(loss_graph, "measure", lambda: {"loss": float("nan")})
     failed = answer(PageRequest("loss-graph", 1))
     assert isinstance(failed, PageFailure)
     assert "nan" in failed.message
-    monkeypatch.setattr(loss_graph, "experiment", lambda: [][0])
+    monkeypatch.setattr(loss_graph, "measure", lambda: [][0])
     failed = answer(PageRequest("loss-graph", 1))
     assert isinstance(failed, PageFailure)
     assert "IndexError" in failed.message

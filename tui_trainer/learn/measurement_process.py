@@ -1,4 +1,4 @@
-"""Runs experiments in a child process, which imports PyTorch once and answers in JSON.
+"""Measures pages in a child process, which imports PyTorch once and answers in JSON.
 
 The side that shows pages never imports PyTorch. The child sees no GPU and uses one thread, so that
 it does not disturb a training on this machine; it ends when its standard input is closed.
@@ -15,7 +15,7 @@ import threading
 
 import msgspec
 
-from tui_trainer.learn.experiment_messages import (
+from tui_trainer.learn.measurement_messages import (
     PageFailure,
     PageMeasurement,
     PageRequest,
@@ -25,51 +25,51 @@ from tui_trainer.protocol.errors import UserError
 from tui_trainer.protocol.text import sanitize_message, single_line
 
 TIMEOUT_S = 180.0
-"""Importing PyTorch takes seconds, and minutes on a cold disk; an experiment less than one."""
+"""Importing PyTorch takes seconds, and minutes on a cold disk; a measurement less than one."""
 MAX_ANSWER_BYTES = 1 << 20
-COMMAND = (sys.executable, "-P", "-m", "tui_trainer.learn.experiments", "--serve")
+COMMAND = (sys.executable, "-P", "-m", "tui_trainer.learn.measurements", "--serve")
 
 
-class ExperimentError(UserError):
-    """An experiment could not be run."""
+class MeasurementError(UserError):
+    """A measurement could not be run."""
 
 
-class ExperimentProcess:
-    """The child process, started at the first experiment. Thread-safe."""
+class MeasurementProcess:
+    """The child process, started at the first measurement. Thread-safe."""
 
     def __init__(self, command: tuple[str, ...] = COMMAND) -> None:
         self._command = command
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
-        """Held while an experiment runs."""
+        """Held while a measurement runs."""
         self._closed = False
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the child
 
     def prepare(self) -> None:
         """Start the child, so that it has imported PyTorch when the first page is opened."""
-        with self._lock, contextlib.suppress(ExperimentError):
+        with self._lock, contextlib.suppress(MeasurementError):
             if not self._closed:
                 self._running()
 
-    def measure(self, experiment: str, seed: int) -> PageMeasurement:
-        """Run an experiment and wait for its values. Raises ExperimentError."""
+    def measure(self, page: str, seed: int) -> PageMeasurement:
+        """Measure a page and wait for its values. Raises MeasurementError."""
         with self._lock:
             if self._closed:
-                raise ExperimentError("the screen has been closed")
+                raise MeasurementError("the screen has been closed")
             process = self._running()
             timer = threading.Timer(TIMEOUT_S, process.kill)
             timer.daemon = True
             timer.start()
             try:
-                answer = self._ask(process, PageRequest(experiment, seed))
+                answer = self._ask(process, PageRequest(page, seed))
             finally:
                 timer.cancel()
-        if answer.experiment != experiment or answer.seed != seed:
-            raise ExperimentError(f"the experiment {experiment} answered for another one")
+        if answer.page != page or answer.seed != seed:
+            raise MeasurementError(f"the measurement of {page} answered for another page")
         return answer
 
     def release(self) -> None:
-        """End the child until the next experiment, unless one is running."""
+        """End the child until the next measurement, unless one is running."""
         if self._lock.acquire(blocking=False):
             try:
                 process, self._process = self._process, None
@@ -79,7 +79,7 @@ class ExperimentProcess:
                 self._lock.release()
 
     def close(self) -> None:
-        """End the child; an experiment that is running fails."""
+        """End the child; a measurement that is running fails."""
         self._closed = True
         process, self._process = self._process, None
         if process is not None:
@@ -97,7 +97,7 @@ class ExperimentProcess:
                     start_new_session=True,  # Ctrl-C is for the app
                 )
             except OSError as error:
-                raise ExperimentError(f"cannot start the experiment: {error}") from error
+                raise MeasurementError(f"cannot start the measurement: {error}") from error
         return self._process
 
     def _ask(self, process: subprocess.Popen[bytes], wanted: PageRequest) -> PageMeasurement:
@@ -113,14 +113,14 @@ class ExperimentProcess:
             raise self._why_silent(process)
         return checked(line)
 
-    def _why_silent(self, process: subprocess.Popen[bytes]) -> ExperimentError:
+    def _why_silent(self, process: subprocess.Popen[bytes]) -> MeasurementError:
         _end(process)
         self._process = None
         said = single_line(self._last_line(), 200)
-        return ExperimentError(
-            "the experiment ended without an answer",
+        return MeasurementError(
+            "the measurement ended without an answer",
             said
-            or "python -m tui_trainer.learn.experiments --list shows whether it can be started",
+            or "python -m tui_trainer.learn.measurements --list shows whether it can be started",
         )
 
     def _last_line(self) -> str:
@@ -133,17 +133,17 @@ class ExperimentProcess:
 
 
 def checked(line: bytes) -> PageMeasurement:
-    """The answer of the child. Raises ExperimentError where it is none, or says that it failed."""
+    """The answer of the child. Raises MeasurementError where it is none, or says that it failed."""
     try:
         answer = msgspec.json.decode(line, type=PageMeasurement)
     except msgspec.MsgspecError:
         try:
             failed = sanitize_message(msgspec.json.decode(line, type=PageFailure))
         except msgspec.MsgspecError as error:
-            raise ExperimentError(f"the experiment gave no valid answer: {error}") from error
-        raise ExperimentError(failed.message, failed.hint) from None
+            raise MeasurementError(f"the measurement gave no valid answer: {error}") from error
+        raise MeasurementError(failed.message, failed.hint) from None
     if not all_finite(answer.values):
-        raise ExperimentError(f"the experiment {answer.experiment} measured nan or inf")
+        raise MeasurementError(f"the measurement of {answer.page} gave nan or inf")
     return sanitize_message(answer)
 
 

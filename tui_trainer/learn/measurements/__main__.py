@@ -1,4 +1,4 @@
-"""`python -m tui_trainer.learn.experiments NAME`: run an experiment and print what it measured.
+"""`python -m tui_trainer.learn.measurements PAGE`: measure the values of a page and print them.
 
 With `--serve` it reads a `PageRequest` from each line of its standard input and answers each with
 one line, a `PageMeasurement` or a `PageFailure`.
@@ -14,23 +14,23 @@ import sys
 import msgspec
 
 from tui_trainer.learn.catalog import PAGES, find_page
-from tui_trainer.learn.experiment_messages import (
+from tui_trainer.learn.measurement_messages import (
     PageFailure,
     PageMeasurement,
     PageRequest,
     all_finite,
 )
-from tui_trainer.learn.experiments import run_experiment
+from tui_trainer.learn.measurements import measure_page
 from tui_trainer.protocol.errors import UserError
 
 
 def main(arguments: list[str]) -> int:
     """Run what the command line asks for and return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m tui_trainer.learn.experiments")
+    parser = argparse.ArgumentParser(prog="python -m tui_trainer.learn.measurements")
     parser.add_argument("name", nargs="?", help="name of a page")
     parser.add_argument("--seed", type=int, default=1, help="of the random numbers (default: 1)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--list", action="store_true", help="print the names of all experiments")
+    parser.add_argument("--list", action="store_true", help="print the names of all pages")
     parser.add_argument("--serve", action="store_true", help="answer requests on standard input")
     given = parser.parse_args(arguments)
     if given.serve:
@@ -64,15 +64,15 @@ def serve() -> None:
 
 
 def prepare() -> None:
-    """Import what experiments use; what is missing is reported with the first of them."""
+    """Import what measurements use; what is missing is reported with the first of them."""
     with contextlib.suppress(ImportError):
         import torch._dynamo  # noqa: F401
 
 
 def answer(wanted: PageRequest) -> PageMeasurement | PageFailure:
-    """What an experiment measures, or why it could not."""
+    """The values of a page, or why they could not be measured."""
     try:
-        measured = run_experiment(find_page(wanted.experiment), wanted.seed)
+        measured = measure_page(find_page(wanted.page), wanted.seed)
     except UserError as error:
         return PageFailure(error.message, error.hint)
     except ModuleNotFoundError as error:
@@ -81,9 +81,9 @@ def answer(wanted: PageRequest) -> PageMeasurement | PageFailure:
             f"install it for {sys.executable}, for instance with pip install torch",
         )
     except Exception as error:
-        return PageFailure(f"the experiment failed: {type(error).__name__}: {error}")
+        return PageFailure(f"the measurement failed: {type(error).__name__}: {error}")
     if not all_finite(measured.values):
-        return PageFailure(f"the experiment {wanted.experiment} measured nan or inf")
+        return PageFailure(f"the measurement of {wanted.page} gave nan or inf")
     return measured
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
-from tui_trainer.learn.experiment_messages import Value
+from tui_trainer.learn.measurement_messages import Value
 
 LEARNING_RATE, MOMENTUM, DECAY = 0.1, 0.9, 0.1
 FACTOR = 1000
@@ -22,7 +22,7 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
 }
 
 
-def experiment() -> dict[str, Value]:
+def measure() -> dict[str, Value]:
     """Give every optimizer the same weight and the same two gradients."""
     weight, first = torch.randn(2).tolist()
     unused = [nn.Parameter(torch.zeros(1))]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tui_trainer.learn.experiment_messages import Value
-from tui_trainer.learn.experiments.small_models import loss_of, random_batch, small_gpt
+from tui_trainer.learn.measurement_messages import Value
+from tui_trainer.learn.measurements.small_models import loss_of, random_batch, small_gpt
 from tui_trainer.models.gpt import GPT, CausalSelfAttention
 
 SHOWN = (0, 10, 40)
@@ -14,7 +14,7 @@ COPIED_STEPS = 10
 NAMES = ("q", "k", "v")
 
 
-def experiment() -> dict[str, Value]:
+def measure() -> dict[str, Value]:
     """Train a GPT of one block, and compare the three matrices of its attention on the way."""
     model = small_gpt(layers=1)
     weights = _weights(model)

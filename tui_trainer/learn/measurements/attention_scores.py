@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tui_trainer.learn.experiment_messages import Value
+from tui_trainer.learn.measurement_messages import Value
 
 DIMENSIONS, PAIRS = 64, 4000
 KEYS = 16
 
 
-def experiment() -> dict[str, Value]:
+def measure() -> dict[str, Value]:
     """A query and three keys in the plane, then random ones in many dimensions."""
     turned = 2 * math.pi * torch.rand(()).item()
     query = _at(turned)

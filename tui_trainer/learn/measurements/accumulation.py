@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tui_trainer.learn.experiment_messages import Value
-from tui_trainer.learn.experiments.small_models import (
+from tui_trainer.learn.measurement_messages import Value
+from tui_trainer.learn.measurements.small_models import (
     gradient_vector,
     loss_of,
     random_batch,
@@ -16,7 +16,7 @@ from tui_trainer.learn.experiments.small_models import (
 EXAMPLES = 8
 
 
-def experiment() -> dict[str, Value]:
+def measure() -> dict[str, Value]:
     """Call `backward` several times, and step after both kinds of `zero_grad`."""
     model = small_gpt()
     parameters = list(model.parameters())

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tui_trainer.learn.experiment_messages import Value
-from tui_trainer.learn.experiments.small_models import graph_nodes
+from tui_trainer.learn.measurement_messages import Value
+from tui_trainer.learn.measurements.small_models import graph_nodes
 
 ROWS, COLUMNS = 3, 4
 
 
-def experiment() -> dict[str, Value]:
+def measure() -> dict[str, Value]:
     """Compute the loss of a layer with one tensor, and with a tensor for each entry."""
     tensor = _with_tensor(ROWS)
     weight, x, target, loss = tensor

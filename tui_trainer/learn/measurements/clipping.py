@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
-from tui_trainer.learn.experiment_messages import Value
+from tui_trainer.learn.measurement_messages import Value
 
 LIMIT = 1.0
 
 
-def experiment() -> dict[str, Value]:
+def measure() -> dict[str, Value]:
     """Clip the gradient of a model of three parameters by its norm and by its values."""
     model = nn.Linear(2, 1)
     inputs, targets = torch.randn(16, 2), 4 + torch.randn(16, 1)

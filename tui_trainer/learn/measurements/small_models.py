@@ -1,4 +1,4 @@
-"""What several experiments use: a small GPT, batches for it, and walks through autograd's graph."""
+"""What several pages use: a small GPT, batches for it, and walks through autograd's graph."""
 
 from __future__ import annotations
 

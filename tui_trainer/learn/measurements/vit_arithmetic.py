@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils.data import BatchSampler, SequentialSampler
 
-from tui_trainer.learn.experiment_messages import Value
+from tui_trainer.learn.measurement_messages import Value
 from tui_trainer.models.vit import Block, ViT
 
 IMAGE_SIZE, PATCH_SIZE, OTHER_PATCH_SIZE = 224, 14, 16
@@ -13,7 +13,7 @@ WIDTH, LAYERS, HEADS, EMBEDDING = 384, 12, 6, 512
 IMAGES, BATCH_SIZE, EPOCHS = 494_149, 128, 40
 
 
-def experiment() -> dict[str, Value]:
+def measure() -> dict[str, Value]:
     """Build the model on the device `meta`, pass an image, and let a sampler count batches."""
     model, tokens = _model(PATCH_SIZE, LAYERS)
     _, other_tokens = _model(OTHER_PATCH_SIZE, layers=1)

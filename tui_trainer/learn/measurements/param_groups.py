@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tui_trainer.learn.experiment_messages import Value
-from tui_trainer.learn.experiments.small_models import loss_of, random_batch, small_gpt
+from tui_trainer.learn.measurement_messages import Value
+from tui_trainer.learn.measurements.small_models import loss_of, random_batch, small_gpt
 
 SHOWN = ("token_embedding.weight", "blocks.0.attention.W_query.weight", "blocks.1.mlp.down.weight")
 
 
-def experiment() -> dict[str, Value]:
+def measure() -> dict[str, Value]:
     """Compare the tensors of model and optimizer, step, then replace one in the model only."""
     model = small_gpt()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
