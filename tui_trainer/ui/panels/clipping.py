@@ -20,10 +20,10 @@ from tui_trainer.ui.panels.base import (
     unavailable_reason,
     user_event_marks,
 )
-from tui_trainer.ui.panels.related import related_curves, related_legend
 from tui_trainer.ui.widgets.chart import Chart, put_message
 from tui_trainer.ui.widgets.chart_layers import AxisMarks, Band, Layer, Threshold
 from tui_trainer.ui.widgets.lines import Row
+from tui_trainer.ui.widgets.related import related_curves, related_legend
 from tui_trainer.ui.widgets.scale import step_window
 from tui_trainer.ui.widgets.table import fitted
 
@@ -100,7 +100,9 @@ class ClippingPanel(Panel):
         if math.isfinite(limit):
             layers.append(Threshold(self.palette.clip, limit))
         window = table.window([index], *steps, columns)
-        lines, others = related_curves(self, schema.STEP, "grad_norm_preclip", steps, columns)
+        lines, others = related_curves(
+            self, self.snapshot.related, schema.STEP, "grad_norm_preclip", steps, columns
+        )
         layers += lines
         layers.append(Band.from_window(window, 0, self.palette.norm))
         clipped = [event.step for event in snapshot.events if isinstance(event, Clip)]

@@ -17,10 +17,10 @@ from tui_trainer.ui.panels.base import (
     user_event_marks,
     waiting_message,
 )
-from tui_trainer.ui.panels.related import related_curves, related_legend
 from tui_trainer.ui.widgets.chart import Chart, put_message
 from tui_trainer.ui.widgets.chart_layers import AxisMarks, Band, Label, Layer, Line, Points, smooth
 from tui_trainer.ui.widgets.lines import Row
+from tui_trainer.ui.widgets.related import related_curves, related_legend
 from tui_trainer.ui.widgets.scale import step_window
 
 WINDOWS: tuple[int | None, ...] = (None, 1000, 200)
@@ -64,8 +64,12 @@ class LossPanel(Panel):
         total_steps = info.total_steps if info else None
         steps = step_window(last_step, self.max_steps, total_steps, self.slow_link)
         columns = 2 * self.chart.plot_width(size.width)
-        layers, others = related_curves(self, schema.STEP, "loss", steps, columns)
-        layers += related_curves(self, schema.VALIDATION, "loss", steps, columns, points=True)[0]
+        layers, others = related_curves(
+            self, self.snapshot.related, schema.STEP, "loss", steps, columns
+        )
+        layers += related_curves(
+            self, self.snapshot.related, schema.VALIDATION, "loss", steps, columns, points=True
+        )[0]
         figures: list[Figure] = []
         for number, table in enumerate(tables):
             layers += self._training_loss(table, number, steps, columns)

@@ -24,10 +24,10 @@ from tui_trainer.ui.panels.base import (
     staleness,
     waiting_message,
 )
-from tui_trainer.ui.panels.related import related_curves
 from tui_trainer.ui.widgets.chart import Chart, put_message
 from tui_trainer.ui.widgets.chart_layers import Band, Floats, Layer, Line, Threshold, fill_gaps
 from tui_trainer.ui.widgets.lines import Row
+from tui_trainer.ui.widgets.related import related_curves
 from tui_trainer.ui.widgets.scale import step_window
 from tui_trainer.ui.widgets.table import fitted
 
@@ -191,7 +191,9 @@ class LearningRatePanel(Panel):
             return [], None
         columns = 2 * self.chart.plot_width(width)
         window = table.window([column], *steps, columns)
-        others, _ = related_curves(self, schema.STEP, "learning_rate", steps, columns)
+        others, _ = related_curves(
+            self, self.snapshot.related, schema.STEP, "learning_rate", steps, columns
+        )
         return [*others, Band.from_window(window, 0, self.palette.accent)], newest
 
 

@@ -167,6 +167,7 @@ class AttentionScreen(DetailScreen):
                 log=None if statistic.signed else self._log_scale,
                 selected=statistic is self.statistic,
                 band=statistic.band,
+                related=snapshot.related,
             )
 
     def _charted_statistics(self) -> list[Statistic]:

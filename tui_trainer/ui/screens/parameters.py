@@ -218,6 +218,7 @@ class ParametersScreen(DetailScreen):
             curves = [ChartCurve("", style, column)] if found else []
             total, log = info.total_steps, self._log_scale
             chart.plot(name, series, curves, placeholder=why, total_steps=total, log=log,
+                       related=self.context.snapshot.related,
                        band=UPDATE_RATIO if quantity == schema.UPDATE_RATIO else None)  # fmt: skip
 
     # ------------------------------------------------------------ actions

@@ -103,7 +103,8 @@ class SamplesScreen(DetailScreen):
             total = snapshot.info.total_steps if snapshot.info else None
             curves = [ChartCurve("", "accent", chosen.column)]
             chart = self.query_one("#logged-chart", SeriesChart)
-            chart.plot(chosen.name, chosen.series, curves, total_steps=total)
+            chart.plot(chosen.name, chosen.series, curves, total_steps=total,
+                       related=snapshot.related)  # fmt: skip
 
     def _show_part(self, selector: str, available: bool) -> None:
         self.query_one(selector).set_class(not available, "-none")

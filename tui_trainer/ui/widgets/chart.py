@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from textwrap import wrap
 
 import numpy as np
+from rich.cells import cell_len
 from rich.segment import Segment
 from rich.style import Style
 from textual.geometry import Size
 
+from tui_trainer.comparison.related_runs import RelatedRun
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import formatting
 from tui_trainer.protocol.absent import why_absent
+from tui_trainer.protocol.text import strip_escapes, truncate_middle
 from tui_trainer.ui.glyphs import Glyphs
 from tui_trainer.ui.healthy_ranges import HealthyRange
 from tui_trainer.ui.theme import Palette
@@ -38,9 +41,12 @@ from tui_trainer.ui.widgets.chart_layers import (
     Threshold,
 )
 from tui_trainer.ui.widgets.lines import LineView, Row
+from tui_trainer.ui.widgets.related import Figure, related_curves
 from tui_trainer.ui.widgets.scale import Scale, step_window
 
 SPACE = 0x20
+MIN_NAME_WIDTH = 8
+"""Of another run's name in the title of a chart."""
 
 
 class Canvas:
@@ -248,6 +254,7 @@ class SeriesChart(LineView):
         self._total_steps: int | None = None
         self._selected = False
         self._band: HealthyRange | None = None
+        self._related: Sequence[RelatedRun] = ()
 
     def plot(
         self,
@@ -260,15 +267,18 @@ class SeriesChart(LineView):
         log: bool | None = None,
         selected: bool = False,
         band: HealthyRange | None = None,
+        related: Sequence[RelatedRun] = (),
     ) -> None:
         """Show `curves` of `series`, or `placeholder` where there is nothing to draw. The limits
-        of a healthy `band` are drawn where values come near them."""
+        of a healthy `band` are drawn where values come near them, the same curves of the `related`
+        runs below."""
         curves = tuple(curves)
         if (title, series, curves) != (self._title, self._series, self._curves):
             self.chart = Chart()
         self.chart.log = log
         self._title, self._series, self._curves, self._band = title, series, curves, band
         self._placeholder, self._total_steps, self._selected = placeholder, total_steps, selected
+        self._related = related
         self.update_rows()
 
     def rows(self, size: Size) -> Sequence[Row]:
@@ -281,26 +291,49 @@ class SeriesChart(LineView):
         columns = [curve.column for curve in curves]
         newest = series.latest()
         values = newest[1][columns] if newest else np.full(len(columns), np.nan, np.float32)
-        title = self._title_row(size.width, list(zip(curves, values.tolist(), strict=True)))
+        shown = list(zip(curves, values.tolist(), strict=True))
         if size.height < 4:
-            return [title]
+            return [self._title_row(size.width, shown)]
         steps = step_window(series.last_step or 0, None, self._total_steps)
-        window = series.window(columns, *steps, 2 * self.chart.plot_width(size.width))
+        dots = 2 * self.chart.plot_width(size.width)
+        window = series.window(columns, *steps, dots)
+        others, names = self._curves_of_related(series, columns, steps, dots)
         layers: list[Layer] = [
-            Band.from_window(window, number, self.style(curve.style))
-            for number, curve in enumerate(curves)
-        ]
+            *others,
+            *(Band.from_window(window, number, self.style(curve.style))
+              for number, curve in enumerate(curves)),
+        ]  # fmt: skip
         if self._band is not None:
             limits = near_limits(self._band, window.low, window.high)
             layers += [Threshold(self.palette.good, limit) for limit in limits]
         chart_height = size.height - 1
         return [
-            title,
+            self._title_row(size.width, shown, names),
             *self.chart.rows(size.width, chart_height, steps, layers, self.palette, self.glyphs),
         ]
 
-    def _title_row(self, width: int, values: Sequence[tuple[ChartCurve, float]]) -> Row:
-        """`drift q 0.276 k 0.245 v 0.138 ───`, in exactly `width` cells."""
+    def _curves_of_related(
+        self, series: SeriesReader, columns: Sequence[int], steps: tuple[int, int], dots: int
+    ) -> tuple[list[Layer], list[Figure]]:
+        """The same columns of the related runs, and each of these runs once for the title."""
+        layers: list[Layer] = []
+        names: dict[str, Figure] = {}
+        for column in columns:
+            name = series.table.columns[column].name
+            drawn, figures = related_curves(
+                self, self._related, series.table.name, name, steps, dots
+            )
+            layers += drawn
+            names |= {figure[0]: figure for figure in figures}
+        return layers, list(names.values())
+
+    def _title_row(
+        self,
+        width: int,
+        values: Sequence[tuple[ChartCurve, float]],
+        related: Sequence[Figure] = (),
+    ) -> Row:
+        """`drift q 0.276 k 0.245 v 0.138 ■ gpt-2 ───`, in exactly `width` cells."""
         palette = self.palette
         title = self._title[:width]
         row: Row = [Segment(title, palette.accent if self._selected else palette.title)]
@@ -316,6 +349,12 @@ class SeriesChart(LineView):
             style = self.style((curve.style if healthy else "warning") if finite else missing)
             row += (Segment(label, palette.dim), Segment(text, style))
             left -= len(label) + len(text)
+        for name, _, dim in related:
+            if left <= MIN_NAME_WIDTH + 1:
+                break
+            name = truncate_middle(strip_escapes(name), left - 1, self.glyphs.ellipsis)
+            row.append(Segment(f" {name}", dim))
+            left -= cell_len(name) + 1
         if self._band is not None and len(self._band.words) + 4 < left:
             row.append(Segment(f" {self._band.words}", palette.dim))
             left -= len(self._band.words) + 1

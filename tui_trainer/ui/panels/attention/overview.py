@@ -31,10 +31,10 @@ from tui_trainer.ui.panels.base import (
     title_line,
     unavailable_reason,
 )
-from tui_trainer.ui.panels.related import related_curves
 from tui_trainer.ui.widgets.chart import Chart
 from tui_trainer.ui.widgets.chart_layers import Band, Label, Layer, Line, smooth
 from tui_trainer.ui.widgets.lines import Row
+from tui_trainer.ui.widgets.related import related_curves
 from tui_trainer.ui.widgets.scale import step_window
 from tui_trainer.ui.widgets.table import NOT_COMPARABLE, Cell, TableColumn, VirtualTable
 
@@ -199,7 +199,9 @@ class TrendChart(Panel):
         for part, column in zip(statistic.parts, columns, strict=True):
             name, dots = table.columns[column].name, 2 * self.chart.plot_width(width)
             if layer.comparable(part):
-                curves += related_curves(self, table.name, name, steps, dots)[0]
+                curves += related_curves(
+                    self, self.snapshot.related, table.name, name, steps, dots
+                )[0]
         for number, part in enumerate(statistic.parts):
             if not layer.comparable(part):
                 figures.append((part, NOT_COMPARABLE.rjust(VALUE_WIDTH), self.palette.dim))

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 from rich.segment import Segment
+from rich.style import Style
 
+from tui_trainer.comparison.related_runs import RelatedRun
 from tui_trainer.protocol import formatting
 from tui_trainer.protocol.text import strip_escapes, truncate_middle
-from tui_trainer.ui.panels.base import Figure, Panel
 from tui_trainer.ui.widgets.axes import AXIS_WIDTH
 from tui_trainer.ui.widgets.chart_layers import Layer, Line, Points, fill_gaps, smooth
-from tui_trainer.ui.widgets.lines import Row
+from tui_trainer.ui.widgets.lines import LineView, Row
 
 MARKERS, ASCII_MARKERS = "■□▲△", "%&=@"
 """Not those of validation points and events, which are on the same charts."""
@@ -22,8 +23,13 @@ MARKER_SPACING = 26
 MAX_NAME_WIDTH = 28
 
 
+Figure = tuple[str, str, Style]
+"""Sign and name of a run, its newest value, and the style of both."""
+
+
 def related_curves(
-    panel: Panel,
+    view: LineView,
+    runs: Sequence[RelatedRun],
     table: str,
     column: str,
     steps: tuple[int, int],
@@ -34,12 +40,12 @@ def related_curves(
     single `points`; and for the legend its sign, name and newest value."""
     layers: list[Layer] = []
     figures: list[Figure] = []
-    style = panel.palette.dim
-    for place, run in enumerate(panel.snapshot.related):
+    style = view.palette.dim
+    for place, run in enumerate(runs):
         window = run.window(table, column, steps, columns)
         if window is None or not window.filled.any():
             continue
-        marker = (ASCII_MARKERS if panel.glyphs.ascii else MARKERS)[place % len(MARKERS)]
+        marker = (ASCII_MARKERS if view.glyphs.ascii else MARKERS)[place % len(MARKERS)]
         if points:
             at = np.flatnonzero(window.filled)
             layers.append(Points(style, at, window.last[at, 0], marker))
@@ -52,14 +58,14 @@ def related_curves(
     return layers, figures
 
 
-def related_legend(panel: Panel, figures: Sequence[Figure], width: int) -> list[Row]:
+def related_legend(view: LineView, figures: Sequence[Figure], width: int) -> list[Row]:
     """`■ gpt-2 1.43  □ gpt-3 1.51`, as one row; none without related runs."""
     if not figures:
         return []
-    row: Row = [Segment(" " * AXIS_WIDTH, panel.palette.text)]
+    row: Row = [Segment(" " * AXIS_WIDTH, view.palette.text)]
     left = width - AXIS_WIDTH
     for label, value, style in figures:
-        name = truncate_middle(strip_escapes(label), MAX_NAME_WIDTH, panel.glyphs.ellipsis)
+        name = truncate_middle(strip_escapes(label), MAX_NAME_WIDTH, view.glyphs.ellipsis)
         text = f"{name} {value}  "
         row.append(Segment(text[: max(0, left)], style))
         left -= len(text)
