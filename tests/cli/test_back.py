@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.cli.calling import assert_refused, call, started
-from tests.runs.starting import until
+from tests.runs.starting import stored_step, until
+from tests.travel.support import same
 from tui_trainer.comparison.related_runs import find_related, open_related
+from tui_trainer.run.checkpoints import load_checkpoint
+from tui_trainer.runs.checkpoints import checkpoint_path
 from tui_trainer.runs.recording import reported_info
 
 OPTIONS = """
@@ -123,15 +126,46 @@ def test_a_branch_goes_on_from_an_earlier_step_with_another_rate(tmp_path: Path)
         assert listed[1].startswith("  one-2 "), listed
         compared = call("compare", "one", "one-2", cwd=tmp_path)
         assert compared.returncode == 0, compared
-    # The run was killed: it is resumed from the checkpoint of its branch, and taken back.
-    command = ("gpt", "--resume", "one@5", "--plain", "--paused", "--name", "three")
-    with started(*command, "--snapshots", "64MB", cwd=tmp_path):
-        until(lambda: call("step", "three", "3", cwd=tmp_path).returncode == 0, "the run steps")
-        for step in (7, 6, 8):
-            done = call("back", "three", "--to", str(step), "--json", cwd=tmp_path)
-            assert done.returncode == 0, done
-            there = json.loads(done.stdout)
-            assert (there["step"], there["loss"]) == (step, pytest.approx(parent[step], rel=1e-6))
-        three = tmp_path / "runs" / "three"
-        until(lambda: len(losses_from(three, tmp_path)) == 3, "three steps are stored")
-        assert losses_from(three, tmp_path) == {step: parent[step] for step in (6, 7, 8)}
+
+
+def state_at_nine(run: Path) -> dict[str, object]:
+    """What the run's checkpoint of step 9 holds of its training."""
+    saved = load_checkpoint(checkpoint_path(run, 9))
+    saved.states["edits"].pop("edits")  # their number: of this process alone
+    return {"weights": saved.weights, "states": saved.states, "random": saved.random}
+
+
+@pytest.mark.parametrize("task", ["gpt", "vit"])
+def test_a_killed_run_is_continued_and_gone_back_in_bit_for_bit(task: str, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+
+    def done(*command: str) -> None:
+        result = call(*command, cwd=tmp_path)
+        assert result.returncode == 0, result
+
+    def begun(name: str) -> None:
+        until(lambda: call("step", name, cwd=tmp_path).returncode == 0, "the run steps")
+
+    common = ("--plain", "--paused", "--snapshots", "64MB")
+    with started(task, "--name", "one", *common, *OPTIONS.split()[:-2], cwd=tmp_path):
+        begun("one")
+        done("set", "one", "lr=1e-2", "seed=5", "beta1=0.8")
+        done("step", "one", "5")
+        done("checkpoint", "one")
+        done("set", "one", "freeze=*norm*", "lr=2e-3")
+        done("step", "one", "3")
+        done("checkpoint", "one")
+        until(lambda: stored_step(runs / "one") == 9, "nine steps are stored")
+    # `started` has killed the run with SIGKILL, which no process can handle.
+    recorded = losses_from(runs / "one", tmp_path)
+    resumed = ("--resume", "one@6", "--set", "freeze=*norm*", "--set", "lr=2e-3")
+    with started(task, *resumed, "--name", "two", *common, cwd=tmp_path):
+        begun("two")
+        done("step", "two", "3")
+        for step in ("7", "6", "9"):
+            done("back", "two", "--to", step)
+        done("checkpoint", "two")
+        until(lambda: stored_step(runs / "two") == 9, "three steps are stored")
+    continued = losses_from(runs / "two", tmp_path)
+    assert continued == {step: recorded[step] for step in (7, 8, 9)}
+    assert same(state_at_nine(runs / "one"), state_at_nine(runs / "two"))
