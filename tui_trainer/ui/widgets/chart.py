@@ -14,7 +14,7 @@ from rich.segment import Segment
 from rich.style import Style
 from textual.geometry import Size
 
-from tui_trainer.comparison.related_runs import RelatedRun
+from tui_trainer.client.api import RelatedRun
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import formatting
 from tui_trainer.protocol.absent import why_absent

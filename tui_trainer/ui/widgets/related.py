@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from rich.segment import Segment
 from rich.style import Style
 
-from tui_trainer.comparison.related_runs import RelatedRun
+from tui_trainer.client.api import RelatedRun
 from tui_trainer.protocol import formatting
 from tui_trainer.protocol.text import strip_escapes, truncate_middle
 from tui_trainer.ui.widgets.axes import AXIS_WIDTH
