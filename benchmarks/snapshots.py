@@ -24,8 +24,8 @@ from tui_trainer.run.environment import initial_info
 from tui_trainer.settings.edits import LiveEdits
 from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.tracer import Tracer
+from tui_trainer.travel.snapshots import TrainingParts, TrainingState
 from tui_trainer.travel.time_travel import TimeTravel
-from tui_trainer.travel.training_state import TrainingParts, TrainingState
 
 
 def trained(parameters: float) -> tuple[torch.nn.Module, torch.optim.Optimizer]:

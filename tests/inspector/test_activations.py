@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.inspector.test_inspector import Traced
+from tui_trainer.inspector.errors import InspectionError
 from tui_trainer.inspector.inspector import TensorCopy
-from tui_trainer.inspector.tensor_catalog import InspectionError
 from tui_trainer.protocol.inspection import ListTensors, ReadTensor, Summarize, TensorRef
 
 

@@ -15,7 +15,7 @@ from tui_trainer.models.vit import ViT
 from tests.inspector.attending import examined, layers_of
 from tui_trainer.inspector.attention.calls import MULTIHEAD, PROJECTED, SDPA, SOFTMAX
 from tui_trainer.inspector.attention.examine import chosen_layer, entropy, products
-from tui_trainer.inspector.tensor_catalog import InspectionError
+from tui_trainer.inspector.errors import InspectionError
 from tui_trainer.protocol.attention import ExamineAttention
 from tui_trainer.protocol.heat_map import HeatMapWindow
 

@@ -9,7 +9,7 @@ from tui_trainer.models.gpt import GPT
 from tui_trainer.models.vit import ViT
 
 from tests.inspector.test_inspector import Traced
-from tui_trainer.inspector.tensor_catalog import InspectionError
+from tui_trainer.inspector.errors import InspectionError
 from tui_trainer.protocol.attention import AttentionExamination, ExamineAttention
 from tui_trainer.protocol.heat_map import HeatMapWindow
 

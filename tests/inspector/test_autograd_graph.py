@@ -17,7 +17,7 @@ from tests.inspector.test_inspector import Traced
 from tests.inspector.test_rerun import Everything
 from tests.trace.support import SmallGpt, gpt_loop, mlp
 from tui_trainer.inspector.autograd_graph import _Walk
-from tui_trainer.inspector.tensor_catalog import InspectionError
+from tui_trainer.inspector.errors import InspectionError
 from tui_trainer.protocol.autograd import AutogradGraph, DescribeGraph
 
 

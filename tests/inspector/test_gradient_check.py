@@ -13,8 +13,8 @@ from tests.inspector.custom_function import Halved
 from tests.inspector.test_inspector import Traced
 from tests.inspector.test_rerun import Everything, fingerprint
 from tests.trace.support import SmallGpt, mlp
+from tui_trainer.inspector.errors import InspectionError
 from tui_trainer.inspector.gradient_check import steadiest
-from tui_trainer.inspector.tensor_catalog import InspectionError
 from tui_trainer.protocol.autograd import CheckGradient, GradientCheck, GradientStep
 
 

@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.trace.support import EVERYTHING, KeepingRecorder, SmallGpt, gpt_loop, mlp
+from tui_trainer.inspector.errors import InspectionError
 from tui_trainer.inspector.inspector import PART_BYTES, Inspector, TensorCopy
-from tui_trainer.inspector.tensor_catalog import InspectionError
 from tui_trainer.probes import PROBES
 from tui_trainer.protocol.autograd import CheckGradient, DescribeGraph
 from tui_trainer.protocol.heat_map import HeatMapWindow

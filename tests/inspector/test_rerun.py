@@ -16,9 +16,10 @@ from tests.inspector.custom_function import Halved
 from tests.inspector.test_inspector import Traced
 from tests.trace.support import SmallGpt, gpt_loop, mlp
 from tui_trainer.inspector import loss_recording
+from tui_trainer.inspector.errors import InspectionError
 from tui_trainer.inspector.gradient_check import check_gradient
 from tui_trainer.inspector.rerun import StepCapture
-from tui_trainer.inspector.tensor_catalog import InspectionError, TensorCatalog
+from tui_trainer.inspector.tensor_catalog import TensorCatalog
 from tui_trainer.protocol.autograd import CheckGradient
 from tui_trainer.protocol.inspection import NOT_CAPTURED
 from tui_trainer.trace.random_state import random_state

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from tests.examples import examples
 from tui_trainer.inspector import statistics, tensor_reading
+from tui_trainer.inspector.errors import InspectionError
 from tui_trainer.inspector.heat_map import heat_map
 from tui_trainer.inspector.statistics import statistics_of
-from tui_trainer.inspector.tensor_catalog import InspectionError
 from tui_trainer.inspector.tensor_reading import evenly_spaced, readable
 from tui_trainer.protocol.heat_map import HeatMap, HeatMapWindow
 from tui_trainer.protocol.inspection import TensorStatistics

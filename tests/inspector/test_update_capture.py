@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from tests.inspector.test_inspector import Traced, train
 from tests.trace.support import mlp
 from tui_trainer.inspector import update_capture
-from tui_trainer.inspector.tensor_catalog import InspectionError
+from tui_trainer.inspector.errors import InspectionError
 from tui_trainer.protocol.inspection import NOT_OBSERVED, ExplainUpdate, UpdateExplanation
 from tui_trainer.trace.gate import Gate
 

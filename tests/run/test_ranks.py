@@ -37,7 +37,6 @@ from tui_trainer.protocol.actions import (
 from tui_trainer.protocol.attention import ExamineAttention
 from tui_trainer.protocol.autograd import CheckGradient, DescribeGraph
 from tui_trainer.protocol.events import Notice
-from tui_trainer.protocol.experiments import WhatIf
 from tui_trainer.protocol.framing import read_as
 from tui_trainer.protocol.inspection import (
     DescribeUse,
@@ -51,6 +50,7 @@ from tui_trainer.protocol.inspection import (
 from tui_trainer.protocol.ranks import MAX_BYTES, Go, to_rank
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.protocol.settings import SettingChange
+from tui_trainer.protocol.travel import WhatIf
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.run import rank_server
 from tui_trainer.run.rank_server import Peer, RankServer, ending_of

@@ -10,13 +10,6 @@ import pytest
 
 from tests.runs.starting import until
 from tui_trainer import __version__
-from tui_trainer.client.relay_greeting import (
-    MAX_NOISE_BYTES,
-    NoGreeting,
-    RelayGreeting,
-    encode_greeting,
-    find_greeting,
-)
 from tui_trainer.client.ssh import (
     SshConnector,
     parse_address,
@@ -24,6 +17,13 @@ from tui_trainer.client.ssh import (
     ssh_command,
 )
 from tui_trainer.protocol import PROTOCOL_VERSION
+from tui_trainer.protocol.relay_greeting import (
+    MAX_NOISE_BYTES,
+    NoGreeting,
+    RelayGreeting,
+    encode_greeting,
+    find_greeting,
+)
 from tui_trainer.runs.errors import RunError
 
 

@@ -9,13 +9,13 @@ import pytest
 
 from tests.travel.support import Run, same, tiny
 from tui_trainer.config.live_settings import parse_changes
-from tui_trainer.protocol.experiments import (
+from tui_trainer.protocol.formatting import bytes_, cost_text
+from tui_trainer.protocol.travel import (
     ExperimentCost,
     FindLearningRate,
     MeasureLandscape,
     WhatIf,
 )
-from tui_trainer.protocol.formatting import bytes_, cost_text
 from tui_trainer.trace.gate import Refusal
 
 

@@ -17,8 +17,8 @@ from tui_trainer.protocol.settings import SettingChange
 from tui_trainer.run.breakpoints import RunBreakpoints
 from tui_trainer.run.control import CommandHandler, Viewer
 from tui_trainer.trace.gate import Refusal
+from tui_trainer.travel.snapshots import TrainingParts, TrainingState
 from tui_trainer.travel.time_travel import TimeTravel
-from tui_trainer.travel.training_state import TrainingParts, TrainingState
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,6 @@ from tui_trainer.protocol.autograd import (
     GradientCheck,
     GradientStep,
 )
-from tui_trainer.protocol.experiments import (
-    Curve,
-    EstimateCost,
-    ExperimentCost,
-    ExperimentResult,
-    FindLearningRate,
-    WhatIf,
-)
 from tui_trainer.protocol.inspection import (
     ExplainUpdate,
     Inspected,
@@ -41,7 +33,17 @@ from tui_trainer.protocol.inspection import (
 )
 from tui_trainer.protocol.messages import Status
 from tui_trainer.protocol.settings import ReadSettings, Setting, SettingList
-from tui_trainer.protocol.travel import ReadTimeline, Timeline, TravelPlace
+from tui_trainer.protocol.travel import (
+    Curve,
+    EstimateCost,
+    ExperimentCost,
+    ExperimentResult,
+    FindLearningRate,
+    ReadTimeline,
+    Timeline,
+    TravelPlace,
+    WhatIf,
+)
 
 WEIGHT = "blocks.0.attention.W_query.weight"
 BIAS = "blocks.0.attention.W_query.bias"

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from tests.ui.fake import fake_gpt
 from tests.ui.screens import app_on, frame, settle, text_of, until
-from tui_trainer.protocol.experiments import EstimateCost, FindLearningRate, WhatIf
 from tui_trainer.protocol.settings import SettingChange
-from tui_trainer.protocol.travel import ReadTimeline
+from tui_trainer.protocol.travel import EstimateCost, FindLearningRate, ReadTimeline, WhatIf
 from tui_trainer.ui.screens.experiments import ExperimentsDialog
 
 

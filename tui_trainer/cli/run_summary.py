@@ -23,10 +23,10 @@ from tui_trainer.protocol import Phase, schema
 from tui_trainer.protocol.absent import why_absent
 from tui_trainer.protocol.events import Event, Finding, Notice
 from tui_trainer.protocol.formatting import nonfinite
-from tui_trainer.protocol.messages import END_STATES, Status
+from tui_trainer.protocol.messages import END_STATES, EntryState, Status
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.runs.errors import RunError
-from tui_trainer.runs.liveness import EntryState, RunEntry
+from tui_trainer.runs.liveness import RunEntry
 from tui_trainer.store.schema import STORE_FILE, StoreError
 
 CURVE_POINTS = 60

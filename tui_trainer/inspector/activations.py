@@ -9,8 +9,9 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from tui_trainer.inspector.errors import InspectionError
 from tui_trainer.inspector.rerun import StepCapture
-from tui_trainer.inspector.tensor_catalog import InspectionError, info_of
+from tui_trainer.inspector.tensor_catalog import info_of
 from tui_trainer.protocol.inspection import TensorInfo, TensorList, TensorRef
 from tui_trainer.trace.torch_private import plain_name, tensors_of, unwrapped
 from tui_trainer.trace.tracer import Tracer

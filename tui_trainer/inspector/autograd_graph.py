@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from tui_trainer.inspector.errors import InspectionError
 from tui_trainer.inspector.rerun import StepCapture
-from tui_trainer.inspector.tensor_catalog import InspectionError, TensorCatalog
+from tui_trainer.inspector.tensor_catalog import TensorCatalog
 from tui_trainer.protocol.autograd import AutogradGraph, GraphModule, GraphNode
 from tui_trainer.trace.torch_private import (
     local,

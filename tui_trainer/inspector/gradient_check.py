@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from tui_trainer.inspector.errors import InspectionError
 from tui_trainer.inspector.rerun import ModelCall, StepCapture, call_context, evaluate
-from tui_trainer.inspector.tensor_catalog import InspectionError, TensorCatalog
+from tui_trainer.inspector.tensor_catalog import TensorCatalog
 from tui_trainer.protocol.autograd import (
     MAX_CHECKED,
     CheckedEntry,

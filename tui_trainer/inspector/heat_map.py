@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from tui_trainer.inspector.tensor_catalog import InspectionError
+from tui_trainer.inspector.errors import InspectionError
 from tui_trainer.inspector.tensor_reading import as_matrix, as_real, part_elements
 from tui_trainer.protocol.heat_map import MAX_CELLS, HeatMap, HeatMapWindow, Reduction
 

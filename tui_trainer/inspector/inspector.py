@@ -12,22 +12,17 @@ from msgspec import structs
 from tui_trainer.inspector.activations import list_activations, with_activation
 from tui_trainer.inspector.attention.examine import examine_attention
 from tui_trainer.inspector.autograd_graph import describe_graph
+from tui_trainer.inspector.errors import InspectionError
 from tui_trainer.inspector.gradient_check import check_gradient
 from tui_trainer.inspector.heat_map import heat_map
 from tui_trainer.inspector.parameter_groups import parameter_use
 from tui_trainer.inspector.rerun import StepCapture
 from tui_trainer.inspector.statistics import statistics_of
-from tui_trainer.inspector.tensor_catalog import InspectionError, TensorCatalog, info_of
+from tui_trainer.inspector.tensor_catalog import TensorCatalog, info_of
 from tui_trainer.inspector.tensor_reading import readable
 from tui_trainer.inspector.update_capture import UpdateCapture
 from tui_trainer.protocol.attention import ExamineAttention
 from tui_trainer.protocol.autograd import CheckGradient, DescribeGraph
-from tui_trainer.protocol.experiments import (
-    EstimateCost,
-    FindLearningRate,
-    MeasureLandscape,
-    WhatIf,
-)
 from tui_trainer.protocol.formatting import bytes_
 from tui_trainer.protocol.inspection import (
     MAX_ENTRIES,
@@ -48,7 +43,13 @@ from tui_trainer.protocol.inspection import (
     UpdateExplanation,
 )
 from tui_trainer.protocol.settings import ReadSettings
-from tui_trainer.protocol.travel import ReadTimeline
+from tui_trainer.protocol.travel import (
+    EstimateCost,
+    FindLearningRate,
+    MeasureLandscape,
+    ReadTimeline,
+    WhatIf,
+)
 from tui_trainer.trace.tracer import Tracer
 
 MAX_COPY_BYTES = 2 << 30
@@ -80,7 +81,7 @@ class Inspector:
                 case ListTensors(modules=True):
                     return list_activations(tracer, self.capture)
                 case ListTensors():
-                    return catalog.list()
+                    return catalog.list_tensors()
                 case Summarize(tensor=TensorRef(kind="input" | "output") as ref):
                     use = partial(_summary, request)
                     summary, note = with_activation(tracer, self.capture, ref, use)

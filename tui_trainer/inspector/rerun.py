@@ -20,9 +20,9 @@ from typing import Any, Protocol
 
 import torch
 
+from tui_trainer.inspector.errors import InspectionError
 from tui_trainer.inspector.loss_recording import LossRecorder
 from tui_trainer.inspector.loss_replay import LossReplay, outputs_of
-from tui_trainer.inspector.tensor_catalog import InspectionError
 from tui_trainer.protocol.formatting import bytes_
 from tui_trainer.protocol.inspection import NOT_CAPTURED
 from tui_trainer.trace.random_state import random_state, restore_random_state

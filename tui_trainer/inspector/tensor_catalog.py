@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from tui_trainer.protocol.errors import UserError
+from tui_trainer.inspector.errors import InspectionError
 from tui_trainer.protocol.inspection import TensorInfo, TensorList, TensorRef
 from tui_trainer.trace.measurement import StepMeasurer
 from tui_trainer.trace.optimizers import OptimizerRegistry
@@ -21,10 +21,6 @@ from tui_trainer.trace.torch_private import is_sharded, local, plain_name, unwra
 MAX_LISTED = 20_000
 """Tensors in one list: about 2 MB of a message."""
 SHARD = "the shard of this process"
-
-
-class InspectionError(UserError):
-    """A tensor that cannot be inspected; the message says why."""
 
 
 class TracedRun(Protocol):
@@ -44,7 +40,7 @@ class TensorCatalog:
     def __init__(self, run: TracedRun) -> None:
         self._run = run
 
-    def list(self) -> TensorList:
+    def list_tensors(self) -> TensorList:
         """All tensors: parameters and buffers in the order of the models, each parameter followed
         by its gradient and its optimizer state."""
         found: list[TensorInfo] = []

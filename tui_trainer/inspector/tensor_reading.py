@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from tui_trainer.inspector.tensor_catalog import InspectionError
+from tui_trainer.inspector.errors import InspectionError
 from tui_trainer.trace.torch_private import local
 
 CPU_ELEMENTS, DEVICE_ELEMENTS = 1 << 20, 1 << 24

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tui_trainer.inspector.tensor_catalog import InspectionError
+from tui_trainer.inspector.errors import InspectionError
 
 Optimizer = torch.optim.Optimizer
 

@@ -19,8 +19,8 @@ from tui_trainer.protocol.events import (
     Notice,
     Skipped,
 )
-from tui_trainer.protocol.experiments import ExperimentCost
 from tui_trainer.protocol.schema import Scalar
+from tui_trainer.protocol.travel import ExperimentCost
 
 MISSING = "–"
 

@@ -20,18 +20,19 @@ from tui_trainer.protocol.autograd import (
     DescribeGraph,
     GradientCheck,
 )
-from tui_trainer.protocol.experiments import (
+from tui_trainer.protocol.heat_map import HeatMap, HeatMapWindow
+from tui_trainer.protocol.schema import Scalar
+from tui_trainer.protocol.settings import ReadSettings, SettingList
+from tui_trainer.protocol.travel import (
     EstimateCost,
     ExperimentCost,
     ExperimentResult,
     FindLearningRate,
     MeasureLandscape,
+    ReadTimeline,
+    Timeline,
     WhatIf,
 )
-from tui_trainer.protocol.heat_map import HeatMap, HeatMapWindow
-from tui_trainer.protocol.schema import Scalar
-from tui_trainer.protocol.settings import ReadSettings, SettingList
-from tui_trainer.protocol.travel import ReadTimeline, Timeline
 
 TensorKind = Literal["parameter", "buffer", "gradient", "state", "input", "output"]
 """`state`: of an optimizer, for one parameter; `input` and `output`: of a module."""

@@ -27,6 +27,8 @@ State = Literal["starting", "running", "paused", "stopping", "finished", "stoppe
 EndState = Literal["finished", "stopped", "crashed"]
 """The states in which no further step comes."""
 END_STATES: tuple[EndState, ...] = get_args(EndState)
+EntryState = Literal["live", "paused", "finished", "stopped", "crashed", "refused"]
+"""State of a run as seen from its directory; `refused`: the directory cannot be trusted."""
 
 # ---------------------------------------------------------------- greeting
 

@@ -137,6 +137,13 @@ def truncate_middle(text: str, width: int, ellipsis: str = ELLIPSIS) -> str:
     return head + ellipsis + tail
 
 
+def fit(text: str, width: int, left: bool = False) -> str:
+    """`text` in exactly `width` cells, aligned right, or `left`."""
+    text = truncate_middle(strip_escapes(text), width)
+    padding = " " * (width - cell_len(text))
+    return text + padding if left else padding + text
+
+
 def wrap(text: str, width: int) -> list[str]:
     """`text` in rows of at most `width` cells, broken at spaces where possible."""
     rows: list[str] = []

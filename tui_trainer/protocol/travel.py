@@ -1,4 +1,5 @@
-"""The places that a training can be taken back to."""
+"""Time travel and experiments: the steps that a training can be taken back to, and experiments that
+leave it as it was, as requests and answers."""
 
 from __future__ import annotations
 
@@ -6,7 +7,18 @@ from typing import Literal
 
 import msgspec
 
+from tui_trainer.protocol.settings import SettingChange
+
 PlaceKind = Literal["snapshot", "checkpoint", "edit"]
+Direction = Literal["gradient", "random", "snapshots"]
+MAX_STEPS = 1000
+"""Of a what-if or a learning-rate finder."""
+MAX_POINTS = 201
+"""Of a loss landscape."""
+LONG_S = 60.0
+"""Experiments that take longer than this must be confirmed."""
+LARGE_SHARE = 0.5
+"""So must those that take a larger share of the free memory."""
 
 
 class TravelPlace(msgspec.Struct, frozen=True, array_like=True):
@@ -37,3 +49,76 @@ class Timeline(msgspec.Struct, tag="timeline", frozen=True, array_like=True):
 
 class ReadTimeline(msgspec.Struct, tag="read_timeline", frozen=True):
     """Asks for the timeline."""
+
+
+class WhatIf(msgspec.Struct, tag="what_if", frozen=True):
+    """Asks for the losses of the next steps with the present settings, and with changed ones."""
+
+    changes: tuple[SettingChange, ...]
+    steps: int = 50
+
+
+class FindLearningRate(msgspec.Struct, tag="find_learning_rate", frozen=True):
+    """Asks for the loss while the learning rate grows exponentially (Smith 2017)."""
+
+    low: float = 1e-7
+    high: float = 1.0
+    steps: int = 100
+
+
+class MeasureLandscape(msgspec.Struct, tag="measure_landscape", frozen=True):
+    """Asks for the loss of the next batch along a direction from the present weights."""
+
+    direction: Direction = "gradient"
+    points: int = 25
+    reach: float = 1.0
+    """How far to go to either side: for a `random` direction in units of the norm of each
+    parameter, for the `gradient` in learning rates, from one of the `snapshots` (0) to the other
+    (1) and as far beyond."""
+    first: int = 0
+    """Step of a snapshot."""
+    second: int = 0
+
+
+class Curve(msgspec.Struct, frozen=True, array_like=True):
+    """Losses over some quantity."""
+
+    name: str
+    x: tuple[float, ...]
+    loss: tuple[float, ...]
+
+
+class ExperimentResult(msgspec.Struct, tag="experiment", frozen=True, array_like=True):
+    """The curves that an experiment has measured."""
+
+    x_name: str
+    curves: tuple[Curve, ...]
+    text: str = ""
+    """The result in a sentence."""
+
+
+Experiment = WhatIf | FindLearningRate | MeasureLandscape
+
+
+class EstimateCost(msgspec.Struct, tag="estimate_cost", frozen=True):
+    """Asks for the cost of an experiment without running it."""
+
+    experiment: Experiment
+
+
+class ExperimentCost(msgspec.Struct, tag="experiment_cost", frozen=True, array_like=True):
+    """The cost of an experiment."""
+
+    steps: int
+    """Steps of the training, or evaluations of the loss."""
+    seconds: float | None
+    """None where no step was measured yet."""
+    bytes: int
+    """Memory while it works."""
+    free: int
+    """Memory that is free now."""
+
+    @property
+    def large(self) -> bool:
+        """Whether it must be confirmed."""
+        return (self.seconds or 0.0) > LONG_S or self.bytes > LARGE_SHARE * self.free

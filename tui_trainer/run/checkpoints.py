@@ -38,7 +38,7 @@ from tui_trainer.runs.checkpoints import (
     checkpoint_steps,
 )
 from tui_trainer.trace.random_state import random_state
-from tui_trainer.travel.training_state import Stateful
+from tui_trainer.travel.snapshots import Stateful
 
 FORMAT = 1
 WEIGHTS_FILE = "weights.safetensors"

@@ -11,14 +11,6 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from tui_trainer.protocol import Phase
 from tui_trainer.protocol.errors import UserError
-from tui_trainer.protocol.experiments import (
-    EstimateCost,
-    Experiment,
-    ExperimentResult,
-    FindLearningRate,
-    MeasureLandscape,
-    WhatIf,
-)
 from tui_trainer.protocol.inspection import (
     Inspect,
     Inspected,
@@ -30,7 +22,15 @@ from tui_trainer.protocol.inspection import (
 )
 from tui_trainer.protocol.settings import ReadSettings
 from tui_trainer.protocol.text import single_line
-from tui_trainer.protocol.travel import ReadTimeline
+from tui_trainer.protocol.travel import (
+    EstimateCost,
+    Experiment,
+    ExperimentResult,
+    FindLearningRate,
+    MeasureLandscape,
+    ReadTimeline,
+    WhatIf,
+)
 from tui_trainer.trace.gate import Gate
 
 if TYPE_CHECKING:

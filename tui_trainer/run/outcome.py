@@ -11,20 +11,18 @@ import contextlib
 import os
 import re
 import sys
-import traceback
-import types
 from dataclasses import dataclass
 
 from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.protocol.formatting import bytes_
 from tui_trainer.protocol.messages import EndState
+from tui_trainer.run.tracebacks import place_of, print_exception
 from tui_trainer.trace.gate import StopTraining
 
 FAILURE, USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 """Exit statuses: it failed; it cannot run as configured; 128 + SIGINT; 128 + SIGTERM."""
 REASON_CHARACTERS = 500
 TRACEBACK_HINT = "the traceback is in the log"
-OUR_DIRECTORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ def _allocation(error: BaseException) -> str:
     """Such as `: 4.0 TB could not be allocated (train.py, line 3)`."""
     found = re.search(r"tried to allocate ([\d.]+) ?([A-Za-z]+)", str(error), re.IGNORECASE)
     amount = f": {bytes_(_bytes_of(found[1], found[2]), 0)} could not be allocated" if found else ""
-    return amount + _place(error)
+    return amount + place_of(error)
 
 
 def _bytes_of(number: str, unit: str) -> float:
@@ -134,30 +132,16 @@ def _summary(error: BaseException) -> str:
     """Such as `ValueError: no data (train.py, line 3)`."""
     lines = str(error).strip().splitlines()
     message = lines[0][:REASON_CHARACTERS] if lines else ""
-    return f"{type(error).__name__}: {message}".rstrip(": ") + _place(error)
-
-
-def _place(error: BaseException) -> str:
-    """Such as ` (train.py, line 3)`: where in the user's own files it was raised."""
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith((OUR_DIRECTORY, "<"))
-        and "site-packages" not in frame.filename
-    ]
-    if not frames:
-        return ""
-    return f" ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})"
+    return f"{type(error).__name__}: {message}".rstrip(": ") + place_of(error)
 
 
 def exit_status(error: SystemExit) -> int:
-    """The exit status that python would use; prints a text to stderr, as python does."""
+    """The exit status that python would use."""
     code = error.code
     if code is None:
         return 0
     if isinstance(code, int):
         return code & 0xFF
-    print(code, file=sys.stderr)
     return 1
 
 
@@ -177,7 +161,11 @@ def print_failure(error: BaseException, outcome: Outcome, script: bool = True) -
     """Print to stderr what ended the training: a message where that is enough, otherwise a
     traceback. A script's exception always has its traceback, as under python itself."""
     with contextlib.suppress(OSError, ValueError):  # stderr may be closed
-        if isinstance(error, (StopTraining, SystemExit)):
+        if isinstance(error, StopTraining):
+            return
+        if isinstance(error, SystemExit):
+            if error.code is not None and not isinstance(error.code, int):
+                print(error.code, file=sys.stderr, flush=True)
             return
         explained = is_out_of_memory(error) or is_missing_compiler(error)
         if isinstance(error, ConfigurationError) or (explained and not script):
@@ -187,41 +175,3 @@ def print_failure(error: BaseException, outcome: Outcome, script: bool = True) -
         if outcome.hint and outcome.hint != TRACEBACK_HINT:
             print(f"  hint: {outcome.hint}", file=sys.stderr)
         sys.stderr.flush()
-
-
-def print_exception(error: BaseException) -> None:
-    """Print the traceback as python would, without frames of this program."""
-    if sys.excepthook is not sys.__excepthook__:
-        sys.excepthook(type(error), error, _without_our_first_frames(error.__traceback__))
-        return
-    print(format_exception(error), end="", file=sys.stderr, flush=True)
-
-
-def format_exception(error: BaseException) -> str:
-    """The traceback without frames of this program."""
-    formatted = traceback.TracebackException.from_exception(error, compact=True)
-    _remove_our_frames(formatted)
-    return "".join(formatted.format())
-
-
-def _remove_our_frames(formatted: traceback.TracebackException | None) -> None:
-    if formatted is None:
-        return
-    kept = [frame for frame in formatted.stack if not _is_ours(frame.filename)]
-    formatted.stack = traceback.StackSummary.from_list(kept)
-    _remove_our_frames(formatted.__cause__)
-    _remove_our_frames(formatted.__context__)
-    for part in formatted.exceptions or ():
-        _remove_our_frames(part)
-
-
-def _without_our_first_frames(trace: types.TracebackType | None) -> types.TracebackType | None:
-    while trace is not None and _is_ours(trace.tb_frame.f_code.co_filename):
-        trace = trace.tb_next
-    return trace
-
-
-def _is_ours(filename: str) -> bool:
-    # The shipped tasks are the program that runs, as a script is.
-    inside = filename.startswith(OUR_DIRECTORY)
-    return inside and not filename.startswith(OUR_DIRECTORY + "tasks")

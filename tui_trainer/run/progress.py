@@ -24,11 +24,11 @@ from tui_trainer.run.loop_length import (
     name_of_data,
 )
 from tui_trainer.run.scalars import ScalarLog
+from tui_trainer.run.tracebacks import OUR_DIRECTORY
 from tui_trainer.trace.tracer import Tracer
 
 SAMPLED_STEPS = 6
 """First steps in which the loop is examined: enough to see two optimizers take turns."""
-OUR_DIRECTORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 TORCH_DIRECTORY = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 TOTAL, EPOCHS, ITEMS = "total_steps", "epochs", "items_per_step"
 """Names under which `RunInfo.unseen` says why they are not known."""

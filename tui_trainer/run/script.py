@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import torch
 
     from tui_trainer.trace.tracer import Tracer
-    from tui_trainer.travel.training_state import Stateful
+    from tui_trainer.travel.snapshots import Stateful
 
 _kept_alive: list[types.ModuleType] = []
 

@@ -22,7 +22,6 @@ import msgspec
 from tui_trainer import __version__
 from tui_trainer.config.run_spec import SOCKET_DIRECTORY_PREFIX
 from tui_trainer.protocol import PROTOCOL_VERSION
-from tui_trainer.protocol.experiments import Experiment
 from tui_trainer.protocol.framing import ConnectionClosed, ProtocolError, encode, read_to_run
 from tui_trainer.protocol.inspection import Inspect, Inspected
 from tui_trainer.protocol.messages import (
@@ -38,6 +37,7 @@ from tui_trainer.protocol.messages import (
     Welcome,
 )
 from tui_trainer.protocol.text import single_line
+from tui_trainer.protocol.travel import Experiment
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.run.control import CommandHandler, Viewer
 from tui_trainer.run.inspection import Inspections

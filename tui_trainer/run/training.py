@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from tui_trainer.run.checkpoints import CheckpointSaver, LoadedCheckpoint
     from tui_trainer.settings.edits import EditableTask
-    from tui_trainer.travel.training_state import Stateful
+    from tui_trainer.travel.snapshots import Stateful
 
 
 EDITS = "edits"

@@ -11,11 +11,10 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from tui_trainer.config.run_spec import SPEC_FILE, find_socket, read_spec
 from tui_trainer.config.run_state import RunState, machine_identity, process_identity, read_state
-from tui_trainer.protocol.messages import END_STATES, EndState
+from tui_trainer.protocol.messages import END_STATES, EndState, EntryState
 from tui_trainer.protocol.text import sanitize, sanitize_message
 from tui_trainer.runs.boot_log import fatal_error
 from tui_trainer.runs.security import answers
@@ -27,7 +26,6 @@ SILENT_S = 15.0
 LONG_SILENT_S = 3600.0
 """Age of the last status at which such a run may be removed from here."""
 
-EntryState = Literal["live", "paused", "finished", "stopped", "crashed", "refused"]
 LIVE_STATES: tuple[EntryState, ...] = ("live", "paused")
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from tui_trainer.config.run_spec import SPEC_FILE, find_socket, runs_directory
 from tui_trainer.config.run_state import STATE_FILE, RunState, machine_identity
+from tui_trainer.protocol.messages import EntryState
 from tui_trainer.protocol.text import sanitize
 from tui_trainer.runs.errors import NotListening, RunError, RunGone
-from tui_trainer.runs.liveness import EntryState, RunEntry, inspect_run
+from tui_trainer.runs.liveness import RunEntry, inspect_run
 from tui_trainer.runs.security import check_directory, connect_unix
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tui_trainer.protocol.experiments import (
+from tui_trainer.protocol.travel import (
     MAX_POINTS,
     MAX_STEPS,
     Curve,
@@ -25,8 +25,7 @@ from tui_trainer.protocol.experiments import (
 from tui_trainer.settings.edits import LiveEdits, SettingEdit
 from tui_trainer.tasks.definition import Training
 from tui_trainer.trace.gate import Refusal
-from tui_trainer.travel.snapshot_ring import SnapshotRing
-from tui_trainer.travel.training_state import TrainingParts, TrainingState
+from tui_trainer.travel.snapshots import SnapshotRing, TrainingParts, TrainingState
 
 DIVERGED = 4.0
 """The search for a learning rate ends where the loss is this many times the smallest one."""

@@ -23,19 +23,20 @@ import psutil
 from torch.amp.grad_scaler import GradScaler
 
 from tui_trainer.protocol.errors import UserError
-from tui_trainer.protocol.experiments import (
+from tui_trainer.protocol.formatting import bytes_, counted, rough_duration
+from tui_trainer.protocol.schema import STEP, STEP_INDEX
+from tui_trainer.protocol.text import single_line
+from tui_trainer.protocol.travel import (
     LONG_S,
     Experiment,
     ExperimentCost,
     ExperimentResult,
     FindLearningRate,
     MeasureLandscape,
+    Timeline,
+    TravelPlace,
     WhatIf,
 )
-from tui_trainer.protocol.formatting import bytes_, counted, rough_duration
-from tui_trainer.protocol.schema import STEP, STEP_INDEX
-from tui_trainer.protocol.text import single_line
-from tui_trainer.protocol.travel import Timeline, TravelPlace
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.settings.edits import LiveEdits, SettingEdit
 from tui_trainer.settings.learning_rates import schedulers_of
@@ -45,8 +46,14 @@ from tui_trainer.trace.optimizers import Optimizer
 from tui_trainer.trace.script_frames import objects_of_script
 from tui_trainer.trace.tracer import Tracer
 from tui_trainer.travel.experiments import Experiments
-from tui_trainer.travel.snapshot_ring import SnapshotRing, TrainingSnapshot, interval
-from tui_trainer.travel.training_state import Stateful, TrainingParts, TrainingState
+from tui_trainer.travel.snapshots import (
+    SnapshotRing,
+    Stateful,
+    TrainingParts,
+    TrainingSnapshot,
+    TrainingState,
+    interval,
+)
 
 T = TypeVar("T")
 NEVER = 10**15

@@ -19,7 +19,6 @@ from tui_trainer.cli.errors import UsageError
 from tui_trainer.cli.table import new_table, table_lines
 from tui_trainer.cli.terminal import why_no_screen
 from tui_trainer.client.connection import Connector, connector
-from tui_trainer.client.relay_greeting import RemoteRun
 from tui_trainer.client.ssh import (
     REMOTE_COMMAND_VARIABLE,
     SCHEME,
@@ -28,6 +27,7 @@ from tui_trainer.client.ssh import (
 )
 from tui_trainer.config.run_state import RunState
 from tui_trainer.protocol.formatting import number, rough_duration, step_of
+from tui_trainer.protocol.relay_greeting import RemoteRun
 from tui_trainer.protocol.text import sanitize
 from tui_trainer.runs.errors import RunError
 from tui_trainer.runs.liveness import RunEntry, inspect_run

@@ -22,7 +22,8 @@ from tui_trainer.cli.text_chart import TextCurve, text_chart
 from tui_trainer.client.connection import RunClient
 from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.config.live_settings import parse_changes
-from tui_trainer.protocol.experiments import (
+from tui_trainer.protocol.formatting import cost_text, number
+from tui_trainer.protocol.travel import (
     MAX_POINTS,
     MAX_STEPS,
     Curve,
@@ -35,7 +36,6 @@ from tui_trainer.protocol.experiments import (
     MeasureLandscape,
     WhatIf,
 )
-from tui_trainer.protocol.formatting import cost_text, number
 
 ROWS = 25
 CHART = (76, 16)

@@ -17,8 +17,9 @@ from tui_trainer.cli.errors import notify
 from tui_trainer.cli.table import new_table, table_lines
 from tui_trainer.config.run_spec import runs_directory
 from tui_trainer.protocol.formatting import number, rough_duration, step_of
+from tui_trainer.protocol.messages import EntryState
 from tui_trainer.protocol.text import sanitize
-from tui_trainer.runs.liveness import EntryState, RunEntry
+from tui_trainer.runs.liveness import RunEntry
 from tui_trainer.runs.registry import list_runs
 
 STYLES: dict[EntryState, str] = {

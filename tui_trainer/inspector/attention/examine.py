@@ -37,9 +37,9 @@ from tui_trainer.inspector.attention.heads import (
 )
 from tui_trainer.inspector.attention.residual_stream import StreamError, residual_stream
 from tui_trainer.inspector.attention.trace import AttentionTrace
+from tui_trainer.inspector.errors import InspectionError
 from tui_trainer.inspector.heat_map import heat_map
 from tui_trainer.inspector.rerun import StepCapture
-from tui_trainer.inspector.tensor_catalog import InspectionError
 from tui_trainer.probes.attention.layers import AttentionLayer, Projection, find_layers
 from tui_trainer.protocol.attention import (
     MAX_POSITIONS,

@@ -11,6 +11,7 @@ from textual.geometry import Size
 from tui_trainer.protocol import formatting, schema
 from tui_trainer.protocol.absent import Absent, why_absent
 from tui_trainer.protocol.events import Clip
+from tui_trainer.protocol.text import fit
 from tui_trainer.ui.panels.base import (
     NO_STEP_YET,
     Figure,
@@ -25,7 +26,6 @@ from tui_trainer.ui.widgets.chart_layers import AxisMarks, Band, Layer, Threshol
 from tui_trainer.ui.widgets.lines import Row
 from tui_trainer.ui.widgets.related import related_curves, related_legend
 from tui_trainer.ui.widgets.scale import step_window
-from tui_trainer.ui.widgets.table import fitted
 
 CLIPS_SHARE = 0.42
 """Share of the panel's height for the list of clipped steps."""
@@ -195,7 +195,7 @@ class ClippingPanel(Panel):
             if needed > left or info is None or index >= len(info.parameters):
                 break
             name = info.parameters[index].name.removesuffix(".weight")
-            name = fitted(name, needed - 7, left=True)
+            name = fit(name, needed - 7, left=True)
             row += (
                 Segment(f" {name}", palette.dim),
                 Segment(formatting.percent(share, 4, 0), palette.text),

@@ -14,6 +14,7 @@ from textual.geometry import Size
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import formatting, schema
 from tui_trainer.protocol.absent import why_absent
+from tui_trainer.protocol.text import fit
 from tui_trainer.ui.healthy_ranges import UPDATE_RATIO
 from tui_trainer.ui.panels.base import (
     NO_STEP_YET,
@@ -29,7 +30,6 @@ from tui_trainer.ui.widgets.chart_layers import Band, Floats, Layer, Line, Thres
 from tui_trainer.ui.widgets.lines import Row
 from tui_trainer.ui.widgets.related import related_curves
 from tui_trainer.ui.widgets.scale import step_window
-from tui_trainer.ui.widgets.table import fitted
 
 MAX_CHARTED = 200
 """Parameters that the chart of the update ratios reads; of more, every n-th."""
@@ -152,7 +152,7 @@ class UpdatesPanel(Panel):
             value = formatting.scientific(ratio, RATIO_WIDTH)
             verdict = UPDATE_RATIO.describe(ratio).partition(" the ")[0]
             room = max(1, width - RATIO_WIDTH - 3 - len(verdict))
-            text = fitted(name.removesuffix(".weight"), room, left=True)
+            text = fit(name.removesuffix(".weight"), room, left=True)
             rows.append(self.styled([(value, style), (f"  {text}", "dim"), (f" {verdict}", style)]))
         return rows
 

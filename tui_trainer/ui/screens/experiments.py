@@ -18,7 +18,9 @@ from textual.widgets import Input, Static
 from tui_trainer.client.api import Snapshot
 from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.config.live_settings import parse_changes
-from tui_trainer.protocol.experiments import (
+from tui_trainer.protocol.formatting import cost_text, number
+from tui_trainer.protocol.inspection import Inspected
+from tui_trainer.protocol.travel import (
     Curve,
     EstimateCost,
     Experiment,
@@ -26,11 +28,9 @@ from tui_trainer.protocol.experiments import (
     ExperimentResult,
     FindLearningRate,
     MeasureLandscape,
+    ReadTimeline,
     WhatIf,
 )
-from tui_trainer.protocol.formatting import cost_text, number
-from tui_trainer.protocol.inspection import Inspected
-from tui_trainer.protocol.travel import ReadTimeline
 from tui_trainer.ui.panels.runs import run_marker
 from tui_trainer.ui.screens import app_context
 from tui_trainer.ui.screens.dialogs import SnapshotDialog

@@ -16,10 +16,9 @@ from tui_trainer.client.api import Snapshot
 from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.config.options import parse_size
 from tui_trainer.protocol.actions import Back, KeepSnapshots, Step
-from tui_trainer.protocol.experiments import LONG_S
 from tui_trainer.protocol.formatting import bytes_, counted, rough_duration
 from tui_trainer.protocol.inspection import Inspected
-from tui_trainer.protocol.travel import ReadTimeline, Timeline
+from tui_trainer.protocol.travel import LONG_S, ReadTimeline, Timeline
 from tui_trainer.ui.screens import app_context
 from tui_trainer.ui.screens.dialogs import SnapshotDialog
 

@@ -9,7 +9,6 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.cells import cell_len
 from rich.segment import Segment
 from rich.style import Style
 from textual import events
@@ -19,7 +18,7 @@ from textual.message import Message
 
 from tui_trainer.protocol import formatting
 from tui_trainer.protocol.absent import why_absent
-from tui_trainer.protocol.text import strip_escapes, truncate_middle
+from tui_trainer.protocol.text import fit
 from tui_trainer.ui.widgets.lines import LineView, Row
 
 RowIds = NDArray[np.int64]
@@ -140,7 +139,7 @@ class VirtualTable(LineView, can_focus=True, inherit_bindings=False):
             cell = Cell(cell, column.style)
         value, style = cell.value, cell.style
         if isinstance(value, str):
-            return Segment(fitted(value, width, column.left), self.style(style))
+            return Segment(fit(value, width, column.left), self.style(style))
         if value is None:
             return Segment(self.glyphs.missing.rjust(width), self.palette.dim)
         if not math.isfinite(value):
@@ -303,10 +302,3 @@ class VirtualTable(LineView, can_focus=True, inherit_bindings=False):
 
 def _spaced(cells: Row, gap: Segment) -> Row:
     return [segment for cell in cells for segment in (cell, gap)][:-1]
-
-
-def fitted(text: str, width: int, left: bool = False) -> str:
-    """`text` in exactly `width` cells."""
-    text = truncate_middle(strip_escapes(text), width)
-    padding = " " * (width - cell_len(text))
-    return text + padding if left else padding + text

@@ -12,9 +12,8 @@ import msgspec
 
 from tui_trainer import __version__
 from tui_trainer.protocol import PROTOCOL_VERSION
-from tui_trainer.protocol.messages import EndState
+from tui_trainer.protocol.messages import EndState, EntryState
 from tui_trainer.protocol.text import sanitize_message
-from tui_trainer.runs.liveness import EntryState
 
 MARK = b"TUI-TRAINER-RELAY "
 """Distinguishes the greeting from what a login shell prints before it."""
