@@ -94,6 +94,13 @@ class Loop:
     shared: bool = False
     """The second layer has the weight of the first."""
     added_at: int | None = None
+    added_late: bool = False
+    """The group is added right before the step, after any clipping."""
+    idle: Literal["", "unused", "zeroes", "other"] = ""
+    """Beside updates by hand an optimizer of the same parameters that never steps: not used at all,
+    or only for its `zero_grad`. `other`: one of another model, which is not called."""
+    perturbs: bool = False
+    """The weights are perturbed for a second backward and restored before the step, as in SAM."""
     replaced_at: int | None = None
     """Iteration at which the last layer is replaced, while its optimizer keeps the old one."""
     evaluates: bool = False
@@ -140,6 +147,21 @@ def sensible(loop: Loop) -> bool:
         loop.unfrozen_at is None or bool(loop.frozen),
         not (loop.by_hand and (len(loop.optimizers) > 1 or loop.scaler or special)),
         not (loop.by_hand and (loop.frozen or loop.schedule)),
+        loop.by_hand or not loop.idle,
+        not loop.added_late
+        or (loop.added_at is not None and loop.rounds == "joint" and not loop.closures),
+        not loop.perturbs
+        or (
+            len(loop.optimizers) == 1
+            and loop.zero == "start"
+            and loop.micro_batches == loop.losses == 1
+            and not (loop.by_hand or loop.closures or loop.skip or loop.scaler or loop.complex)
+            and not (loop.sparse or special or loop.frozen or loop.shared or loop.stops_early)
+            and loop.poison_at is None
+            and loop.gradients != "assigned"
+            and (loop.dtype, loop.size) == ("float32", "normal")
+            and not any(clip.kind == "strict" for clip in loop.clips)
+        ),
         not loop.closures
         or (
             loop.micro_batches == 1
@@ -248,7 +270,7 @@ def shares_parameters(loop: Loop) -> bool:
 RARE = (
     *("", "", "", "skip", "skip", "scaler", "scaler", "numbers", "numbers", "frozen", "unused"),
     *("empty", "shared", "added", "replaced", "poison", "assigned", "zero bias", "sparse"),
-    *("complex", "strict", "stop", "cadence"),
+    *("complex", "strict", "stop", "cadence", "perturbs"),
 )
 """Rare features; a loop has at most one of them."""
 
@@ -323,6 +345,9 @@ def loops(draw: st.DrawFn) -> Loop:
         zero_bias=rare == "zero bias",
         sparse=rare == "sparse",
         complex=rare == "complex",
+        perturbs=rare == "perturbs",
+        idle=draw(st.sampled_from(("", "unused", "zeroes", "other"))) if one == "hand" else "",  # type: ignore[arg-type]
+        added_late=rare == "added" and draw(st.booleans()),
         stops_early=rare == "stop",
         measured_every=draw(st.integers(2, 3)) if rare == "cadence" else 1,
         poison_at=draw(when) if rare in ("poison", "strict") else None,
@@ -370,7 +395,14 @@ def fitted(loop: Loop) -> Loop:
         change["clips"] = tuple(c for c in loop.clips if c.over != "all")
     if loop.complex:
         change["clips"] = ()
+    if loop.perturbs:
+        change |= {"zero": "start", "micro_batches": 1, "losses": 1}
+    if not loop.by_hand:
+        change["idle"] = ""
+    if loop.rounds != "joint" or loop.closures:
+        change["added_late"] = False
     if loop.by_hand:
+        change |= {"added_late": False}
         change |= {"schedule": False, "scaler": "", "overflow_at": None, "frozen": ""}
         change |= {"unfrozen_at": None, "added_at": None, "replaced_at": None}
     return dataclasses.replace(loop, **change)  # type: ignore[arg-type]
@@ -505,6 +537,12 @@ def _optimizers(loop: Loop) -> list[str]:
         names = f"optimizer0, {names}"
     lines.append(f"optimizers = [{names}]")
     lines.append("truth.watch(nets, optimizers)")
+    if loop.idle == "other":
+        lines.append("idle = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=1.0)")
+    elif loop.idle:
+        lines.append(
+            "idle = torch.optim.Adam([p for net in nets.values() for p in net.parameters()])"
+        )
     if loop.scaler:
         lines.append("scaler = torch.amp.GradScaler('cpu', init_scale=1024.0)")
     if loop.schedule:
@@ -528,13 +566,8 @@ def _training(loop: Loop) -> list[str]:
         if loop.frozen == "left out":
             lines.append(f"optimizer1.add_param_group({{'params': list({first}.parameters())}})")
         body += [f"if iteration == {loop.unfrozen_at}:", *_in(lines)]
-    if loop.added_at is not None:
-        lines = [
-            f"net1.new = nn.Linear({WIDTH}, {WIDTH}).to(next(net1.parameters()).dtype)",
-            "net1.order.append('new')",
-            "optimizer1.add_param_group({'params': list(net1.new.parameters()), 'lr': 0.003})",
-        ]
-        body += [f"if iteration == {loop.added_at}:", *_in(lines)]
+    if loop.added_at is not None and not loop.added_late:
+        body += _added(loop)
     if loop.replaced_at is not None:
         last = _path(loop, loop.layers[-1])
         lines = [f"{last} = nn.Linear({WIDTH}, {WIDTH}).to({last}.weight.dtype)"]
@@ -551,6 +584,15 @@ def _training(loop: Loop) -> list[str]:
             f"    objective(torch.ones(2, {WIDTH}), *nets.values())",
         ]
     return [f"for iteration in range({loop.iterations}):", *_in(body)]
+
+
+def _added(loop: Loop) -> list[str]:
+    lines = [
+        f"net1.new = nn.Linear({WIDTH}, {WIDTH}).to(next(net1.parameters()).dtype)",
+        "net1.order.append('new')",
+        "optimizer1.add_param_group({'params': list(net1.new.parameters()), 'lr': 0.003})",
+    ]
+    return [f"if iteration == {loop.added_at}:", *_in(lines)]
 
 
 def _in(lines: Iterable[str]) -> list[str]:
@@ -595,9 +637,23 @@ def _round(loop: Loop, members: list[int], first: bool) -> list[str]:
         lines += _skip(loop, zero)
     if first and loop.stops_early:
         lines += [f"if iteration == {loop.iterations - 1}:", "    break"]
+    if loop.perturbs:
+        lines += [
+            "kept = [p.detach().clone() for p in net1.parameters()]",
+            "with torch.no_grad():",
+            "    for p in net1.parameters():",
+            "        p.add_(p.grad if p.grad is not None else 0.0, alpha=0.1)",
+            *zero,
+            *_backward(loop, members, again=True),
+            "with torch.no_grad():",
+            "    for p, old in zip(net1.parameters(), kept):",
+            "        p.copy_(old)",
+        ]
     lines += _clips(loop, members, "before", ("all", "first"))
     if first and loop.skip == "after clip":
         lines += _skip(loop, zero)
+    if loop.added_late:
+        lines += _added(loop)
     for number in members:
         lines += _clips(loop, [number], "before", ("own",))
         if loop.sparse and number == members[0]:
@@ -624,6 +680,8 @@ def _zero(loop: Loop, members: list[int]) -> list[str]:
     lines: list[str] = []
     if loop.zero_by == "model":
         lines = ["for net in nets.values():", f"    net.zero_grad({flag})"]
+    elif loop.idle == "zeroes" and loop.zero_by not in ("hand", "data"):
+        lines = [f"idle.zero_grad({flag})"]
     elif by_hand:
         for number in [*([-1] if loop.sparse else []), *members]:
             inner = "p.grad is None or p.grad.zero_()"

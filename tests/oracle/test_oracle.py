@@ -161,6 +161,12 @@ WRONG_BEFORE = (
         schedule=True,
     ),
     Loop(optimizers=(Optimizer("lbfgs", closure=True),), clips=(Clip("hand"), Clip("hand"))),
+    Loop(optimizers=BY_HAND, idle="unused"),
+    Loop(optimizers=(Optimizer("no_grad"),), idle="zeroes", clips=(Clip(),)),
+    Loop(optimizers=(Optimizer("data"),), idle="other", zero="end"),
+    Loop(iterations=2, perturbs=True, clips=(Clip(),)),
+    Loop(iterations=2, added_at=1, added_late=True, clips=(Clip(),)),
+    Loop(iterations=2, added_at=1, added_late=True, clips=(Clip("hand"),)),
     Loop(clips=(Clip("hand", when="after"), Clip("value", when="after"))),
     Loop(
         iterations=2,

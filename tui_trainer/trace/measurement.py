@@ -54,6 +54,9 @@ NONE: frozenset[int] = frozenset()
 CAREFUL_STEPS = 3
 """First steps in which gradients are read after every backward, until it is known how the script
 treats them: later they are read at the clipping or the step, which costs nothing or once."""
+CHANGES_WITHOUT_STEP = 3
+"""Iterations in which weights change while their optimizer has never stepped, after which the
+script is taken to update them by itself. Fewer may be the perturbations of a method like SAM."""
 COMFORTABLE = (1e-12, 1e12)
 """Norms for which clip_grad_norm_'s own float32 sums of squares are exact."""
 
@@ -102,6 +105,9 @@ class StepMeasurer:
         does (above 0), and the loss scale (0-d each). Set when its step begins."""
         self.weights: WeightWatch | None = None
         """Set where the script updates the weights by itself."""
+        self.unstepped: WeightWatch | None = None
+        """Set until the optimizer first steps."""
+        self._changes_without_step = 0
         self.left_alone = NONE
         """Positions of the parameters that the script's last update by itself has not changed."""
         self._own = tracked.parameters[:own]
@@ -143,6 +149,9 @@ class StepMeasurer:
         """Whether a scheduler was stepped that belongs to another optimizer of these parameters."""
         self._latest: Readings | None = None
         """Norms after the last change that is known."""
+        self.norms_read: Readings | None = None
+        """Of the waiting gradients, by the measurer that this one replaces, after which they may
+        have been clipped; empty where it does not have them."""
         self._frozen = frozenset(i for i, t in enumerate(tracked.trainable) if not t)
         self._on_host = self.probes.on_host
 
@@ -156,6 +165,8 @@ class StepMeasurer:
             clip.positions.pop(id(before), None)
             clip.readings.pop(id(before), None)
             clip.scales[id(self)] = clip.scales.pop(id(before), None)
+        if self.passes and before.reading is not None:
+            self.norms_read = self._norms_of(before.reading, before.tracked.parameters)
         self.changed_by_hand = before.changed_by_hand
         self.marks.remember()
         if self.passes and before._latest is not None and self._on_host and before._on_host:
@@ -163,9 +174,30 @@ class StepMeasurer:
             pairs = zip(self.tracked.parameters, self.norms_now(), strict=True)
             self._latest = [known.get(id(parameter), norm) for parameter, norm in pairs]
 
+    def _norms_of(self, reading: GradientReading, given: Sequence[torch.Tensor]) -> Readings:
+        """The norms of these gradients in a reading of those of the parameters `given`."""
+        parameters = self.tracked.parameters
+        if len(given) == len(parameters) and all(map(is_, given, parameters)):
+            return reading.norms or ()
+        if reading.norms is None or not self._on_host:
+            return ()
+        known = dict(zip(map(id, given), reading.norms, strict=True))
+        # A parameter that came since had no gradient to be clipped.
+        now = self.norms_now()
+        return [known.get(id(p), norm) for p, norm in zip(parameters, now, strict=True)]
+
     @property
     def has_stepped(self) -> bool:
         return self._steps > 0
+
+    def changes_without_step(self) -> bool:
+        """Gradients are discarded: whether the weights have changed in several iterations although
+        the optimizer has never stepped."""
+        if self.unstepped is None or not self.unstepped.changed():
+            return False
+        self.unstepped.remember()
+        self._changes_without_step += 1
+        return self._changes_without_step >= CHANGES_WITHOUT_STEP
 
     def updates_those_of(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether another optimizer has the same parameters, going by its first one."""
@@ -208,7 +240,7 @@ class StepMeasurer:
         backward.claims.add(self)
         if not self.passes or self.passes[-1] is not backward:
             self.passes.append(backward)
-        self.reading = None
+        self.reading = self.norms_read = None
 
     def changed_between_passes(self) -> bool:
         """Whether the script has changed gradients since the last change that is known; also
@@ -393,6 +425,9 @@ class StepMeasurer:
         plan = self.probes.schedule.plan
         found = self.tracked.gradients() if gradients is None else gradients
         reading = self.reading = GradientReading(None, scale, self._why_absent(found))
+        if self.norms_read is not None:
+            self._use_norms(reading, self.norms_read)
+            return reading
         if plan.gradients or plan.gradient_norms or careful:
             with self.probes.context:
                 if plan.gradients:
@@ -400,6 +435,15 @@ class StepMeasurer:
                 if not self._awaiting_norms and (plan.gradient_norms or careful):
                     self._read_norms(reading, found)
         return reading
+
+    def _use_norms(self, reading: GradientReading, norms: Readings) -> None:
+        self._awaiting_norms, self.norms_read = False, None
+        if not norms:
+            count = len(self.tracked.parameters)
+            reading.absent = np.full(count, Absent.NOT_MEASURED, np.uint8)
+            return
+        reading.norms = norms
+        self.probes.gradient_norms(norms)
 
     def norms_now(self) -> Readings:
         """The norms of the current gradients."""
@@ -538,6 +582,7 @@ class StepMeasurer:
             completed.bad_batch = completed.bad_batch or backward.bad_batch
         completed.epsilon = None if self._steps else self.slot.epsilon
         self.marks.use()
+        self.unstepped = None
         self._steps += 1
         self._forget()
         return completed
@@ -587,6 +632,7 @@ class StepMeasurer:
         self.eval_forward = self.kept_gradients = self.schedule_first = self.averaged = False
         self.clipped_late = self.idle_schedule = False
         self.passes, self.clips, self.reading, self._latest = [], [], None, None
+        self.norms_read = None
 
     def skipped(self, outcome: StepOutcome, lost: LostGradients) -> CompletedStep:
         """An iteration whose gradients no optimizer used."""

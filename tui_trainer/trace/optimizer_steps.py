@@ -83,6 +83,8 @@ class OptimizerSteps:
         self._phases.before_step()
         measurer = self._open_step.measurer = self._registry.stepping(optimizer)
         measurer.prepare(self._phases.step, self._gate.armed and self._gate.stops_soon)
+        if measurer.norms_read is not None:
+            self._waiting.read(measurer)
         if not closure:
             self._waiting.take_unseen()
             self._waiting.follow_changes_by_hand(compare=True)

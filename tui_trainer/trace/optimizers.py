@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -19,11 +19,19 @@ from tui_trainer.trace.parameters import Names, TrackedParameters, parameters_of
 from tui_trainer.trace.probe import Probe, ProbeOptions, RecorderLike
 from tui_trainer.trace.script_changes import WeightWatch
 from tui_trainer.trace.script_frames import objects_of_script, variable_of
+from tui_trainer.trace.step_calls import may_be_stepped
 from tui_trainer.trace.torch_private import is_sharded
 
 Optimizer = torch.optim.Optimizer
 RECOUNT_EVERY = 200
 """Steps between two counts of a model's parameters: some ways to add a layer are not announced."""
+NEVER_STEPPED = (
+    "the script never calls step() of its optimizer ({}): its own changes of the weights, if there "
+    "are any, are the steps"
+)
+WATCHED_UNSTEPPED = 16
+"""Parameters that are compared until an optimizer first steps, to see whether the script updates
+them by itself."""
 INNER = ("optimizer", "_optimizer", "optim")
 """Attributes under which a wrapper has the optimizer that it wraps (accelerate, Lightning, …)."""
 
@@ -115,6 +123,10 @@ class OptimizerRegistry:
         self._slots: list[OptimizerSlot] = []
         self._phases_unseen: dict[str, str] = {}
         self._loop_unseen: dict[str, str] = {}
+        self._steppable: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
+        """Whether the script may ever call `step`, of the optimizers for which it was asked."""
+        self._set_aside: OptimizerSlot | None = None
+        """That of an optimizer that turned out never to step."""
         self._by_hand: HandUpdates | None = None
         self.by_hand: StepMeasurer | None = None
         """The measurer of a script that updates its weights by itself."""
@@ -156,8 +168,12 @@ class OptimizerRegistry:
         if self._pending:
             pending, self._pending = self._pending, []
             for optimizer in (reference() for reference in pending):
-                if optimizer is not None:
+                if optimizer is None:
+                    continue
+                if self._is_used(optimizer):
                     self.measurer_for(optimizer)
+                elif not any(reference() is optimizer for reference in self._created):
+                    self.add_created(optimizer)
         for reference, entry in list(self._entries.values()):
             entry.recount_in -= 1
             optimizer = reference()
@@ -171,6 +187,8 @@ class OptimizerRegistry:
         if len(created) != 1:
             return
         (optimizer,) = created.values()
+        if not self._is_used(optimizer):
+            return
         own = {id(parameter) for parameter in parameters_of(optimizer)}
         if any(id(p) in own for model in self._roots.modules for p in model.parameters()):
             self.measurer_for(optimizer)
@@ -190,9 +208,29 @@ class OptimizerRegistry:
             whole = unwrapped_optimizer(optimizer)
             if id(whole) in self._entries or (whole is optimizer and id(whole) in wrapped):
                 continue
-            if any(p.grad is not None for p in parameters_of(whole)):
+            if any(p.grad is not None for p in parameters_of(whole)) and self._is_used(whole):
                 found.append(self.measurer_for(whole))
         return found
+
+    def _is_used(self, optimizer: Optimizer) -> bool:
+        """Whether the script may call `step`: it may construct an optimizer, call its `zero_grad`
+        and yet update the weights by itself."""
+        known = self._steppable.get(optimizer)
+        if known is None:
+            known = self._steppable[optimizer] = may_be_stepped(optimizer)
+            if not known:
+                self._recorder.notice("state", NEVER_STEPPED.format(class_name(optimizer)))
+        return known
+
+    def set_aside(self, measurer: StepMeasurer) -> None:
+        """The optimizer of `measurer` never steps, while its weights change."""
+        optimizer = self.optimizer_of(measurer)
+        if optimizer is not None:
+            self._recorder.notice("state", NEVER_STEPPED.format(class_name(optimizer)))
+            self._steppable[optimizer] = False
+            self._set_aside = measurer.slot
+            self._forget(id(optimizer))
+            self.add_created(optimizer)
 
     def measurers_of(self, parameters: Any) -> list[StepMeasurer]:
         """The measurers of the optimizers that update any of these."""
@@ -208,13 +246,15 @@ class OptimizerRegistry:
         return None
 
     def measure_hand_updates(self, wanted: Sequence[torch.Tensor] = ()) -> StepMeasurer | None:
-        """For a script without an optimizer: measure the parameters of the models that it calls;
-        None where none of them has a gradient or is `wanted`."""
-        if self._any_unregistered():
-            return None
+        """For a script without an optimizer that steps: measure the parameters of the models that
+        it calls; None where none of them has a gradient or is `wanted`."""
+        used = [optimizer for optimizer in self._optimizers() if self._is_used(optimizer)]
+        held = {id(p) for optimizer in used for p in parameters_of(optimizer)}
         ids = {id(p) for p in wanted}
         models = self._roots.modules
-        parameters = [p for model in models for p in model.parameters() if p.requires_grad]
+        parameters = [
+            p for m in models for p in m.parameters() if p.requires_grad and id(p) not in held
+        ]
         if not any(p.grad is not None or id(p) in ids for p in parameters):
             return None
         self._by_hand = HandUpdates(dict.fromkeys(parameters))
@@ -229,7 +269,9 @@ class OptimizerRegistry:
         ids = {id(p) for p in parameters}
         for optimizer in [reference() for reference in self._created]:
             if optimizer is not None and any(id(p) in ids for p in parameters_of(optimizer)):
-                self.measurer_for(unwrapped_optimizer(optimizer))
+                whole = unwrapped_optimizer(optimizer)
+                if self._is_used(whole):
+                    self.measurer_for(whole)
 
     def stepping(self, optimizer: Optimizer) -> StepMeasurer:
         """The measurer of an optimizer, or of the one that it wraps, whose step begins."""
@@ -274,8 +316,9 @@ class OptimizerRegistry:
             self._roots.search()
 
     def _any_unregistered(self) -> bool:
-        """Whether an optimizer exists that is not registered yet."""
-        return any(reference() is not None for reference in (*self._created, *self._pending))
+        """Whether an optimizer exists that may step and is not registered yet."""
+        optimizers = [reference() for reference in (*self._created, *self._pending)]
+        return any(o is not None and self._is_used(unwrapped_optimizer(o)) for o in optimizers)
 
     def _search_roots(self, trained: Iterable[int]) -> None:
         """Look for another model if no known one holds all of these parameters (identities)."""
@@ -294,7 +337,7 @@ class OptimizerRegistry:
             self._built[key] = weakref.ref(module, lambda _: self._built.pop(key, None))
 
     def _register(self, optimizer: Optimizer, entry: _Entry | None) -> StepMeasurer:
-        before = None if entry is None else entry.measurer
+        before = self._waiting_by_hand(optimizer) if entry is None else entry.measurer
         slot = before.slot if before else self._take_over(optimizer) or self._new_slot(optimizer)
         tracked = track_parameters(
             optimizer,
@@ -341,12 +384,16 @@ class OptimizerRegistry:
         tracked.models.clear()
         tracked.modules.clear()
         key = id(optimizer)
-        if before is not None:
+        if entry is not None and before is not None:
             measurer.weights = before.weights and WeightWatch(tracked.parameters)
         elif isinstance(optimizer, Optimizer) and self._by_hand is not None:
             self._forget(id(self._by_hand))  # there is an optimizer after all
             self._by_hand = None
-        if before is None:
+        if entry is None and isinstance(optimizer, Optimizer):
+            own = tracked.parameters[: tracked.own]
+            measurer.unstepped = WeightWatch(own[:: -(-len(own) // WATCHED_UNSTEPPED) or 1])
+            measurer.unstepped.remember()
+        if entry is None:
             self._structure += bool(self._entries)  # no other measurer has its parameters now
             self._created = [r for r in self._created if r() is not optimizer]
         reference = weakref.ref(optimizer, lambda _: self._forget(key))
@@ -354,6 +401,22 @@ class OptimizerRegistry:
         self._list_measurers()
         self._describe()
         return measurer
+
+    def _waiting_by_hand(self, optimizer: Optimizer) -> StepMeasurer | None:
+        """What was measured for updates by the script itself, before it was seen to use this
+        optimizer after all."""
+        before = self.by_hand
+        if before is None or before.has_stepped or not isinstance(optimizer, Optimizer):
+            return None
+        self._hand_over(before.slot, optimizer)
+        return before
+
+    def _hand_over(self, slot: OptimizerSlot, optimizer: Optimizer) -> None:
+        """Give a slot in which nothing has stepped yet to another optimizer."""
+        others = {each.name for each in self._slots if each is not slot}
+        slot.name = self._new_name(optimizer, others)
+        slot.kind, slot.shapes = type(optimizer), shapes_of(optimizer)
+        slot.occupy(optimizer)
 
     def _forget(self, key: int) -> None:
         """An optimizer is gone, and its measurer with it."""
@@ -410,22 +473,32 @@ class OptimizerRegistry:
 
     def _new_slot(self, optimizer: Optimizer) -> OptimizerSlot:
         names = {slot.name for slot in self._slots}
-        base = class_name(optimizer)
-        others = {id(unwrapped_optimizer(each)) for each in self._optimizers()} - {id(optimizer)}
-        name = variable_of(optimizer) if others else ""
-        if not name or name in names:
-            name = base
-        number = 2
-        while name in names:
-            name, number = f"{base}#{number}", number + 1
+        name = self._new_name(optimizer, names)
         key = name if names else ""
         reference = weakref.ref(optimizer)
         slot = OptimizerSlot(name, key, type(optimizer), shapes_of(optimizer), reference)
         self._slots.append(slot)
         return slot
 
+    def _new_name(self, optimizer: Optimizer, names: Container[str]) -> str:
+        """A name that is not among `names`."""
+        base = class_name(optimizer)
+        real = [each for each in self._optimizers() if isinstance(each, Optimizer)]
+        others = {id(unwrapped_optimizer(each)) for each in real} - {id(optimizer)}
+        name = variable_of(optimizer) if others else ""
+        if not name or name in names:
+            name = base
+        number = 2
+        while name in names:
+            name, number = f"{base}#{number}", number + 1
+        return name
+
     def _take_over(self, optimizer: Optimizer) -> OptimizerSlot | None:
         """The slot of an optimizer that is gone, where this one replaces it."""
+        if self._set_aside is not None and isinstance(optimizer, HandUpdates):
+            aside, self._set_aside = self._set_aside, None
+            self._hand_over(aside, optimizer)
+            return aside
         slot = next((s for s in self._slots if s.vacant and s.fits(optimizer)), None)
         if slot is not None:
             self._forget(id(slot.optimizer()))

@@ -212,6 +212,8 @@ class WaitingGradients:
         or can still use."""
         passes = measurer.passes
         knowledge = measurer.lose()
+        if measurer.unstepped is not None and measurer.changes_without_step():
+            self.registry.set_aside(measurer)
         lost: list[BackwardPass] = []
         for backward in passes:
             backward.claims.discard(measurer)

@@ -1,0 +1,129 @@
+"""Scripts that have an optimizer and update their weights by themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.trace.support import KeepingRecorder, trace
+
+SETUP = """
+import torch
+from torch import nn
+torch.manual_seed(0)
+model = nn.Linear(4, 1)
+optimizer = torch.optim.Adam(model.parameters())
+losses = []
+
+def update():
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= 0.1 * parameter.grad
+
+def backward():
+    optimizer.zero_grad()
+    loss = model(torch.ones(2, 4)).square().mean()
+    losses.append(loss.item())
+    loss.backward()
+
+"""
+BY_HAND = """
+for _ in range(6):
+    backward()
+    update()
+"""
+
+
+def traced(body: str) -> tuple[KeepingRecorder, dict[str, Any]]:
+    names: dict[str, Any] = {"__name__": "__main__"}
+    code = compile(SETUP + body, "<script>", "exec")
+    recorder, _ = trace(lambda: exec(code, names))
+    return recorder, names
+
+
+OF_OTHERS = {
+    "none": "",
+    "of a scheduler": """
+schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+if losses is None:
+    schedule.step()
+""",
+    "of an environment": """
+class Environment:
+    def step(self): pass
+game = Environment()
+game.step()
+""",
+    "of another optimizer": """
+other = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))])
+if losses is None:
+    other.step()
+""",
+}
+
+
+@pytest.mark.parametrize("before", OF_OTHERS.values(), ids=OF_OTHERS)
+def test_an_optimizer_that_never_steps(before: str) -> None:
+    recorder, names = traced(before + BY_HAND)
+    assert recorder.series("step", "loss", _key(recorder)) == pytest.approx(names["losses"])
+    assert not recorder.skips
+    assert "by hand" in recorder.info["optimizers"]
+    assert any("never calls step() of its optimizer (adam)" in t for _, t in recorder.notices)
+
+
+def _key(recorder: KeepingRecorder) -> str:
+    return next(r.optimizer for r in reversed(recorder.records))
+
+
+@pytest.mark.parametrize(
+    "never",
+    [
+        "if losses is None:\n    optimizer.step()",
+        "def helper(o):\n    o.step()",
+        "class Helper:\n    def run(self):\n        self.optimizer.step()",
+        "scaler = torch.amp.GradScaler('cpu')\nif losses is None:\n    scaler.step(optimizer)",
+    ],
+    ids=["in a branch", "in a function", "in a method", "of a scaler"],
+)
+def test_a_step_that_is_written_and_never_called(never: str) -> None:
+    recorder, names = traced(f"{never}\n{BY_HAND}")
+    assert [skip.reason for skip in recorder.skips] == ["hand"] * 3
+    assert recorder.series("step", "loss") == pytest.approx(names["losses"][3:])
+    assert recorder.info["optimizers"] == ("by hand",)
+
+
+def test_a_step_that_no_code_was_seen_to_call() -> None:
+    recorder, names = traced(
+        """
+make_step = getattr(optimizer, "st" + "ep")
+for _ in range(4):
+    backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    make_step()
+"""
+    )
+    assert recorder.series("step", "loss") == pytest.approx(names["losses"])
+    assert recorder.info["optimizers"] == ("adam",)
+    norms = recorder.series("step", "grad_norm_preclip")
+    assert len(norms) == 4
+    assert min(norms) > 0.1
+
+
+def test_perturbed_weights_are_no_step() -> None:
+    recorder, names = traced(
+        """
+for _ in range(4):
+    backward()
+    kept = [p.detach().clone() for p in model.parameters()]
+    update()
+    backward()
+    with torch.no_grad():
+        for parameter, before in zip(model.parameters(), kept):
+            parameter.copy_(before)
+    optimizer.step()
+"""
+    )
+    assert recorder.series("step", "loss") == pytest.approx(names["losses"][1::2])
+    assert [skip.step for skip in recorder.skips] == [1, 2, 3, 4]
+    assert recorder.info["optimizers"] == ("adam",)
