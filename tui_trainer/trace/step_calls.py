@@ -94,9 +94,10 @@ def _calls_step(
 
 def _is_method(instruction: dis.Instruction) -> bool:
     """Whether an attribute is loaded to be called."""
-    if sys.version_info < (3, 12):
-        return instruction.opname == "LOAD_METHOD"
-    return instruction.opname == "LOAD_ATTR" and bool((instruction.arg or 0) & 1)
+    if instruction.opname == "LOAD_METHOD":  # until Python 3.11
+        return True
+    marked = instruction.opname == "LOAD_ATTR" and bool((instruction.arg or 0) & 1)
+    return marked and "LOAD_METHOD" not in dis.opmap
 
 
 def _may_step(thing: Any, optimizer: Optimizer) -> bool:
