@@ -17,12 +17,16 @@ from tui_trainer.protocol.autograd import (
     GradientStep,
 )
 from tui_trainer.protocol.inspection import (
+    DescribeUse,
     ExplainUpdate,
+    HeldBytes,
     Inspected,
     InspectionRequest,
     InspectionResult,
     ListTensors,
     OfRank,
+    OptimizerGroup,
+    ParameterUse,
     Summarize,
     TensorInfo,
     TensorList,
@@ -73,6 +77,27 @@ SETTINGS = SettingList(
     ),
     frozen=6,
     edits=1,
+)
+
+
+ADAMW = {"lr": 6e-4, "betas": "0.9, 0.99", "eps": 1e-8, "foreach": None}
+USE = ParameterUse(
+    groups=(
+        OptimizerGroup("adamw", 0, {**ADAMW, "weight_decay": 0.1}, (WEIGHT, HEAD), 2, 29_040),
+        OptimizerGroup("adamw", 1, {**ADAMW, "weight_decay": 0.0}, (BIAS, "norm.weight"), 2, 764),
+    ),
+    memory=(
+        HeldBytes("parameter", "cpu", 4, 119_216),
+        HeldBytes("gradient", "cpu", 3, 118_960),
+        HeldBytes("state", "cpu", 8, 238_432),
+        HeldBytes("buffer", "cpu", 1, 16_384),
+        HeldBytes("saved", "cpu", 40, 1_310_720),
+    ),
+    frozen=("token_embedding.weight",),
+    without_optimizer=("temperature",),
+    without_gradient=("norm.weight",),
+    shared=((HEAD, "decoder.weight"),),
+    unused=("norm.weight",),
 )
 
 
@@ -132,6 +157,8 @@ class FakeTensors:
                 statistics = statistics_of(tensor, request.entries) if request.statistics else None  # type: ignore[arg-type]
                 heat = heat_map(tensor, request.window) if request.window and some else None  # type: ignore[arg-type]
                 return done(TensorSummary(info, statistics, heat))
+            case DescribeUse():
+                return done(USE)
             case CheckGradient(name=name):
                 return done(checked_gradient(name))
             case DescribeGraph():

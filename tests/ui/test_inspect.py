@@ -16,6 +16,7 @@ from tui_trainer.protocol.actions import Pause, Resume
 from tui_trainer.protocol.autograd import CheckGradient
 from tui_trainer.protocol.heat_map import HeatMapWindow
 from tui_trainer.protocol.inspection import (
+    DescribeUse,
     ExplainUpdate,
     Histogram,
     Inspected,
@@ -27,6 +28,7 @@ from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.panels.tensor import Viewport, bars, color_range
 from tui_trainer.ui.screens import inspect as screen
 from tui_trainer.ui.screens.dialogs import TextPrompt
+from tui_trainer.ui.screens.parameter_groups import ParameterGroupsScreen
 
 
 def paused_app(ref: TensorRef | None = TensorRef(WEIGHT)) -> tuple[TuiTrainerApp, FakeSession]:  # noqa: B008
@@ -165,11 +167,16 @@ async def test_every_key_on_unusual_tensors(ref, size):
 async def test_without_a_tensor_without_a_run_and_over_a_recording():
     app, session = paused_app(None)
     async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: isinstance(app.screen, screen.TensorDialog), "the list")
+        await pilot.press("escape")
         await settle(pilot)
         assert "no tensor is chosen" in text_of(app)
         for key in ("plus", "right", "m", "l", "k", "right_square_bracket"):
             await pilot.press(key)
-        assert session.inspected == []
+        await frame(pilot)
+        assert session.inspected == [ListTensors()]  # once, until the screen is left
+        await pilot.press("5", "0")
+        await until(pilot, lambda: isinstance(app.screen, screen.TensorDialog), "the list again")
     app = app_on("inspect", fake_empty())
     async with app.run_test(size=(80, 24)) as pilot:
         await settle(pilot)
@@ -363,3 +370,31 @@ async def test_choosing_what_a_module_returns():
         await pilot.press("enter")
         chosen = TensorRef("blocks.0.attention", "output")
         await until(pilot, lambda: app.inspected == chosen, "the output")
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+async def test_groups_memory_and_what_is_unusual_about_parameters(size):
+    app, session = paused_app()
+    async with app.run_test(size=size) as pilot:
+        await until(pilot, lambda: app.screen.summary is not None, "an answer")
+        await pilot.press("G")
+        await until(pilot, lambda: isinstance(app.screen, ParameterGroupsScreen), "the groups")
+        for part in (
+            "adamw, group 0 2 parameters, 29.0k entries",
+            "weight_decay 0.1",
+            "weight_decay 0",
+            "optimizer state cpu 232.8 KB",
+            "saved for backward cpu 1.2 MB",
+            "temperature none in no optimizer",
+            "norm.weight adamw 1 not used by the loss",
+            f"{HEAD} adamw 0 = decoder.weight",
+        ):
+            await until(pilot, lambda p=part: p in re.sub(" +", " ", text_of(app)), part)
+        assert "foreach" not in text_of(app)
+        before = session.inspected.count(DescribeUse())
+        session.advance(1)
+        await frame(pilot)
+        await until(pilot, lambda: session.inspected.count(DescribeUse()) > before, "read again")
+        await pilot.press("down", "enter")
+        await until(pilot, lambda: app.inspected == TensorRef("norm.weight"), "the parameter")
+        assert isinstance(app.screen, screen.InspectScreen)

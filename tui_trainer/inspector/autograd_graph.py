@@ -69,15 +69,20 @@ def _of_rerun(tracer: Tracer, catalog: TensorCatalog, capture: StepCapture) -> A
         walk = _Walk(rerun.loss.grad_fn, _leaf_names(catalog))
         notes = list(rerun.notes)
         saved: int | None = None
+        saved_on: dict[str, tuple[int, int]] = {}
         if packed:
             notes.append("saved tensors are packed by hooks, as by checkpointing: not counted")
         else:
             held = [*rerun.model.parameters(), *rerun.model.buffers()]
-            saved = walk.count_saved(held)
+            saved_on = walk.count_saved(held)
+            saved = sum(size for _, size in saved_on.values())
         walk.measure_gradients(rerun.loss)
         loss, same = float(rerun.loss.detach()), rerun.same_loss
     nodes = walk.described(calls.module_of)
-    return AutogradGraph(nodes, modules, "rerun", loss, same, saved, walk.left_out, tuple(notes))
+    by_device = tuple((device, *held) for device, held in saved_on.items())
+    return AutogradGraph(
+        nodes, modules, "rerun", loss, same, saved, walk.left_out, tuple(notes), by_device
+    )
 
 
 def _of_live(catalog: TensorCatalog, loss: torch.Tensor, why: str) -> AutogradGraph:
@@ -204,11 +209,11 @@ class _Walk:
 
     # ------------------------------------------------------------ what is saved
 
-    def count_saved(self, held: Sequence[torch.Tensor]) -> int:
-        """Count the bytes that each node saves; returns the bytes of distinct memory. `held`:
-        tensors that exist without the graph too."""
-        known = {each.untyped_storage().data_ptr() for each in held if each.layout == torch.strided}
-        distinct: dict[int, int] = {}
+    def count_saved(self, held: Sequence[torch.Tensor]) -> dict[str, tuple[int, int]]:
+        """Count the bytes that each node saves; returns number and bytes of distinct storages by
+        device. `held`: tensors that exist without the graph too."""
+        known = {_storage_of(each)[0] for each in held if each.layout == torch.strided}
+        distinct: dict[tuple[str, int], int] = {}
         attributes: dict[type, list[str]] = {}
         for number, node in enumerate(self._nodes):
             kind = type(node)
@@ -220,7 +225,7 @@ class _Walk:
                     hasattr(node, "saved_tensors") and not attributes[kind]
                 ):
                     attributes[kind].append("saved_tensors")
-            own: dict[int, int] = {}
+            own: dict[tuple[str, int], int] = {}
             for name in attributes[kind]:
                 try:
                     value = node.saved_tensors if name == "saved_tensors" else saved(node, name)
@@ -228,13 +233,16 @@ class _Walk:
                     continue
                 for tensor in value if isinstance(value, (tuple, list)) else (value,):
                     if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided:
-                        storage = tensor.untyped_storage()
-                        place, size = storage.data_ptr(), storage.nbytes()
-                        if place and place not in known:
+                        place, size = _storage_of(tensor)
+                        if place[1] and place not in known:
                             distinct[place] = max(size, distinct.get(place, 0))
                             own[place] = max(own.get(place, 0), min(size, tensor.nbytes))
             self._saved[number] = sum(own.values())
-        return sum(distinct.values())
+        found: dict[str, tuple[int, int]] = {}
+        for (device, _), size in distinct.items():
+            storages, before = found.get(device, (0, 0))
+            found[device] = (storages + 1, before + size)
+        return found
 
     # ------------------------------------------------------------ gradients
 
@@ -329,6 +337,12 @@ class _Walk:
                 )
             )
         return tuple(found)
+
+
+def _storage_of(tensor: torch.Tensor) -> tuple[tuple[str, int], int]:
+    """((device, address), bytes) of the memory of a tensor."""
+    storage = tensor.untyped_storage()
+    return (str(storage.device), storage.data_ptr()), storage.nbytes()
 
 
 def _result(node: Any) -> tuple[tuple[int, ...], Any]:

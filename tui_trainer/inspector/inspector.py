@@ -123,12 +123,11 @@ class Inspector:
         if graph.source == "live" or graph.saved_bytes is None:
             return structs.replace(use, graph_missing="; ".join(graph.notes))
         reached = {node.leaf for node in graph.nodes if node.leaf}
-        keeping = sum(node.saved_bytes > 0 for node in graph.nodes)
-        saved = HeldBytes("saved", "", keeping, graph.saved_bytes)
+        saved = (HeldBytes("saved", *held) for held in graph.saved_on)
         unused = [
             name for name, p in catalog.parameters() if p.requires_grad and name not in reached
         ]
-        return structs.replace(use, memory=(*use.memory, saved), unused=tuple(unused[:MAX_NAMES]))
+        return structs.replace(use, memory=(*use.memory, *saved), unused=tuple(unused[:MAX_NAMES]))
 
     def _explain(self, tracer: Tracer, request: ExplainUpdate) -> UpdateExplanation:
         """From the first request on, the steps of the latest requested parameter are observed."""

@@ -57,6 +57,8 @@ class AutogradGraph(msgspec.Struct, tag="autograd_graph", frozen=True, array_lik
     left_out: int = 0
     """Nodes beyond the limit."""
     notes: tuple[str, ...] = ()
+    saved_on: tuple[tuple[str, int, int], ...] = ()
+    """`saved_bytes` by device: (device, storages, bytes)."""
 
     @property
     def edges(self) -> int:

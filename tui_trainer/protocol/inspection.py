@@ -213,7 +213,7 @@ class HeldBytes(msgspec.Struct, frozen=True, array_like=True):
     """The memory of one kind of tensor on one device."""
 
     kind: TensorKind | Literal["saved"]
-    """`saved`: what the graph of the step's loss keeps for backward, on all devices."""
+    """`saved`: what the graph of the step's loss keeps for backward."""
     device: str
     tensors: int
     bytes: int
@@ -236,6 +236,11 @@ class ParameterUse(msgspec.Struct, tag="use", frozen=True, array_like=True):
     """Trainable, and not in the graph of the step's loss."""
     graph_missing: str = ""
     """Why the graph of the loss is unknown, and with it `saved` and `unused`."""
+
+    @property
+    def waits_for_batch(self) -> bool:
+        """Whether the graph can be read once another step has been made."""
+        return NOT_CAPTURED in self.graph_missing
 
 
 class DescribeUse(msgspec.Struct, tag="describe_use", frozen=True):

@@ -21,6 +21,7 @@ from tui_trainer.cli.errors import CommandError, UsageError, notify
 from tui_trainer.cli.table import Alignment, columns, new_table, table_lines
 from tui_trainer.client.answers.tensors import (
     ENDINGS,
+    KIND_NAMES,
     cells_of,
     exact,
     fetch,
@@ -63,7 +64,7 @@ BARS = " ▁▂▃▄▅▆▇█"
 ROWS, COLUMNS = 16, 64
 PICTURE_ROWS = 24
 """Rows of the terminal for a picture of real pixels."""
-UPDATE_ATTEMPTS = 5
+ATTEMPTS = 5
 T = TypeVar("T", bound=InspectionResult)
 
 
@@ -189,7 +190,7 @@ def inspect(
         found = require_single_run(run, runs_dir)
         with RunClient.connect(found, "tui-trainer inspect", rank=rank) as client:
             if groups:
-                answer = _ask(client, DescribeUse())
+                answer = _describe_use(client)
                 use = _result(answer, ParameterUse)
                 print(_as_json(found, answer) if json else _use_text(use, answer), flush=True)
                 return 0
@@ -276,9 +277,19 @@ def _result(answer: Inspected, kind: type[T]) -> T:
     return answer.result
 
 
+def _describe_use(client: RunClient) -> Inspected:
+    """A running run keeps its batch from the first request on: ask again after a step."""
+    for _ in range(ATTEMPTS):
+        answer = _ask(client, DescribeUse())
+        use = _result(answer, ParameterUse)
+        if not use.waits_for_batch or client.poll(0).status.state != "running":
+            break
+    return answer
+
+
 def _explain(client: RunClient, request: ExplainUpdate) -> Inspected:
     """A running run observes its steps from the first request on: ask again after one step."""
-    for _ in range(UPDATE_ATTEMPTS):
+    for _ in range(ATTEMPTS):
         answer = client.inspect(request)
         running = answer.message == NOT_OBSERVED and client.poll(0).status.state == "running"
         if not running:
@@ -516,8 +527,6 @@ def _update_text(answer: Inspected, found: UpdateExplanation) -> str:
 # ---------------------------------------------------------------- groups
 
 NAMES_SHOWN = 6
-KIND_NAMES = {"parameter": "parameters", "gradient": "gradients", "state": "optimizer state",
-              "buffer": "buffers", "saved": "saved for backward"}  # fmt: skip
 
 
 def _use_text(use: ParameterUse, answer: Inspected) -> str:

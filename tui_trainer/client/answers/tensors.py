@@ -24,6 +24,14 @@ from tui_trainer.protocol.schema import Scalar
 from tui_trainer.runs.errors import RunError
 
 MAX_SUGGESTIONS = 8
+KIND_NAMES = {
+    "parameter": "parameters",
+    "gradient": "gradients",
+    "state": "optimizer state",
+    "buffer": "buffers",
+    "saved": "saved for backward",
+}
+"""Of `HeldBytes.kind`."""
 ENDINGS = (".npy", ".safetensors")
 
 

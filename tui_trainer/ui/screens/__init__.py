@@ -102,6 +102,13 @@ FURTHER_SCREENS = (
         "attention_layer:AttentionLayerScreen",
         "What a head attends to: enter on a layer of the attention screen",
     ),
+    ScreenEntry(
+        "parameter_groups",
+        "G",
+        "Parameter groups",
+        "parameter_groups:ParameterGroupsScreen",
+        "Who updates which parameters, and the memory by kind: G in the inspector",
+    ),
 )
 """Screens that are opened from others, over them."""
 

@@ -25,7 +25,12 @@ from tui_trainer.ui.panels.attention.query_table import QueryTable
 from tui_trainer.ui.panels.attention.residual_stream import ResidualNotes, ResidualTable
 from tui_trainer.ui.panels.base import placeholder_message
 from tui_trainer.ui.panels.tensor import ZOOM, Viewport
-from tui_trainer.ui.screens.base import CONTROL_BINDINGS, RANK_BINDING, DetailScreen
+from tui_trainer.ui.screens.base import (
+    CONTROL_BINDINGS,
+    NOT_RECORDED,
+    RANK_BINDING,
+    DetailScreen,
+)
 from tui_trainer.ui.screens.dialogs import NumberPrompt
 from tui_trainer.ui.widgets.caption import Caption, Placeholder
 from tui_trainer.ui.widgets.lines import Span
@@ -262,7 +267,7 @@ class AttentionLayerScreen(DetailScreen):
         if status.ended:
             return "the run has ended: its tensors are gone", ""
         if link.state == "replay":
-            return "a recording holds what was measured, not the weights", ""
+            return NOT_RECORDED, ""
         if link.state != "live":
             return link.message or "no connection to the run", link.hint
         waiting = WAITING if status.state != "paused" else READING

@@ -46,7 +46,12 @@ from tui_trainer.ui.panels.tensor import (
     Viewport,
 )
 from tui_trainer.ui.panels.update_explanation import UpdateView
-from tui_trainer.ui.screens.base import CONTROL_BINDINGS, RANK_BINDING, DetailScreen
+from tui_trainer.ui.screens.base import (
+    CONTROL_BINDINGS,
+    NOT_RECORDED,
+    RANK_BINDING,
+    DetailScreen,
+)
 from tui_trainer.ui.screens.dialogs import TextPrompt
 from tui_trainer.ui.widgets.caption import Caption, Placeholder
 from tui_trainer.ui.widgets.lines import Span
@@ -200,6 +205,8 @@ class InspectScreen(DetailScreen):
                 tooltip="The update of one entry: asks for its index, * for the whole tensor"),
         Binding("c", "check", "Check", id="inspect.check",
                 tooltip="Check the gradient against numerical ones, on the batch of this step"),
+        Binding("G", "groups", "Groups", key_display="G", id="inspect.groups",
+                tooltip="Parameter groups, who updates which parameters, and the memory by kind"),
         Binding("v", "numbers", "Numbers", id="inspect.numbers",
                 tooltip="Heat map or numbers, where only one fits"),
         RANK_BINDING,
@@ -234,6 +241,8 @@ class InspectScreen(DetailScreen):
         self._pending = False
         self._due_at = 0.0
         """When to read again while the run runs, on the monotonic clock."""
+        self._offered = False
+        """Whether the list of tensors was opened since the screen came to the front."""
 
     def body(self) -> Iterable[Widget]:
         yield Caption(id="tensor")
@@ -256,6 +265,14 @@ class InspectScreen(DetailScreen):
         self._follow_choice()
         self._read(snapshot)
         self._draw(snapshot)
+        nothing = self._ref is None and snapshot.link.state == "live"
+        if nothing and not self._offered and self._missing(snapshot)[0] == NO_TENSOR:
+            self._offered = True
+            self.action_choose()
+
+    def on_screen_suspend(self) -> None:
+        if self.app.current_mode != "inspect":  # and not for a dialog over it
+            self._offered = False
 
     def _follow_choice(self) -> None:
         chosen = (self.context.inspected, self.context.inspected_rank)
@@ -382,6 +399,8 @@ class InspectScreen(DetailScreen):
             return f"the run has {_ended(snapshot)}: its tensors are gone", ""
         if link.state not in ("live", "replay"):
             return link.message or "no connection to the run", link.hint
+        if link.state == "replay":
+            return NOT_RECORDED, ""
         message, hint = placeholder_message(snapshot, NO_TENSOR)
         return message, NO_TENSOR_HINT if message == NO_TENSOR else hint
 
@@ -431,9 +450,11 @@ class InspectScreen(DetailScreen):
                 self.context.inspected = tensor
             self._show()
 
-        self._with_list(
-            lambda tensors: self.app.push_screen(TensorDialog(tensors), chosen), modules
-        )
+        def listed(tensors: TensorList) -> None:
+            if self.app.screen is self:
+                self.app.push_screen(TensorDialog(tensors), chosen)
+
+        self._with_list(listed, modules)
 
     def _with_list(self, use: Callable[[TensorList], object], modules: bool = False) -> None:
         """Call `use` with the tensors that there are now."""
@@ -521,6 +542,12 @@ class InspectScreen(DetailScreen):
         else:
             self._unchecked = (answer.message, answer.hint)
         self._draw(self.context.snapshot)
+
+    def action_groups(self) -> None:
+        """Show the parameter groups and the memory."""
+        from tui_trainer.ui.screens.parameter_groups import ParameterGroupsScreen
+
+        self.app.push_screen(ParameterGroupsScreen())
 
     def action_entry(self) -> None:
         """Ask for the index of an entry, and explain its update."""

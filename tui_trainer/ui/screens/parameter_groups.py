@@ -1,0 +1,182 @@
+"""Who updates which parameters, and what holds the memory: the groups of all optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+from textual import events
+from textual.binding import Binding, BindingType
+from textual.containers import Container
+from textual.widget import Widget
+
+from tui_trainer.client.api import Snapshot
+from tui_trainer.protocol.formatting import milliseconds
+from tui_trainer.protocol.inspection import DescribeUse, Inspected, ParameterUse, TensorRef
+from tui_trainer.ui.panels.base import placeholder_message
+from tui_trainer.ui.panels.parameter_groups import GroupsView, ParameterUseTable
+from tui_trainer.ui.screens.base import (
+    CONTROL_BINDINGS,
+    NOT_RECORDED,
+    RANK_BINDING,
+    DetailScreen,
+)
+from tui_trainer.ui.widgets.caption import Caption, Placeholder
+from tui_trainer.ui.widgets.lines import Span
+from tui_trainer.ui.widgets.table import VirtualTable
+
+MIN_WIDTH_BESIDE, MIN_WIDTH_FOR_WIDE_GROUPS = 112, 160
+ROWS_KEPT = 12
+"""For all but the groups, where they stand above the parameters."""
+MAX_RETRIES = 5
+READING = "running the forward and backward pass of this step again …"
+
+
+class ParameterGroupsScreen(DetailScreen):
+    """Opened from the inspector; escape returns to it."""
+
+    CSS = """
+    ParameterGroupsScreen #moment { margin: 0 1; }
+    ParameterGroupsScreen #parts { height: 1fr; margin: 0 1; }
+    ParameterGroupsScreen GroupsView { height: auto; margin-bottom: 1; }
+    ParameterGroupsScreen ParameterUseTable { height: 1fr; }
+    ParameterGroupsScreen.-beside #parts { layout: horizontal; }
+    ParameterGroupsScreen.-beside GroupsView { width: 48; height: 1fr; margin: 0; }
+    ParameterGroupsScreen.-beside ParameterUseTable { width: 1fr; margin-left: 2; }
+    ParameterGroupsScreen.-wide GroupsView { width: 72; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("r", "read", "Read again", id="parameter_groups.read",
+                tooltip="Run the forward and backward pass of this step again"),
+        Binding("escape", "back", "Back", id="parameter_groups.back",
+                tooltip="To the inspector"),
+        RANK_BINDING,
+        *CONTROL_BINDINGS,
+    ]  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.use: ParameterUse | None = None
+        """What is on the screen."""
+        self._moment: tuple[int, str, int] | None = None
+        """Step, phase and rank of the last request."""
+        self._read_at, self._took_ms = "", 0.0
+        self._error = ("", "")
+        self._requests = 0
+        self._pending = False
+        self._retries = 0
+
+    def body(self) -> Iterable[Widget]:
+        yield Caption(id="moment")
+        yield Placeholder()
+        yield Container(GroupsView(), ParameterUseTable(), id="parts")
+
+    @property
+    def table(self) -> ParameterUseTable:
+        return self.query_one(ParameterUseTable)
+
+    def on_mount(self) -> None:
+        self.table.focus()
+
+    # ------------------------------------------------------------ reading
+
+    def show_body(self, snapshot: Snapshot) -> None:
+        status = snapshot.status
+        if not status.ended and snapshot.link.state == "live" and not self._pending:
+            now = self._now()
+            other = self._moment is None or self._moment[2] != now[2]
+            if other or (status.state == "paused" and now != self._moment):
+                self._retries = 0
+                self._ask()
+        self._draw(snapshot)
+
+    def _now(self) -> tuple[int, str, int]:
+        status = self.context.snapshot.status
+        return status.step, status.phase, self.context.inspected_rank
+
+    def _ask(self) -> None:
+        self._moment = self._now()
+        self._requests += 1
+        request = self._requests
+        self._pending = True
+
+        def arrived(answer: Inspected) -> None:
+            if request == self._requests and self.is_mounted:
+                self._pending = False
+                self._answered(answer)
+
+        self.context.inspect(DescribeUse(), arrived)
+
+    def _answered(self, answer: Inspected) -> None:
+        if isinstance(answer.result, ParameterUse):
+            self.use, self._error = answer.result, ("", "")
+            self._read_at, self._took_ms = answer.moment, answer.took_ms
+            running = self.context.snapshot.status.state == "running"
+            if answer.result.waits_for_batch and running and self._retries < MAX_RETRIES:
+                self._retries += 1  # the batch is kept from the first request on
+                self._ask()
+        else:
+            self.use, self._error = None, (answer.message, answer.hint)
+        self._draw(self.context.snapshot)
+
+    # ------------------------------------------------------------ drawing
+
+    def _draw(self, snapshot: Snapshot) -> None:
+        use = self.use
+        message = self._missing(snapshot) if use is None else ("", "")
+        self.query_one(Placeholder).set_message(*message)
+        self.query_one("#parts").display = not message[0]
+        spans: list[Span] = [("Parameter groups and memory", "title")]
+        right = ""
+        if use is not None:
+            spans.append((self._read_at, "text"))
+            right = f"read in {milliseconds(self._took_ms, 0)}"
+            if snapshot.status.ended:
+                spans.append((f"the run has {snapshot.status.state}", "warning"))
+        self.query_one("#moment", Caption).update(spans, right, right_is_optional=True)
+        self.query_one(GroupsView).show(use)
+        self.table.show(use)
+        self.call_after_refresh(self._lay_out)
+
+    def _missing(self, snapshot: Snapshot) -> tuple[str, str]:
+        """Why there is nothing to see, and what to do."""
+        if self._error[0]:
+            return self._error
+        status, link = snapshot.status, snapshot.link
+        if status.ended:
+            return "the run has ended: its tensors are gone", ""
+        if link.state == "replay":
+            return NOT_RECORDED, ""
+        if link.state != "live":
+            return link.message or "no connection to the run", link.hint
+        return placeholder_message(snapshot, READING)
+
+    def _lay_out(self) -> None:
+        """Beside each other where both fit; else the groups take what they need, if the table keeps
+        some rows."""
+        beside = self.app.size.width >= MIN_WIDTH_BESIDE
+        self.set_class(beside, "-beside")
+        self.set_class(self.app.size.width >= MIN_WIDTH_FOR_WIDE_GROUPS, "-wide")
+        view = self.query_one(GroupsView)
+        room = max(4, self.app.size.height - ROWS_KEPT)
+        view.styles.height = None if beside else min(max(1, view.line_count()), room)
+
+    # ------------------------------------------------------------ actions
+
+    def action_read(self) -> None:
+        """Ask again, also while the run runs."""
+        if not self.context.snapshot.status.ended and not self._pending:
+            self._retries = 0
+            self._ask()
+
+    def action_back(self) -> None:
+        self.dismiss()
+
+    def on_virtual_table_activated(self, event: VirtualTable.Activated) -> None:
+        """Inspect the parameter under the cursor."""
+        self.context.inspected = TensorRef(self.table.listed[event.row].name)
+        self.dismiss()
+
+    def on_resize(self, event: events.Resize) -> None:
+        super().on_resize(event)
+        self.call_after_refresh(self._lay_out)
