@@ -530,6 +530,40 @@ def straggler(bug, number):
     return tuple({"step_ms": 150.0, "phase_ms.forward": time} for time in times)
 
 
+def part_not_updated(bug):
+    run = Run()
+    for _ in range(60):
+        run.step(updates=[1e-3] * 5 + [0.0 if bug else 1e-6] * 3)
+    return run
+
+
+def part_updated_too_much(bug):
+    run = Run()
+    for number in range(1, 120):
+        updates = [1e-3] * 6 + [0.5 if bug or number < 30 else 0.05] * 2
+        run.step(2.3 + 0.01 * math.sin(number) if bug else None, updates=updates)
+    return run
+
+
+def loss_plateau(bug):
+    run = Run()
+    noise = run.random.standard_normal
+    for number in range(1, 700):
+        # The twin falls more and more slowly.
+        fall = 1.5 * min(1, number / 100) if bug else 0.45 * math.log10(number)
+        run.step(2.5 - fall + 0.02 * noise())
+    return run
+
+
+def overflow_ahead(bug):
+    run = Run()
+    for number in range(1, 60):
+        # The twin jumps to a thousand times its value, and falls again.
+        grown = 3.0 ** (number - 20) if bug else 1e3 * 0.9 ** (number - 20)
+        run.step(norm=max(1.0, grown) if number >= 20 else 1.0)
+    return run
+
+
 CASES: dict[str, tuple[Case, int]] = {
     "gradients-kept": (gradients_kept, 2),
     "zeroed-before-step": (zeroed_before_step, 1),
@@ -606,8 +640,12 @@ CASES: dict[str, tuple[Case, int]] = {
     "ranks-diverge": (of_ranks(ranks_part), 101),
     "ranks-same-batch": (of_ranks(ranks_same_batch), 1),
     "straggler": (of_ranks(straggler), 11),
+    "part-not-updated": (part_not_updated, 1),
+    "part-updated-too-much": (part_updated_too_much, 21),
+    "loss-plateau": (loss_plateau, 101),
+    "overflow-ahead": (overflow_ahead, 21),
 }
-NEAR = {"loss-diverges": 45, "loss-oscillates": 1, "gradients-explode": 6}
+NEAR = {"loss-diverges": 45, "loss-oscillates": 1, "gradients-explode": 6, "loss-plateau": 51}
 """Steps by which the onset may be late, where it has to rise out of noise."""
 
 

@@ -75,7 +75,9 @@ from tui_trainer.findings.rules.targets import (
     TargetsOutOfReach,
     UnbalancedClasses,
 )
+from tui_trainer.findings.rules.trends import LossPlateau, OverflowAhead
 from tui_trainer.findings.rules.units import DeadUnits, DropoutOff, SaturatedUnits, SignalVanishes
+from tui_trainer.findings.rules.update_parts import PartNotUpdated, PartUpdatedTooMuch
 from tui_trainer.findings.rules.update_ratio import (
     UpdateRatioHigh,
     UpdateRatioLow,
@@ -132,6 +134,8 @@ RULES: tuple[type[Rule], ...] = (
     UpdatesSmall,
     UpdatesRounded,
     UpdatesUndone,
+    PartNotUpdated,
+    PartUpdatedTooMuch,
     WeightsShrink,
     GradientsVanish,
     GradientsExplode,
@@ -143,6 +147,7 @@ RULES: tuple[type[Rule], ...] = (
     ClippedToNothing,
     AlwaysClipped,
     LossScale,
+    OverflowAhead,
     NonFiniteRule,
     AttentionLogits,
     AttentionEntropy,
@@ -150,6 +155,7 @@ RULES: tuple[type[Rule], ...] = (
     LossDiverges,
     LossOscillates,
     NoProgress,
+    LossPlateau,
     NoBetterThanPrior,
     OverFitting,
     ClipsAlone,

@@ -65,6 +65,7 @@ class NonFiniteRule(Rule):
         "initial-loss",
         "gradients-explode",
         "loss-diverges",
+        "overflow-ahead",
         "attention-logits",
     )
 

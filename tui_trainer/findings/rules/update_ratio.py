@@ -21,7 +21,7 @@ SOURCE = (
 )
 
 
-class _UpdateRatio(Rule):
+class UpdateRatios(Rule):
     """Computes update ratios of the weight matrices."""
 
     def start(self) -> None:
@@ -43,7 +43,7 @@ class _UpdateRatio(Rule):
         return row.values[indices], [row.names[i] for i in indices.tolist()]
 
 
-class UpdateRatioHigh(_UpdateRatio):
+class UpdateRatioHigh(UpdateRatios):
     """Updates are too large."""
 
     name = "update-ratio-high"
@@ -147,7 +147,7 @@ class UpdateRatioHigh(_UpdateRatio):
         )  # fmt: skip
 
 
-class UpdateRatioLow(_UpdateRatio):
+class UpdateRatioLow(UpdateRatios):
     """Updates are too small to learn."""
 
     name = "update-ratio-low"
@@ -220,7 +220,7 @@ class UpdateRatioLow(_UpdateRatio):
         )  # fmt: skip
 
 
-class UpdatesSmall(_UpdateRatio):
+class UpdatesSmall(UpdateRatios):
     """Updates are small from the start, and the loss stands still."""
 
     name = "updates-small"
@@ -289,7 +289,7 @@ SPACING = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
 """Smallest distance between neighbouring numbers, relative to them."""
 
 
-class UpdatesRounded(_UpdateRatio):
+class UpdatesRounded(UpdateRatios):
     """Updates are smaller than what the type of the weights can represent."""
 
     name = "updates-rounded"

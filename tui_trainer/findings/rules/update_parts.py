@@ -1,0 +1,145 @@
+"""Parts of the model, such as one group of the optimizer, whose updates are unlike the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from tui_trainer.findings.observation import Observation
+from tui_trainer.findings.rule import Found, RuleThreshold, Streak, evidence, named
+from tui_trainer.findings.rules.update_ratio import HEALTHY_HIGH, HEALTHY_LOW, SOURCE, UpdateRatios
+
+
+class PartNotUpdated(UpdateRatios):
+    """Weights that get a gradient and do not change, while others do."""
+
+    name = "part-not-updated"
+    title = "a part of the model does not change"
+    needs = "five update ratios of steps with a learning rate above zero, and the gradient norms"
+    explanation = (
+        "These weights are in the optimizer and get a gradient, and a step leaves every one of "
+        "them as it was, while it changes the others. Usually the learning rate of their parameter "
+        "group is zero or so small that the update is lost when it is added, or a schedule was "
+        "written for one group only."
+    )
+    advice = (
+        "print the lr of each of optimizer.param_groups; if the part is meant to stay fixed, "
+        "requires_grad_(False) saves the time of its gradients"
+    )
+    source = "PyTorch's documentation of torch.optim (per-parameter options: each group has its lr)"
+    thresholds = (RuleThreshold("steps", 5, "measured steps in a row"),)
+    explained_by = ("updates-rounded", "no-gradients", "learning-rate-zero")
+
+    def start(self) -> None:
+        super().start()
+        self._streak = Streak()
+        self._still: frozenset[str] = frozenset()
+        self._done = False
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        updates, gradients = seen.updates, seen.gradients
+        if self._done or updates is None or gradients is None or not seen.learning_rate:
+            return
+        ratios, names = self.ratios(updates)
+        still = frozenset(
+            name
+            for name, ratio in zip(names, ratios.tolist(), strict=True)
+            if ratio == 0 and (gradients.get(name) or 0.0) > 0
+        )
+        if not still or not (ratios > 0).any():
+            self._still = frozenset()
+            self._streak.add(False, seen.step)
+            return
+        self._still = still & self._still if self._streak.count and self._still & still else still
+        if self._streak.add(True, seen.step) < self.limits["steps"]:
+            return
+        self._done = True
+        listed = sorted(self._still, key=lambda name: self.facts.order.get(name, 0))
+        yield Found(
+            self._streak.onset,
+            f"{named(listed)} get a gradient at every step, but the optimizer does not change "
+            f"them; it changes {len(ratios) - len(still)} other weight matrices",
+            confidence="certain",
+            phase="step",
+            parameters=tuple(listed[:16]),
+            evidence=(
+                evidence(f"‖Δw‖/‖w‖ of {listed[0]}", 0.0, HEALTHY_LOW, HEALTHY_HIGH,
+                         table="update_ratio", column=listed[0]),
+            ),
+        )  # fmt: skip
+
+
+class PartUpdatedTooMuch(UpdateRatios):
+    """A part of the weights changes by much of its size in every step, while the rest does not."""
+
+    name = "part-updated-too-much"
+    title = "updates of a part of the model are too large"
+    level = "info"
+    needs = "three update ratios after the first 20 steps, and the losses"
+    explanation = (
+        "Each step changes these weights by a large part of their own size, the others by the "
+        "usual amount, and the loss does not fall. Usually the learning rate of their parameter "
+        "group is too high for them, or their gradients are far larger than the others'."
+    )
+    advice = "give these parameters a group with a lower learning rate, or look at their gradients"
+    source = SOURCE
+    thresholds = (
+        RuleThreshold("ratio", 0.2, "‖Δw‖/‖w‖, three times in a row"),
+        RuleThreshold(
+            "steps",
+            20,
+            "first steps that are not checked, since weights may start at zero, and steps in which "
+            "the loss should then have fallen",
+        ),
+    )
+    explained_by = (
+        "update-ratio-high",
+        "loss-diverges",
+        "learning-rate-jump",
+        "gradients-explode",
+        "non-finite",
+    )
+
+    def start(self) -> None:
+        super().start()
+        self._streak = Streak()
+        self._fast: frozenset[str] = frozenset()
+        self._loss_before = 0.0
+        self._done = False
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        if self._done or seen.updates is None or self.ignored(seen):
+            return
+        if seen.step <= self.limits["steps"] or len(self.facts.optimizers) > 1:
+            return
+        ratios, names = self.ratios(seen.updates)
+        high = ratios > self.limits["ratio"]
+        fast = frozenset(np.array(names)[high].tolist()) if len(ratios) else frozenset()
+        both = fast & self._fast if self._streak.count else fast
+        # Where it is most of the model, `update-ratio-high` reports it.
+        holds = bool(both) and len(both) < len(ratios) / 2
+        self._fast = both if holds else frozenset()
+        if self._streak.add(holds, seen.step) == 1:
+            self._loss_before = self.trend.slow
+        if self._streak.count < 3 or seen.step - self._streak.onset < self.limits["steps"]:
+            return
+        fall = max(self.trend.noise, 0.02 * abs(self._loss_before))
+        if self.trend.slow < self._loss_before - fall:
+            return
+        self._done = True
+        listed = sorted(both, key=lambda name: self.facts.order.get(name, 0))
+        largest = float(ratios[high].max())
+        others = float(np.median(ratios[~high]))
+        yield Found(
+            self._streak.onset,
+            f"each step changes {named(listed)} by up to {largest:.2g} of their size, the other "
+            f"weight matrices by {others:.1e} (median), and the loss does not fall",
+            confidence="possible",
+            phase="step",
+            parameters=tuple(listed[:16]),
+            evidence=(
+                evidence(f"‖Δw‖/‖w‖ of {listed[0]}", seen.updates.get(listed[0]) or largest,
+                         HEALTHY_LOW, HEALTHY_HIGH, table="update_ratio", column=listed[0]),
+            ),
+        )  # fmt: skip
