@@ -97,6 +97,7 @@ def test_checkpoints_are_found_as_they_are_written(place):
         (("vit", "--resume", "whole"), "tui-trainer gpt --resume whole"),
         (("gpt", "--resume", "nowhere"), "there is no run nowhere"),
         (("run", "--resume", "whole", "x.py"), "script"),
+        (("run", "--resume", "whole"), "has already made all of its 12 steps"),
     ],
 )
 def test_refused_resumes(place, arguments, message):
@@ -108,5 +109,6 @@ def test_a_script_resumes_by_itself_and_no_missing_weights_are_promised(place):
     (place / "empty.py").write_text("import torch")
     assert call("run", "--name", "bare", "empty.py", cwd=place).returncode == 0
     refused = call("gpt", "--resume", "bare", cwd=place)
-    assert_refused(refused, "resumes by its own means")
+    assert_refused(refused, "resumes by its own means", "tui-trainer run --name bare empty.py")
     assert "weights" not in refused.stderr
+    assert call("run", "--resume", "bare", cwd=place).stderr == refused.stderr

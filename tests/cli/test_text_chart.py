@@ -46,3 +46,12 @@ def test_each_run_has_its_own_marker():
     assert "*" in text
     assert "o" in text
     assert "100" in text
+
+
+def test_an_axis_is_logarithmic_where_one_value_would_flatten_the_others():
+    values = [1e5, *(2.0 - 0.01 * step for step in range(99))]
+    lines = text_chart([TextCurve(range(1, 101), values, values)], 72, 10)
+    assert lines[0 if "log" in lines[0] else 1].lstrip().startswith("log 1e+05")
+    middle = [line for line in lines if any("⠀" < cell <= "⣿" for cell in line)]
+    assert "log" not in "".join(text_chart([TextCurve(range(1, 100), values[1:], values[1:])], 72, 10))
+    assert len(middle) > 2

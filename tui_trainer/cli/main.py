@@ -197,6 +197,17 @@ def _run_script(arguments: list[str]) -> int:
     options = _call(_app(()), ["run", *ours])
     if not isinstance(options, RunOptions):  # help was printed
         return 0
+    if script is None and options.resume is not None:
+        return _dispatch([_resumed_task(options), *ours])
     if script is None:
         raise UsageError("run needs a script", "tui-trainer run train.py, or run -m package.train")
     return start_script(script, options)
+
+
+def _resumed_task(options: RunOptions) -> str:
+    """The task of the run that `run --resume RUN` continues. Raises CommandError for a script."""
+    from tui_trainer.cli.commands.common import cli_errors
+    from tui_trainer.runs.checkpoints import find_resume_point
+
+    with cli_errors():
+        return find_resume_point(options.resume or "", options.runs_dir).spec.task

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 X_TICKS = 6
 MIN_WIDTH = 30
+LOG_FROM = 1000.0
+"""Times the median, from which a largest value makes the axis logarithmic."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +28,17 @@ def text_chart(curves: Sequence[TextCurve], width: int, height: int) -> list[str
     """The lines of a chart of `width` × `height` cells with axes; none without a finite value.
 
     A curve passes through the lowest and the highest value of every bucket, so that no spike is
-    lost, and is interrupted where a bucket has no finite value.
+    lost, and is interrupted where a bucket has no finite value. The axis is logarithmic, with `log`
+    at its top, where the largest value would flatten all others.
     """
     points = [_points(curve) for curve in curves]
     finite = [y for _, ys, _ in points for y in ys]
     if not finite or width < MIN_WIDTH:
         return []
+    log = min(finite) > 0 and max(finite) > LOG_FROM * statistics.median(finite)
+    if log:
+        points = [(xs, [math.log10(y) for y in ys], gaps) for xs, ys, gaps in points]
+        finite = [math.log10(y) for y in finite]
     import plotext
 
     # Without this plotext limits a figure to the size of the terminal, which a pipe does not have.
@@ -45,7 +53,10 @@ def text_chart(curves: Sequence[TextCurve], width: int, height: int) -> list[str
     figure.ruler("x").ticks(steps, [f"{step:,}" for step in steps])
     bottom, top = min(finite), max(finite)
     levels = [bottom, (bottom + top) / 2, top] if top > bottom else [bottom]
-    figure.ruler("y").ticks(levels, [f"{level:.4g}" for level in levels])
+    labels = [f"{10**level if log else level:.4g}" for level in levels]
+    if log:
+        labels[-1] = f"log {labels[-1]}"
+    figure.ruler("y").ticks(levels, labels)
     for curve, (xs, ys, gaps) in zip(curves, points, strict=True):
         if not ys:
             continue

@@ -127,10 +127,13 @@ class ComparedRun:
         return self.history.find(name, column)
 
     def newest(self, series: str) -> float | None:
-        """The newest value of a series of SERIES; None when it has no rows."""
-        name, column, _ = SERIES[series]
-        table = self.history.table(name)
-        return table.newest(column) if table is not None else None
+        """The newest value of a series of SERIES that was measured; None when there is none."""
+        found = self.series(series)
+        if found is None:
+            return None
+        table, column = found
+        window = table.window([column], table.first_step or 0, (table.last_step or 0) + 1, 1)
+        return float(window.last[0, 0]) if window.filled[0] else None
 
 
 def _into_buckets(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 
 import numpy as np
@@ -22,6 +22,8 @@ from tui_trainer.report.read import ReportData
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 720, 62, 22, 10, 26
 BUCKETS = 560
+LOG_FROM = 1000.0
+"""Times the median, from which a largest value makes an axis logarithmic."""
 MAX_LOGGED = 24
 """Charts of `tui_trainer.log`'s names."""
 
@@ -80,7 +82,10 @@ class SvgChart:
 
 
 def draw(chart: SvgChart, title: str) -> str:
-    """The chart as an <svg> element."""
+    """The chart as an <svg> element. Its axis is logarithmic by itself where the largest value
+    would flatten all others."""
+    if not chart.log and _spans_thousands(chart):
+        chart = replace(chart, log=True, zero=False)
     low, high = _range(chart)
     axes = _Axes(chart, low, high)
     parts = [
@@ -116,6 +121,16 @@ class _Axes:
             low, high = math.log10(low), math.log10(high)
         share = (values - low) / ((high - low) or 1.0)
         return TOP + (1 - share) * (self._chart.height - TOP - BOTTOM)
+
+
+def _spans_thousands(chart: SvgChart) -> bool:
+    """Whether all values are above zero, and the largest is over LOG_FROM times the median."""
+    every = [values for series in chart.series for values in (series.low, series.high)]
+    joined = np.concatenate(every) if every else np.zeros(0)
+    joined = joined[np.isfinite(joined)]
+    if not len(joined) or joined.min() <= 0:
+        return False
+    return float(joined.max()) > LOG_FROM * float(np.median(joined))
 
 
 def _range(chart: SvgChart) -> tuple[float, float]:

@@ -7,6 +7,7 @@ store: the history of runs is a tree.
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,10 +54,11 @@ def find_resume_point(given: str, runs_dir: str | os.PathLike[str] | None = None
         raise RunError(f"cannot read what {run.name} trained: {error}") from error
     steps = checkpoint_steps(run.directory)
     if spec.is_script:
+        again = shlex.join(["tui-trainer", *spec.command[1:]])
         weights = f"; weights are in {run.directory / CHECKPOINTS}" if steps else ""
         raise RunError(
             f"{run.name} ran a script, which resumes by its own means",
-            f"give the script its own option for it{weights}",
+            f"start it again, with its own option for it: {again}{weights}",
         )
     if not steps:
         raise RunError(

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from tui_trainer.cli.commands.common import RunsDir, cli_errors, flag
 from tui_trainer.cli.errors import UsageError, notify
-from tui_trainer.cli.table import new_table, table_lines
+from tui_trainer.cli.table import columns, new_table, table_lines
 from tui_trainer.cli.terminal import why_no_screen
 from tui_trainer.cli.text_chart import TextCurve, text_chart
 from tui_trainer.comparison.compared_runs import (
@@ -30,6 +30,8 @@ from tui_trainer.protocol.text import sanitize
 from tui_trainer.runs.registry import resolve
 
 MARKERS = "*o+x#@%&"
+MAX_CELL_WIDTH = 32
+"""Options that are longer, such as a command, have a line for each run below the table."""
 CHART_BUCKETS = 70
 CHART_WIDTH, CHART_HEIGHT = 78, 12
 
@@ -118,10 +120,18 @@ def as_lines(compared: list[ComparedRun], tolerance: float = 0.0) -> list[Text]:
     unlike = differences(compared)
     table.add_row()
     table.add_row(Text("different options" if unlike else "same options", "bold"))
+    below: list[Text] = []
     for line in unlike:
-        table.add_row(*_cells(line))
+        cells = _cells(line)
+        if max(cell.cell_len for cell in cells[1:]) <= MAX_CELL_WIDTH:
+            table.add_row(*cells)
+            continue
+        of_runs = columns("left", "left")
+        for name, cell in zip(names, cells[1:], strict=True):
+            of_runs.add_row(Text(f"  {name}"), cell)
+        below += [cells[0], *table_lines(of_runs)]
     divergence = [line for run in compared[1:] for line in _divergence(compared[0], run, tolerance)]
-    return [*_loss_chart(compared), *table_lines(table), *divergence]
+    return [*_loss_chart(compared), *table_lines(table), *below, *divergence]
 
 
 def _divergence(a: ComparedRun, b: ComparedRun, tolerance: float) -> list[Text]:
