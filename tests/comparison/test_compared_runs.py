@@ -6,12 +6,14 @@ import json
 import re
 import shutil
 
+import msgspec
 import numpy as np
 import pytest
 
 from tests.cli.calling import assert_refused, call
 from tests.recorded_runs import STEPS, directory, fingerprint, home
 from tests.ui.screens import SIZES, settle, text_of
+from tui_trainer.cli.commands.compare import as_lines
 from tui_trainer.comparison import compared_runs
 from tui_trainer.comparison.compared_runs import ComparedRun, ComparedValue, differences, outcome
 from tui_trainer.protocol.schema import RunInfo
@@ -83,6 +85,19 @@ def test_off_a_terminal_it_is_a_table_or_json():
     assert made["runs"] == ["calm", "eager"]
     assert made["differences"] == {"learning_rate": [0.001, 0.02]}
     assert [fingerprint(directory(name)) for name in ("calm", "eager")] == before
+
+
+def test_a_long_option_has_a_line_for_each_run_and_does_not_widen_the_table():
+    runs = compared("calm", "eager")
+    commands = [f"tui-trainer gpt --name {name} " + "--data folder " * 9 for name in ("a", "b")]
+    for run, text in zip(runs, commands, strict=True):
+        run.info = msgspec.structs.replace(run.info, configuration={"data": text.strip()})
+    lines = [line.plain for line in as_lines(runs)]
+    at = lines.index("data")
+    assert [line.split(maxsplit=1) for line in lines[at + 1 : at + 3]] == [
+        [name, text.strip()] for name, text in zip(("calm", "eager"), commands, strict=True)
+    ]
+    assert max(map(len, lines[:at])) < 90
 
 
 def test_where_the_runs_part_is_printed():

@@ -9,6 +9,7 @@ from tests.examples import examples
 from tui_trainer.history import MemoryHistory, MemorySeries
 from tui_trainer.history.buckets import NAN, NEGATIVE, POSITIVE
 from tui_trainer.history.sync import apply_rows, rows_since
+from tui_trainer.protocol.absent import Absent, absent
 from tui_trainer.protocol.messages import Rows
 from tui_trainer.protocol.schema import Column, Table
 
@@ -243,3 +244,18 @@ def test_a_column_and_its_newest_value_by_name() -> None:
     held.append(4, np.float32([5, 6, 7]))
     assert held.newest("c2") == 7
     assert held.newest("loss") is None
+
+
+def test_the_newest_value_that_was_measured() -> None:
+    held = MemorySeries(table())
+    assert held.newest_measured("c2") is None
+    missing = absent(Absent.NOT_MEASURED)
+    for step, value in ((1, 3.0), (2, np.nan), (5, missing), (6, missing)):
+        held.append(step, np.float32([1, 2, value]))
+    found = held.newest_measured("c2")
+    assert found is not None
+    assert np.isnan(found)  # a value that is not finite was measured, too
+    held.append(9, np.float32([1, 2, 4]))
+    held.append(10, np.float32([1, 2, missing]))
+    assert held.newest_measured("c2") == 4
+    assert held.newest_measured("loss") is None

@@ -301,11 +301,14 @@ def _curve(table: SeriesReader | None, name: str, step: int) -> SummaryCurve:
     buckets = max(1, min(CURVE_POINTS, table.rows))
     window = table.window([column], table.first_step, table.last_step + 1, buckets)
     kept = np.flatnonzero(window.filled)
+    last = table.value_at(name, step)
+    if last is not None and why_absent(last) is not None and table.last_step <= step:
+        last = table.newest_measured(name)
     return SummaryCurve(
         tuple(int(window.edges[i]) for i in kept),
         tuple(finite(float(window.low[i, 0])) for i in kept),
         tuple(finite(float(window.high[i, 0])) for i in kept),
-        table.value_at(name, step),
+        last,
     )
 
 
@@ -325,7 +328,9 @@ def _attention(info: RunInfo, history: History, step: int) -> tuple[LayerSummary
 
 
 def _shown_events(events: Sequence[Event]) -> tuple[Event, ...]:
-    """The newest events, and the newest changes of settings even where they are older."""
+    """The newest events, and the newest changes of settings even where they are older. How often
+    things are measured is left to the log."""
+    events = [each for each in events if not (isinstance(each, Notice) and each.kind == "cadence")]
     edits = [each for each in events if isinstance(each, Notice) and each.kind == "edit"]
     newest = events[-EVENTS_SHOWN:]
     older = [each for each in edits[-EVENTS_SHOWN:] if each not in newest]

@@ -132,8 +132,7 @@ class ComparedRun:
         if found is None:
             return None
         table, column = found
-        window = table.window([column], table.first_step or 0, (table.last_step or 0) + 1, 1)
-        return float(window.last[0, 0]) if window.filled[0] else None
+        return table.newest_measured(table.table.columns[column].name)
 
 
 def _into_buckets(

@@ -25,9 +25,12 @@ from tui_trainer.history.buckets import (
 )
 from tui_trainer.history.records import Floats
 from tui_trainer.history.window import Window, equal_edges, make_window
+from tui_trainer.protocol.absent import absent_mask
 from tui_trainer.protocol.schema import Table
 
 T = TypeVar("T", bound=np.generic)
+RECENT = 512
+"""Newest steps in which a value is looked for that is not measured at every step."""
 
 
 class SeriesReader(ABC):
@@ -66,6 +69,16 @@ class SeriesReader(ABC):
         column = self.column(name)
         latest = self.latest() if column is not None else None
         return None if column is None or latest is None else float(latest[1][column])
+
+    def newest_measured(self, name: str) -> float | None:
+        """The newest value that was measured in the last RECENT steps, since a row may lack it;
+        None where there is none."""
+        column, last = self.column(name), self.last_step
+        if column is None or last is None:
+            return None
+        window = self.window([column], max(0, last - RECENT + 1), last + 1, RECENT)
+        known = np.flatnonzero(window.filled & ~absent_mask(window.last[:, 0]))
+        return float(window.last[known[-1], 0]) if len(known) else None
 
     def value_at(self, name: str, step: int) -> float | None:
         """The value of the column called `name` at the last row at or before `step`: its newest,

@@ -130,7 +130,7 @@ class ClippingPanel(Panel):
             return []
         clip, provisional = self._newest_clip()
         if not clip:
-            norm = table.newest("grad_norm_preclip")
+            norm = table.newest_measured("grad_norm_preclip")
             return [("norm", formatting.number(norm, 6, 3), palette.norm)]
         style = palette.provisional if provisional else palette.norm
         style = palette.clip if clip.get("scale", 1.0) < 1 else style
