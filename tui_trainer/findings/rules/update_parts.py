@@ -28,7 +28,10 @@ class PartNotUpdated(UpdateRatios):
         "requires_grad_(False) saves the time of its gradients"
     )
     source = "PyTorch's documentation of torch.optim (per-parameter options: each group has its lr)"
-    thresholds = (RuleThreshold("steps", 5, "measured steps in a row"),)
+    thresholds = (
+        RuleThreshold("steps", 5, "measured steps in a row"),
+        RuleThreshold("gradient", 0.01, "of the median norm, below which a gradient is no reason"),
+    )
     explained_by = ("updates-rounded", "no-gradients", "learning-rate-zero")
 
     def start(self) -> None:
@@ -42,10 +45,17 @@ class PartNotUpdated(UpdateRatios):
         if self._done or updates is None or gradients is None or not seen.learning_rate:
             return
         ratios, names = self.ratios(updates)
+        norms = [gradients.get(name) or 0.0 for name in names]
+        # Where gradients vanish, another rule reports it.
+        least = self.limits["gradient"] * float(np.median(norms)) if norms else 0.0
         still = frozenset(
             name
-            for name, ratio in zip(names, ratios.tolist(), strict=True)
-            if ratio == 0 and (gradients.get(name) or 0.0) > 0
+            for name, ratio, norm in zip(names, ratios.tolist(), norms, strict=True)
+            if ratio == 0
+            and norm > least
+            and (info := self.facts.parameters.get(name)) is not None
+            and info.optimizer
+            and info.trainable
         )
         if not still or not (ratios > 0).any():
             self._still = frozenset()
