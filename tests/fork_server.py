@@ -20,6 +20,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import faulthandler
 import fcntl
 import gc
 import importlib.abc
@@ -41,6 +42,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+STACKS = "TUI_TRAINER_TEST_STACKS"
 HUGE_PAGE = 1 << 21
 MADV_COLLAPSE = 25
 
@@ -154,6 +156,12 @@ def fork_where_the_same(asking: socket.socket) -> type[subprocess.Popen[Any]]:
     return processes.Popen
 
 
+def write_stacks_on_signal() -> None:
+    """Write the stacks of all threads to $TUI_TRAINER_TEST_STACKS when SIGUSR1 comes."""
+    if path := os.environ.pop(STACKS, ""):
+        faulthandler.register(signal.SIGUSR1, open(path, "w"))  # noqa: SIM115
+
+
 def run(arguments: list[str]) -> None:
     """Behave like `python arguments…`: `-m MODULE`, `-c CODE` or a file, perhaps after `-P`."""
     safe = arguments[0] == "-P"
@@ -239,6 +247,7 @@ if __name__ == "__main__":
         _popen = fork_where_the_same(_own)
         if _request["terminal"]:
             subprocess.Popen = _popen  # type: ignore[misc]
+            write_stacks_on_signal()
     if "torch" not in sys.modules:
         run(_request["arguments"])
     else:

@@ -83,13 +83,13 @@ def shown_beside(one: Path, child: dict[int, float], parent: dict[int, float]) -
         entries = find_related(info)
         assert [entry.name for entry in entries] == [other]
         (related,) = open_related(entries, ())
-        window = related.window("step", "loss", (1, 13), 12)
-        assert window is not None
+        curve = related.curve("step", "loss", (1, 13), 12)
+        assert (window := curve.window) is not None
         assert [step + 1 for step in window.filled.nonzero()[0]] == sorted(losses)
         assert window.last[window.filled, 0].tolist() == pytest.approx(
             [losses[step] for step in sorted(losses)], rel=1e-6
         )
-        assert related.newest("step", "loss") == pytest.approx(losses[max(losses)], rel=1e-6)
+        assert curve.newest == pytest.approx(losses[max(losses)], rel=1e-6)
         assert open_related(entries, (related,)) == (related,)
         assert open_related((), (related,)) == ()
 

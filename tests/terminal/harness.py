@@ -19,6 +19,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,7 @@ from typing import Any
 import pyte
 
 from tests import processes
+from tests.fork_server import STACKS
 
 COMMAND = [sys.executable, "-m", "tui_trainer"]
 KEYS = {
@@ -75,6 +77,8 @@ class Terminal:
         """`cold` starts the app and its run as a shell does; without it they are forked from an
         interpreter that has PyTorch (`tests/processes.py`)."""
         self.timeout = timeout
+        self._directory = tempfile.TemporaryDirectory()
+        self._stacks = Path(self._directory.name, "stacks")
         self.screen = pyte.Screen(columns, rows)
         self.stream = pyte.ByteStream(self.screen)
         self.output = b""
@@ -85,6 +89,7 @@ class Terminal:
             "TERM": "xterm-256color",
             "COLORTERM": "truecolor",
             "PYTHONUNBUFFERED": "1",
+            STACKS: str(self._stacks),
             **(env or {}),
         }
         self.fd, other = os.openpty()
@@ -115,6 +120,7 @@ class Terminal:
             self.process.wait(1)
         self.process.kill()
         self.process.wait()
+        self._directory.cleanup()
 
     @property
     def pid(self) -> int:
@@ -170,7 +176,9 @@ class Terminal:
                 return found
             if not open_still or time.monotonic() > deadline:
                 ended = "" if open_still else " (the program ended)"
-                raise AssertionError(f"never saw {what}{ended}; on the screen was:\n{self.text()}")
+                raise AssertionError(
+                    f"never saw {what}{ended}; on the screen was:\n{self.text()}\n{self.stacks()}"
+                )
 
     def wait_for(self, text: str, timeout: float | None = None) -> None:
         """Wait until `text` is on the screen."""
@@ -189,6 +197,16 @@ class Terminal:
         while time.monotonic() < end and self.pump():
             pass
         return self.text()
+
+    def stacks(self) -> str:
+        """Where all threads of the program are; "" where it does not say."""
+        if not self._stacks.exists() or not self.runs:
+            return ""
+        self.process.send_signal(signal.SIGUSR1)
+        deadline = time.monotonic() + 10
+        while not (text := self._stacks.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return text
 
     # ------------------------------------------------------------ acting
 
@@ -211,7 +229,9 @@ class Terminal:
         deadline = time.monotonic() + (timeout or self.timeout)
         while self.pump():
             if time.monotonic() > deadline:
-                raise AssertionError(f"did not end; on the screen is:\n{self.text()}")
+                raise AssertionError(
+                    f"did not end; on the screen is:\n{self.text()}\n{self.stacks()}"
+                )
         self.after = termios.tcgetattr(self.fd)
         return self.process.wait(max(deadline - time.monotonic(), 1))
 

@@ -41,8 +41,8 @@ def test_sees_raw_mode_that_was_left_on() -> None:
             terminal.assert_restored()
 
 
-def test_what_never_comes_is_an_error_that_shows_the_screen() -> None:
-    with Terminal(python("print('only this')"), columns=40, rows=10) as terminal:
+def test_what_never_comes_is_an_error_that_shows_the_screen_and_the_stacks() -> None:
+    with Terminal(python("print('only this'); input()"), columns=40, rows=10) as terminal:
         terminal.wait_for("only this")
-        with pytest.raises(AssertionError, match="only this"):
+        with pytest.raises(AssertionError, match=r"(?s)only this.*File \"<string>\", line 1"):
             terminal.wait_for("something else", timeout=0.2)

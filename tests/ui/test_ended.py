@@ -13,7 +13,7 @@ from tests.ui.screens import app_on, frame, settle, text_of, until
 from tests.ui.test_replay import record_run
 from tui_trainer.client.replay import ReplaySession
 from tui_trainer.protocol.schema import RunInfo
-from tui_trainer.ui.app import TuiTrainerApp
+from tui_trainer.ui.leaving import Leaving
 from tui_trainer.ui.replay_app import ReplayApp
 from tui_trainer.ui.screens.ended import EndedDialog, next_steps
 
@@ -32,7 +32,7 @@ def ended(directory: Path | None = None) -> FakeSession:
 
 @pytest.fixture
 def next_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TuiTrainerApp, "next_command", ())
+    monkeypatch.setattr(Leaving, "next_command", ())
 
 
 @pytest.mark.parametrize("mode", ["dashboard", "parameters", "log"])
@@ -65,7 +65,7 @@ async def test_what_next_is_chosen_and_run_after_leaving(
         app.screen.query_one(OptionList).highlighted = 0
         await pilot.press("enter")
         await settle(pilot)
-    assert TuiTrainerApp.next_command == ("replay", str(tmp_path))
+    assert Leaving.next_command == ("replay", str(tmp_path))
 
 
 async def test_a_run_on_another_machine_offers_nothing() -> None:

@@ -221,7 +221,7 @@ async def test_a_requested_frame_does_not_wait_for_the_next_tick(monkeypatch) ->
         )
         session._status(state="paused", phase="backward")
         session._changed()
-        await until(pilot, lambda: app._drain_checks > 1, "the output is looked at again")
+        await until(pilot, lambda: app.backlog._checks > 1, "the output is looked at again")
         assert app.snapshot.status.state == "running"
         pending[0] = 0
         await until(pilot, lambda: app.snapshot.status.state == "paused", "the pause is drawn")

@@ -23,12 +23,13 @@ from tui_trainer.runs.launch import LaunchError, LaunchRequest
 from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.command_palette import ActionProvider
 from tui_trainer.ui.guide import MAX_ROWS, GuideLine, guidance, introduction, stage_of
+from tui_trainer.ui.leaving import Leaving
 from tui_trainer.ui.screens.start import Launcher
 
 
 @pytest.fixture(autouse=True)
 def _nothing_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TuiTrainerApp, "next_command", ())
+    monkeypatch.setattr(Leaving, "next_command", ())
 
 
 def run_of(demo: Demo, steps: int = 0, *, cured: bool = False, folder: object = "") -> FakeSession:
@@ -120,9 +121,9 @@ async def test_a_fault_in_the_program_is_trained_to_its_end_and_compared(tmp_pat
         await shows(pilot, app, "It trains to its end now.")
         session.end("finished", "all steps made")
         app.draw_frame()
-        await until(pilot, lambda: TuiTrainerApp.next_command, "leaving")
+        await until(pilot, lambda: Leaving.next_command, "leaving")
     options = ("--runs-dir", str(tmp_path.parent))
-    assert TuiTrainerApp.next_command == ("demo", demo.name, "--against", str(tmp_path), *options)
+    assert Leaving.next_command == ("demo", demo.name, "--against", str(tmp_path), *options)
 
 
 async def test_other_runs_have_no_guide_and_no_such_key() -> None:
@@ -216,9 +217,9 @@ async def test_over_a_live_run_it_is_asked_what_becomes_of_that() -> None:
         app.start_demo("rate-low")
         await shows(pilot, app, "Leave this run?")
         await press(pilot, "escape")
-        assert TuiTrainerApp.next_command == ()
+        assert Leaving.next_command == ()
         app.start_demo("rate-low")
         await settle(pilot)
         await press(pilot, "d")
-        await until(pilot, lambda: TuiTrainerApp.next_command, "leaving")
-    assert TuiTrainerApp.next_command[:2] == ("demo", "rate-low")
+        await until(pilot, lambda: Leaving.next_command, "leaving")
+    assert Leaving.next_command[:2] == ("demo", "rate-low")

@@ -19,6 +19,7 @@ from tui_trainer.learn.page import load_page, placeholders
 from tui_trainer.learn.reading_progress import load_progress
 from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.command_palette import ActionProvider
+from tui_trainer.ui.leaving import Leaving
 from tui_trainer.ui.lessons import OF_ANY_SCREEN, OF_SCREEN, lessons_for
 from tui_trainer.ui.screens import FURTHER_SCREENS, SCREENS, learn
 from tui_trainer.ui.screens.learn import LearnScreen
@@ -218,14 +219,14 @@ async def test_the_cursor_passes_over_the_heading() -> None:
 
 
 async def test_a_key_runs_what_the_page_proposes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TuiTrainerApp, "next_command", ())
+    monkeypatch.setattr(Leaving, "next_command", ())
     app = app_on("learn", None)
     app.lesson = "accumulation"
     async with app.run_test(size=(120, 40)) as pilot:
         await shows(pilot, app, "measured", "t Try it")
         await press(pilot, "t")
-        await until(pilot, lambda: TuiTrainerApp.next_command, "leaving")
-    assert TuiTrainerApp.next_command == ("demo", "zero-grad")
+        await until(pilot, lambda: Leaving.next_command, "leaving")
+    assert Leaving.next_command == ("demo", "zero-grad")
 
 
 async def test_a_page_for_a_live_run_proposes_no_command() -> None:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import pytest
 
 from tests.ui.fake import fake_gpt
-from tests.ui.screens import app_on, frame, settle, text_of
+from tests.ui.screens import app_on, frame, settle, text_of, until
+from tui_trainer.comparison.related_runs import RelatedCurve
 from tui_trainer.history.window import Window
 from tui_trainer.ui.app import TuiTrainerApp
+from tui_trainer.protocol.schema import RunInfo
+from tui_trainer.ui import related_runs
 from tui_trainer.ui.panels.loss import LossPanel
 
 
@@ -18,7 +26,7 @@ class Branch:
     """A branch that recorded the steps from 200 on."""
 
     name = "gpt-calm-otter-2"
-    run = SimpleNamespace(directory=Path("/runs/gpt-calm-otter-2"), live=False)
+    run = SimpleNamespace(name=name, directory=Path("/runs/gpt-calm-otter-2"), live=False)
 
     def window(self, table: str, column: str, steps: tuple[int, int], buckets: int):
         if table == "step" and column not in ("loss", "grad_norm_preclip"):
@@ -45,24 +53,26 @@ class Branch:
 
 async def test_a_branch_has_a_dim_line_and_its_name_on_the_charts() -> None:
     app = app_on("dashboard", fake_gpt(steps=300))
+    app.related_runs.find = lambda: None  # type: ignore[method-assign]
     async with app.run_test(size=(200, 60)) as pilot:
         await frame(pilot)
         assert "■" not in text_of(app)
-        app._related = (Branch(),)
+        app.related_runs.runs = (Branch(),)  # type: ignore[assignment]
         app.redraw()
         await settle(pilot)
         shown = text_of(app)
         assert shown.count("■ gpt-calm-otter-2 2") == 2, "below the loss and the norm"
         assert shown.count("■") >= 5, "signs along both lines"
         panel = app.screen.query_one(LossPanel)
-        assert panel.snapshot.related == app._related
+        assert panel.snapshot.related == app.related_runs.runs
 
 
 async def shown_on(mode: str, size: tuple[int, int], app: TuiTrainerApp) -> str:
+    app.related_runs.find = lambda: None  # type: ignore[method-assign]
     async with app.run_test(size=size) as pilot:
         await frame(pilot)
         assert "■" not in text_of(app)
-        app._related = (Branch(),)
+        app.related_runs.runs = (Branch(),)  # type: ignore[assignment]
         app.redraw()
         await settle(pilot)
         return text_of(app)
@@ -75,3 +85,62 @@ async def test_a_branch_has_its_line_on_the_charts_of_parameters_and_of_attentio
         assert shown.count("■") > 2 * charts, "signs along the lines"
     narrow = await shown_on("parameters", (80, 24), app_on("parameters", fake_gpt(steps=300)))
     assert narrow.count("■ g") == 2, narrow
+
+
+class Recording:
+    """The branch while it trains, on a disk that only the thread for it may wait for."""
+
+    def __init__(self) -> None:
+        self.run = SimpleNamespace(name=Branch.name, directory=Branch.run.directory, live=True)
+        self.newest = 2.0
+        self.closed = False
+
+    def find(self, info: RunInfo) -> list[Any]:
+        self._read()
+        return [self.run]
+
+    def open(self, entries: Sequence[Any], known: Sequence[Any]) -> tuple[Any, ...]:
+        self._read()
+        self.closed = not entries
+        return (self,) if entries else ()
+
+    def curve(self, table: str, column: str, steps: tuple[int, int], buckets: int) -> RelatedCurve:
+        self._read()
+        return RelatedCurve(Branch().window(table, column, steps, buckets), self.newest)
+
+    def refresh(self) -> bool:
+        self._read()
+        return True
+
+    def _read(self) -> None:
+        assert threading.current_thread() is not threading.main_thread()
+
+
+async def test_other_runs_are_read_on_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    recording = Recording()
+    monkeypatch.setattr(related_runs, "find_related", recording.find)
+    monkeypatch.setattr(related_runs, "open_related", recording.open)
+    app = app_on("dashboard", fake_gpt(steps=300))
+    async with app.run_test(size=(200, 60)) as pilot:
+        await until(pilot, lambda: "■ gpt-calm-otter-2 2" in text_of(app), "its line")
+        recording.newest = 1.25
+        app.related_runs.refresh()
+        await until(pilot, lambda: "■ gpt-calm-otter-2 1.25" in text_of(app), "newer steps")
+        app.session.advance(100)
+        steps = app.snapshot.status.step
+        await until(pilot, lambda: app.snapshot.status.step > steps, "another range of steps")
+        assert "■ gpt-calm-otter-2 1.25" in text_of(app), "the line stays until it is read again"
+    async with asyncio.timeout(240):
+        while not recording.closed:
+            await asyncio.sleep(0.01)
+
+
+def test_a_window_is_moved_by_whole_steps() -> None:
+    window = Branch().window("step", "loss", (1, 301), 60)
+    shown = related_runs.moved(window, (101, 401))
+    assert shown.edges[[0, -1]].tolist() == [101, 401]
+    filled = shown.edges[:-1][shown.filled]
+    assert 200 <= filled[0] <= 205
+    assert 296 <= filled[-1] <= 300
+    assert np.isnan(shown.last[~shown.filled]).all()
+    assert (shown.last[shown.filled] == 2.0).all()

@@ -12,7 +12,6 @@ from textual.color import Color
 from textual.events import Key
 from textual.theme import BUILTIN_THEMES, Theme
 
-from tui_trainer.ui import app as app_module
 from tui_trainer.ui import textual_hacks, theme
 
 MARKS = ("faint", "loss_raw")
@@ -67,18 +66,18 @@ def no_theme_is_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_theme_is_set")
 def test_the_chosen_theme_is_remembered() -> None:
-    assert app_module.theme_options() == {"theme_name": "tui-trainer", "asks_background": True}
+    assert theme.initial_theme() == {"theme_name": "tui-trainer", "asks_background": True}
     theme.remember_theme("nord")
-    assert app_module.theme_options() == {"theme_name": "nord"}
+    assert theme.initial_theme() == {"theme_name": "nord"}
     theme.remember_theme("no-such-theme")
-    assert app_module.theme_options()["theme_name"] == "tui-trainer"
+    assert theme.initial_theme()["theme_name"] == "tui-trainer"
 
 
 @pytest.mark.usefixtures("no_theme_is_set")
 def test_the_environment_comes_before_what_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     theme.remember_theme("nord")
     monkeypatch.setenv("TEXTUAL_THEME", "dracula")
-    assert app_module.theme_options() == {"theme_name": "dracula"}
+    assert theme.initial_theme() == {"theme_name": "dracula"}
 
 
 @pytest.mark.usefixtures("no_theme_is_set")
@@ -90,7 +89,7 @@ def test_a_terminal_tells_its_background(
     value: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLORFGBG", value)
-    assert app_module.theme_options() == {"theme_name": name}
+    assert theme.initial_theme() == {"theme_name": name}
 
 
 @pytest.mark.parametrize("cuts", [(), (3,), (9, 20), (24,)])

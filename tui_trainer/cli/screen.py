@@ -262,8 +262,8 @@ def run_app_until_exit(run: Callable[[], int], opened: Callable[[], ShownRun | N
 
 def _run_next_command() -> None:
     """Become the command that the user has chosen after the end of the run, if any."""
-    app = sys.modules.get("tui_trainer.ui.app")
-    command: tuple[str, ...] = app.TuiTrainerApp.next_command if app is not None else ()
+    leaving = sys.modules.get("tui_trainer.ui.leaving")
+    command: tuple[str, ...] = leaving.Leaving.next_command if leaving is not None else ()
     if command:
         os.execv(sys.executable, [sys.executable, "-P", "-m", "tui_trainer", *command])
 

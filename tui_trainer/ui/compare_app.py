@@ -12,10 +12,11 @@ from textual.containers import Horizontal, Vertical
 
 from tui_trainer.client.api import Snapshot
 from tui_trainer.comparison.compared_runs import SERIES, ComparedRun, Divergence, find_divergences
-from tui_trainer.ui.app import TuiTrainerApp, theme_options
+from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.command_palette import ActionProvider
 from tui_trainer.ui.panels.runs import DifferenceDetail, DifferencesTable, Legend, OverlayChart
 from tui_trainer.ui.screens.base import MIN_SIZE, RunScreen
+from tui_trainer.ui.theme import initial_theme
 from tui_trainer.ui.widgets.key_line import KeyLine, TooSmall
 from tui_trainer.ui.widgets.tabs import TabLine
 
@@ -217,4 +218,4 @@ def run_comparison(
     runs: Sequence[ComparedRun], *, ascii: bool = False, tolerance: float = 0.0
 ) -> int:
     """Show the runs until the user leaves. Returns the exit code."""
-    return CompareApp(runs, tolerance, ascii=ascii, **theme_options()).run_until_exit()
+    return CompareApp(runs, tolerance, ascii=ascii, **initial_theme()).run_until_exit()

@@ -21,7 +21,7 @@ from tui_trainer.learn.scalar.expression import GraphError, parse
 from tui_trainer.learn.scalar.graph import DEFAULT_H, ScalarGraph, three_rates
 from tui_trainer.learn.scalar.svg import svg
 from tui_trainer.learn.scalar.torch_process import TorchGradients, TorchProcess
-from tui_trainer.ui.app import TuiTrainerApp, theme_options
+from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.command_palette import ActionProvider
 from tui_trainer.ui.panels.scalar_graph.charts import DescentChart, SweepChart
 from tui_trainer.ui.panels.scalar_graph.graph_view import GraphTitle, GraphView, StepText
@@ -29,6 +29,7 @@ from tui_trainer.ui.panels.scalar_graph.node_table import NodeTable
 from tui_trainer.ui.panels.scalar_graph.state import GraphState
 from tui_trainer.ui.screens.base import MIN_SIZE, RunScreen
 from tui_trainer.ui.screens.dialogs import KEYS_HINT
+from tui_trainer.ui.theme import initial_theme
 from tui_trainer.ui.widgets.key_line import KeyLine, TooSmall
 from tui_trainer.ui.widgets.tabs import TabLine
 
@@ -391,4 +392,4 @@ class GraphApp(TuiTrainerApp):
 
 def run_graph(graph: ScalarGraph, *, h: float = DEFAULT_H, ascii: bool = False) -> int:
     """Show the graph until the user leaves. Returns the exit code."""
-    return GraphApp(graph, h, ascii=ascii, **theme_options()).run_until_exit()
+    return GraphApp(graph, h, ascii=ascii, **initial_theme()).run_until_exit()

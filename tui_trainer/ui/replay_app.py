@@ -17,10 +17,11 @@ from textual.widgets import Input
 from tui_trainer.client.api import Snapshot
 from tui_trainer.client.replay import ReplaySession
 from tui_trainer.protocol import formatting
-from tui_trainer.ui.app import TuiTrainerApp, theme_options
+from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.panels.base import Panel
 from tui_trainer.ui.screens.base import RunScreen
 from tui_trainer.ui.textual_hacks import bindings_of
+from tui_trainer.ui.theme import initial_theme
 from tui_trainer.ui.widgets.key_line import KeyLine
 from tui_trainer.ui.widgets.lines import Row
 
@@ -340,5 +341,5 @@ class ReplayApp(TuiTrainerApp):
 
 def run_replay(replay: ReplaySession, *, ascii: bool = False, slow_link: bool = False) -> int:
     """Show a recorded run until the user leaves. Returns the exit code."""
-    app = ReplayApp(replay, ascii=ascii, slow_link=slow_link, **theme_options())
+    app = ReplayApp(replay, ascii=ascii, slow_link=slow_link, **initial_theme())
     return app.run_until_exit()

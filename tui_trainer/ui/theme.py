@@ -8,15 +8,18 @@ themes, which do not define the `tt-` variables, each meaning has a fallback in 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import platformdirs
+from rich.console import Console
 from rich.style import Style
 from textual.color import Color
-from textual.theme import Theme
+from textual.theme import BUILTIN_THEMES, Theme
 
 DARK = Theme(
     name="tui-trainer",
@@ -123,6 +126,29 @@ def _remembered_file() -> Path:
 def is_light(red: float, green: float, blue: float) -> bool:
     """Whether a background of these shares of 1 is light."""
     return 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
+
+
+NO_QUERIES = ("dumb", "linux")
+"""Terminals that would print the question about their background."""
+LIGHT_ANSI_COLORS = (7, *range(9, 16))
+"""Background colours of $COLORFGBG that are light, as Vim takes them."""
+
+
+def initial_theme() -> dict[str, Any]:
+    """The theme to start with, as options of the app: $TEXTUAL_THEME; else the one that was chosen
+    last; else Textual's 16-colour theme on a terminal with 16 colours; else ours for a light or a
+    dark background, as $COLORFGBG or the terminal says."""
+    known = {*BUILTIN_THEMES, *(own_theme.name for own_theme in THEMES)}
+    for requested in (os.environ.get("TEXTUAL_THEME", ""), remembered_theme()):
+        if requested in known:
+            return {"theme_name": requested}
+    if Console(force_terminal=True).color_system == "standard":
+        return {"theme_name": "ansi-dark"}
+    background = os.environ.get("COLORFGBG", "").rpartition(";")[2]
+    if background.isdigit():
+        light = int(background) in LIGHT_ANSI_COLORS
+        return {"theme_name": LIGHT.name if light else DARK.name}
+    return {"theme_name": DARK.name, "asks_background": True}
 
 
 TEXT_CONTRAST, MARK_CONTRAST = 4.5, 3.0

@@ -170,6 +170,9 @@ class AppContext(DrawingContext, Protocol):
     def leave_run_for(self, command: tuple[str, ...]) -> None:
         """The same, once the user has said what is to become of the run that is open."""
 
+    def schedule(self, callback: Callable[..., object], *arguments: object) -> None:
+        """Call on the event loop, from any thread, without waiting for it."""
+
     def redraw(self) -> None:
         """Draw the same snapshot again."""
 

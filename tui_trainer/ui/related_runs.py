@@ -1,0 +1,262 @@
+"""The other runs of the tree of the run on the screen: found and read on a thread of their own, so
+that the event loop never waits for a disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from typing import Protocol
+
+import numpy as np
+
+from tui_trainer.client.api import Snapshot
+from tui_trainer.comparison.related_runs import (
+    RelatedCurve,
+    RelatedRecording,
+    find_related,
+    open_related,
+)
+from tui_trainer.history.window import Window, equal_edges
+from tui_trainer.protocol.events import Notice
+from tui_trainer.protocol.schema import RunInfo
+from tui_trainer.runs.liveness import RunEntry
+from tui_trainer.store.schema import READ_ERRORS, StoreError
+
+UNREADABLE = (StoreError, OSError, *READ_ERRORS)
+CurveKey = tuple[str, str, int]
+"""(table, column, buckets)"""
+MAX_CURVES = 64
+"""Curves of a run that are kept: those of a screen, at the sizes that its charts have had."""
+
+
+@dataclass
+class CachedCurve:
+    """A curve of a related run, as it was read last."""
+
+    curve: RelatedCurve
+    steps: tuple[int, int]
+    """The steps that it was read for."""
+    outdated: bool = False
+    """Whether the run has recorded more since."""
+
+
+class CachedRun:
+    """Implements `client.api.RelatedRun` with what has been read so far. What is missing or
+    outdated is read, and drawn later."""
+
+    def __init__(self, run: RunEntry, read: Callable[[], None]) -> None:
+        """`read` is called where `wanted` has become longer."""
+        self.run = run
+        self.wanted: dict[CurveKey, tuple[int, int]] = {}
+        """Curves to read, and for which steps."""
+        self._read = read
+        self._curves: dict[CurveKey, CachedCurve] = {}
+
+    @property
+    def name(self) -> str:
+        return self.run.name
+
+    def window(
+        self, table: str, column: str, steps: tuple[int, int], buckets: int
+    ) -> Window | None:
+        """A column in equal buckets of steps; None where the run does not have it, or until it has
+        been read. Where it has been read for other steps, those are shown until then."""
+        key = (table, column, buckets)
+        known = self._curves.get(key)
+        if known is None or known.outdated or known.steps != steps:
+            self.wanted[key] = steps
+            self._read()
+        if known is None or known.curve.window is None:
+            return None
+        return known.curve.window if known.steps == steps else moved(known.curve.window, steps)
+
+    def newest(self, table: str, column: str) -> float | None:
+        """The newest value of a column that has been read."""
+        curves = (each for key, each in self._curves.items() if key[:2] == (table, column))
+        return next((each.curve.newest for each in curves), None)
+
+    def keep(self, curves: Mapping[CurveKey, CachedCurve]) -> None:
+        """Show these from now on."""
+        for key, curve in curves.items():
+            self._curves.pop(key, None)  # to the end
+            self._curves[key] = curve
+        for key in list(self._curves)[:-MAX_CURVES]:
+            del self._curves[key]
+
+    def outdate(self) -> None:
+        """The run has recorded more: read again what is drawn."""
+        for curve in self._curves.values():
+            curve.outdated = True
+
+
+def moved(window: Window, steps: tuple[int, int]) -> Window:
+    """A window over other steps, to the nearest of its buckets."""
+    buckets = len(window.filled)
+    edges = equal_edges(*steps, buckets)
+    middles = (edges[:-1] + edges[1:] - 1) // 2
+    at = np.searchsorted(window.edges, middles, "right") - 1
+    inside = (at >= 0) & (at < buckets)
+    at = at.clip(0, buckets - 1)
+    covered = inside[:, None]
+    return Window(
+        edges,
+        np.where(covered, window.low[at], np.nan),
+        np.where(covered, window.high[at], np.nan),
+        np.where(covered, window.last[at], np.nan),
+        inside & window.filled[at],
+        covered & window.nonfinite[at],
+        np.where(covered, window.flags[at], 0).astype(window.flags.dtype),
+    )
+
+
+class Schedule(Protocol):
+    """Calls a function on the event loop, from any thread."""
+
+    def __call__(self, callback: Callable[..., object], *arguments: object) -> None: ...
+
+
+class RelatedRuns:
+    """Finds the other runs of the tree of the run on the screen, and reads them. Used on the event
+    loop; the methods whose names begin with `_load` run on a thread, one after another."""
+
+    def __init__(self, schedule: Schedule, changed: Callable[[], None]) -> None:
+        """`changed` is called on the event loop when the charts would show something else."""
+        self.runs: tuple[CachedRun, ...] = ()
+        self._schedule, self._changed = schedule, changed
+        self._info: RunInfo | None = None
+        """Of the run whose relatives they are."""
+        self._reading = False
+        self._refreshing = False
+        self._jobs: SimpleQueue[Callable[[], None] | None] | None = None
+        self._recordings: tuple[RelatedRecording, ...] = ()
+        """Used by the thread alone."""
+
+    def follow(self, before: Snapshot, new: Snapshot) -> None:
+        """Look for the other runs of the tree when the run is known and when a branch is made."""
+        info = new.info
+        if info is None:
+            return
+        fresh = new.events[-3:] if new.events is not before.events else ()
+        made = any(isinstance(each, Notice) and each.kind == "branch" for each in fresh)
+        another = self._info is None or self._info.directory != info.directory
+        if another:
+            self.runs = ()
+        self._info = info
+        if another or made:
+            self.find()
+
+    def find(self) -> None:
+        """Look for other runs of the tree."""
+        if self._info is not None:
+            self._load(partial(self._load_runs, self._info))
+
+    def refresh(self) -> None:
+        """Read on in those that train."""
+        if not self._refreshing and any(each.run.live for each in self.runs):
+            self._refreshing = True
+            self._load(self._load_on)
+
+    def close(self) -> None:
+        """Close them, and end the thread."""
+        self.runs = ()
+        if self._jobs is not None:
+            self._jobs.put(self._load_nothing)
+            self._jobs.put(None)
+            self._jobs = None
+
+    # ------------------------------------------------------------ on the event loop
+
+    def _load(self, job: Callable[[], None]) -> None:
+        if self._jobs is None:
+            self._jobs = SimpleQueue()
+            # A daemon: leaving does not wait for a disk that does not answer.
+            Thread(
+                target=_run, args=(self._jobs,), name="tui-trainer related runs", daemon=True
+            ).start()
+        self._jobs.put(job)
+
+    def _read(self) -> None:
+        """Read what the charts want, once all of them have been drawn."""
+        if not self._reading:
+            self._reading = True
+            self._schedule(self._read_wanted)
+
+    def _read_wanted(self) -> None:
+        wanted = [(each, each.wanted) for each in self.runs if each.wanted]
+        for run, _ in wanted:
+            run.wanted = {}
+        self._load(partial(self._load_curves, wanted))
+
+    def _found(self, info: RunInfo, entries: Sequence[RunEntry]) -> None:
+        if self._info is None or info.directory != self._info.directory:
+            return
+        known = {each.run.directory: each for each in self.runs}
+        before = self.runs
+        self.runs = tuple(
+            known.get(entry.directory) or CachedRun(entry, self._read) for entry in entries
+        )
+        for run, entry in zip(self.runs, entries, strict=True):
+            run.run = entry
+        if self.runs != before:
+            self._changed()
+
+    def _refreshed(self, entries: Mapping[Path, RunEntry]) -> None:
+        self._refreshing = False
+        for each in self.runs:
+            if each.run.directory in entries:
+                each.run = entries[each.run.directory]
+                each.outdate()
+        if entries:
+            self._changed()
+
+    def _curves_read(self, found: Sequence[tuple[CachedRun, dict[CurveKey, CachedCurve]]]) -> None:
+        self._reading = False
+        for run, curves in found:
+            run.keep(curves)
+        self._changed()
+
+    # ------------------------------------------------------------ on the thread
+
+    def _load_runs(self, info: RunInfo) -> None:
+        self._recordings = open_related(find_related(info), self._recordings)
+        self._schedule(self._found, info, [each.run for each in self._recordings])
+
+    def _load_on(self) -> None:
+        changed = {}
+        for each in self._recordings:
+            try:
+                if each.run.live and each.refresh():
+                    changed[each.run.directory] = each.run
+            except UNREADABLE:
+                continue
+        self._schedule(self._refreshed, changed)
+
+    def _load_curves(
+        self, wanted: Sequence[tuple[CachedRun, Mapping[CurveKey, tuple[int, int]]]]
+    ) -> None:
+        recordings = {each.run.directory: each for each in self._recordings}
+        found = []
+        for run, keys in wanted:
+            recording = recordings.get(run.run.directory)
+            curves = {}
+            for (table, column, buckets), steps in keys.items():
+                curve = RelatedCurve(None, None)
+                if recording is not None:
+                    with suppress(*UNREADABLE):
+                        curve = recording.curve(table, column, steps, buckets)
+                curves[table, column, buckets] = CachedCurve(curve, steps)
+            found.append((run, curves))
+        self._schedule(self._curves_read, found)
+
+    def _load_nothing(self) -> None:
+        self._recordings = open_related((), self._recordings)
+
+
+def _run(jobs: SimpleQueue[Callable[[], None] | None]) -> None:
+    while (job := jobs.get()) is not None:
+        job()
