@@ -1,15 +1,12 @@
 from __future__ import annotations
 
-import asyncio
 import math
 from itertools import pairwise
-from typing import Any
 
-import pyte
 import pytest
-from textual.screen import Screen
 
 from tests.ui import fake
+from tests.ui.emulated_app import EmulatedApp
 from tests.ui.screens import settle, text_of, until
 from tui_trainer.protocol import actions
 from tui_trainer.ui.app import TuiTrainerApp
@@ -144,68 +141,43 @@ async def test_the_app_draws_nothing_while_the_terminal_reads_nothing(monkeypatc
         await until(pilot, lambda: app.snapshot.status.step == 305, "the newest step")
 
 
-class DrawnTerminal:
-    """What a terminal shows of all that an app without one would send it."""
-
-    def __init__(self, app: TuiTrainerApp, columns: int, rows: int) -> None:
-        self.screen = pyte.Screen(columns, rows)
-        stream, display = pyte.Stream(self.screen), app._display
-
-        def draw(screen: Screen[Any], renderable: Any) -> None:
-            if renderable is not None and not app._batch_count:
-                stream.feed(renderable.render_segments(app.console))
-            display(screen, renderable)
-
-        app._display = draw  # type: ignore[method-assign]
-
-    def text(self) -> str:
-        return "\n".join(self.screen.display)
-
-    async def wait_for(self, text: str) -> None:
-        """Without `Pilot.pause`, which sends every widget a message, so that all are drawn."""
-        async with asyncio.timeout(240):
-            while text not in self.text():
-                await asyncio.sleep(0.01)
-
-
 async def test_what_changed_while_the_terminal_read_nothing_is_drawn_when_it_reads(
     monkeypatch,
 ) -> None:
-    app = TuiTrainerApp(fake.fake_gpt(300))
-    terminal = DrawnTerminal(app, 120, 40)
+    app = EmulatedApp(fake.fake_gpt(300), (120, 40))
     pending = [0]
     monkeypatch.setattr("tui_trainer.ui.textual_hacks.pending_writes", lambda driver: pending[0])
     async with app.run_test(size=(120, 40)) as pilot:
-        await terminal.wait_for("● running")
+        await app.wait_until_drawn("● running")
 
         pending[0] = 5
         await until(pilot, lambda: app._batch_count == 1, "nothing is sent")
         app.command(actions.Pause())  # after its answer nothing changes any more
         await until(pilot, lambda: app.snapshot.status.state == "paused", "the answer")
         await settle(pilot)
-        assert "● running" in terminal.text()
+        assert "● running" in app.drawn()
         pending[0] = 0
-        await terminal.wait_for("‖ paused")
+        await app.wait_until_drawn("‖ paused")
 
         pending[0] = 5
         await until(pilot, lambda: app._batch_count == 1, "nothing is sent")
         await pilot.press("q")
         await until(pilot, lambda: isinstance(app.screen, QuitDialog), "the question")
         await settle(pilot)
-        assert "Detach" not in terminal.text()
+        assert "Detach" not in app.drawn()
         pending[0] = 0
-        await terminal.wait_for("Detach")
+        await app.wait_until_drawn("Detach")
 
         pending[0] = 5
         await until(pilot, lambda: app._batch_count == 1, "nothing is sent")
         await pilot.press("escape")
         await until(pilot, lambda: not isinstance(app.screen, QuitDialog), "the answer")
         await pilot.resize_terminal(120, 39)
-        terminal.screen.resize(39, 120)
+        app.emulator.resize(39, 120)
         await settle(pilot)
-        assert "Detach" in terminal.text()
+        assert "Detach" in app.drawn()
         pending[0] = 0
-        await terminal.wait_for(text_of(app))
+        await app.wait_until_drawn(text_of(app))
 
 
 async def test_a_requested_frame_does_not_wait_for_the_next_tick(monkeypatch) -> None:

@@ -4,45 +4,25 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
 import pyte
 import pytest
-from rich.color import ColorSystem
 from rich.console import Console
 from rich.segment import Segment
 from rich.style import Style
-from textual._compositor import ChopsUpdate, Compositor, CompositorUpdate
+from textual._compositor import ChopsUpdate, Compositor
 from textual.drivers import linux_driver
 from textual.drivers._writer_thread import WriterThread
 from textual.drivers.headless_driver import HeadlessDriver
 from textual.strip import Strip
 
 from tests.ui import fake
+from tests.ui.emulated_app import EmulatedApp
 from tui_trainer.ui import textual_hacks
 from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.textual_hacks import CellCompositor, CellUpdate
-
-
-class Terminal(TuiTrainerApp):
-    """Also writes into a terminal emulator what it would write to the terminal."""
-
-    def __init__(self, session, size, cell_updates=True):
-        super().__init__(session, frames_per_second=0.01)
-        self.link = replace(self.link, cell_updates=cell_updates)
-        self.console._color_system = ColorSystem.TRUECOLOR
-        self.emulator = pyte.Screen(*size)
-        self.stream = pyte.Stream(self.emulator)
-        self.updates = []
-
-    def _display(self, screen, renderable):
-        if isinstance(renderable, CompositorUpdate) and not self._batch_count:
-            written = renderable.render_segments(self.console)
-            self.updates.append((type(renderable), len(written.encode())))
-            self.stream.feed(written.replace("\n", "\r\n"))
-        super()._display(screen, renderable)
 
 
 def full(app):
@@ -78,7 +58,7 @@ def cells(emulator):
 @pytest.mark.parametrize("size", [(80, 24), (120, 40), (200, 60)])
 async def test_cell_updates_show_what_the_screen_holds(size):
     session = fake.fake_gpt(300)
-    app = Terminal(session, size)
+    app = EmulatedApp(session, size, frames_per_second=0.01)
     async with app.run_test(size=size) as pilot:
         await pilot.pause()
         app.screen.refresh(layout=True)
@@ -96,7 +76,7 @@ async def test_cell_updates_show_what_the_screen_holds(size):
 
 async def bytes_per_frame(cell_updates: bool) -> float:
     session = fake.fake_gpt(700)
-    app = Terminal(session, (120, 40), cell_updates)
+    app = EmulatedApp(session, (120, 40), cell_updates, frames_per_second=0.01)
     async with app.run_test(size=(120, 40)) as pilot:
         await pilot.pause()
         app.updates.clear()
@@ -117,10 +97,10 @@ async def test_cell_updates_take_a_fraction_of_the_bytes():
 
 
 async def test_without_cell_updates_the_compositor_is_textuals_own():
-    app = Terminal(fake.fake_gpt(10), (80, 24), cell_updates=False)
+    app = EmulatedApp(fake.fake_gpt(10), (80, 24), cell_updates=False)
     async with app.run_test(size=(80, 24)):
         assert type(app.screen._compositor) is Compositor
-    app = Terminal(fake.fake_gpt(10), (80, 24), cell_updates=True)
+    app = EmulatedApp(fake.fake_gpt(10), (80, 24), cell_updates=True)
     async with app.run_test(size=(80, 24)):
         assert type(app.screen._compositor) is CellCompositor
 
