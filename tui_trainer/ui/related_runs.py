@@ -30,8 +30,8 @@ from tui_trainer.store.schema import READ_ERRORS, StoreError
 UNREADABLE = (StoreError, OSError, *READ_ERRORS)
 CurveKey = tuple[str, str, int]
 """(table, column, buckets)"""
-MAX_CURVES = 64
-"""Curves of a run that are kept: those of a screen, at the sizes that its charts have had."""
+MAX_CURVES = 512
+"""Curves of a run that are kept: more than are on any screen."""
 
 
 @dataclass
