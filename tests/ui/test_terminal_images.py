@@ -18,10 +18,12 @@ from tests.ui.fake import fake_gpt
 from tests.ui.fake_tensors import WEIGHT
 from tests.ui.screens import app_on, frame, until
 from tui_trainer.protocol.actions import Pause
+from tui_trainer.protocol.attention import ExamineAttention
 from tui_trainer.protocol.inspection import TensorRef
 from tui_trainer.ui import app as app_module
 from tui_trainer.ui import terminal_images
 from tui_trainer.ui.app import TuiTrainerApp, run_app
+from tui_trainer.ui.screens.attention_layer import AttentionLayerScreen
 from tui_trainer.ui.screens.dialogs import TextPrompt
 from tui_trainer.ui.terminal_images import (
     PLACEHOLDER,
@@ -253,3 +255,33 @@ async def test_a_heat_map_in_sixels_is_drawn_after_its_cells_and_not_over_a_dial
         assert len(sent) == drawn
         app.pop_screen()
         await until(pilot, lambda: len(sent) > drawn, "it is drawn again")
+
+
+@pytest.mark.parametrize("support", [ON_KITTY, ON_XTERM], ids=["kitty", "sixel"])
+async def test_an_attention_map_in_pixels_stands_beside_its_tokens(support):
+    app, session, sent = inspector(support)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await until(pilot, lambda: bool(sent), "the picture of a tensor")
+        first = sent[0]
+        await pilot.press("2", "down", "enter")
+        await until(pilot, lambda: isinstance(app.screen, AttentionLayerScreen), "a layer")
+        drawn = app.screen.map_view
+        await until(pilot, lambda: "Weights" in drawn.render_line(0).text, "its map")
+        await until(pilot, lambda: drawn._picture._wanted is not None, "a picture")
+        await until(pilot, lambda: drawn._picture._sequence or drawn._picture._lines, "its bytes")
+        await frame(pilot)
+        window = [each for each in session.inspected if isinstance(each, ExamineAttention)][-1]
+        assert window.window.rows > 300  # a map of a long text has a pixel for each query
+        left = drawn._gutter
+        lines = [drawn.render_line(y).text for y in range(1, 5)]
+        assert all(drawn.render_line(y).cell_length == drawn.size.width for y in range(1, 5))
+        assert any(line[:left].strip() for line in lines)
+        if support is ON_KITTY:
+            keys, image = decoded_kitty(sent[-1])
+            assert keys["i"] != decoded_kitty(first)[0]["i"]
+            assert image.shape == (int(keys["r"]) * 18, int(keys["c"]) * 9, 3)
+            assert lines[0].count(PLACEHOLDER) == int(keys["c"])
+            assert lines[0].index(PLACEHOLDER) == left
+        else:
+            region = drawn.content_region
+            assert sent[-1].startswith(f"\x1b7\x1b[{region.y + 2};{region.x + 1 + left}H")

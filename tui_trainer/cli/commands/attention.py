@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 from cyclopts import Parameter, validators
 from rich.text import Text
 
 from tui_trainer.cli.commands.common import Rank, RunsDir, cli_errors, flag, require_single_run
-from tui_trainer.cli.commands.inspect import heat_lines
+from tui_trainer.cli.commands.inspect import (
+    ask_for_pixels,
+    heat_lines,
+    picture_lines,
+    window_of_pixels,
+)
 from tui_trainer.cli.errors import CommandError, UsageError
 from tui_trainer.cli.table import new_table, table_lines
 from tui_trainer.client.answers.attention import (
@@ -36,6 +41,9 @@ from tui_trainer.protocol.formatting import number, signed
 from tui_trainer.protocol.heat_map import HeatMapWindow
 from tui_trainer.protocol.inspection import NOT_CAPTURED, Inspected
 from tui_trainer.runs.errors import RunError
+
+if TYPE_CHECKING:
+    from tui_trainer.ui.terminal_images import PixelSupport
 
 ROWS, COLUMNS = 32, 64
 """Of the map, at most."""
@@ -70,6 +78,9 @@ def attention(
     query: Annotated[int | None, _number("position of the query (default: the last one)")] = None,
     sample: Annotated[int, _number("which example of the batch, from 0")] = 0,
     map: Annotated[bool, flag("the map of the head: queries by keys")] = False,
+    pixels: Annotated[
+        bool, flag("the map with real pixels where the terminal has them (implies --map)")
+    ] = False,
     weights: Annotated[
         bool, flag("similarity, spectra and angles of Wq, Wk and Wv of each head")
     ] = False,
@@ -84,7 +95,12 @@ def attention(
     """show what a head attends to, for one example of the current batch"""
     if run is not None and re.fullmatch(r"\d+", run):
         raise UsageError(f"{run} is not a run", "a layer is named by --layer, a head by --head")
-    window = HeatMapWindow(ROWS, COLUMNS, reduction="max_abs") if map or json else None
+    if pixels and json:
+        raise UsageError("--pixels and --json contradict each other")
+    screen = ask_for_pixels() if pixels else None
+    window = HeatMapWindow(ROWS, COLUMNS, reduction="max_abs") if map or pixels or json else None
+    if window is not None and screen is not None:
+        window = window_of_pixels(window, screen)
     request = ExamineAttention(layer, head, query, sample, window, weights, residual)
     with cli_errors():
         found = require_single_run(run, runs_dir)
@@ -103,7 +119,7 @@ def attention(
         data = {**known, "took_ms": answer.took_ms, **as_data(examination)}
         print(msgspec.json.encode(data).decode(), flush=True)
     else:
-        print("\n".join(_text(answer, examination, request, top)), flush=True)
+        print("\n".join(_text(answer, examination, request, top, screen)), flush=True)
     return 0
 
 
@@ -120,13 +136,18 @@ def _examined(client: RunClient, request: ExamineAttention) -> Inspected:
 
 
 def _text(
-    answer: Inspected, found: AttentionExamination, request: ExamineAttention, top: int
+    answer: Inspected,
+    found: AttentionExamination,
+    request: ExamineAttention,
+    top: int,
+    screen: PixelSupport | None,
 ) -> list[str]:
     lines = [*_facts(answer, found)]
     if found.row is not None:
         lines += ["", *_query(found, top), "", *_heads(found)]
     if found.map is not None:
-        lines += ["", "the map: queries down, keys across", *heat_lines(found.map)]
+        drawn = heat_lines(found.map) if screen is None else picture_lines(found.map, screen)
+        lines += ["", "the map: queries down, keys across", *drawn]
     if request.weights:
         lines += ["", *(_weights(found) if found.weights else [f"no weights: {found.no_weights}"])]
     if request.residual:
@@ -151,7 +172,7 @@ def _facts(answer: Inspected, found: AttentionExamination) -> list[str]:
 
 
 def _query(found: AttentionExamination, top: int) -> list[str]:
-    rows = key_rows(found)
+    rows = key_rows(found) if top else []
     largest = sorted(rows, key=lambda row: -row.weight)[:top]
     shown = sorted(largest, key=lambda row: row.key)
     labelled = any(row.label for row in shown)
@@ -161,7 +182,7 @@ def _query(found: AttentionExamination, top: int) -> list[str]:
     for row in shown:
         table.add_row(*map(Text, _cells(row)))
     entropy = found.by_head[found.head].entropy if found.head < len(found.by_head) else math.nan
-    lines = [line.plain for line in table_lines(table)]
+    lines = [line.plain for line in table_lines(table)] if top else []
     if not labelled:
         lines = [re.sub(r"^(\s*\S+)  ", r"\1", line) for line in lines]
     rest = sum(row.weight for row in rows) - sum(row.weight for row in shown)

@@ -182,9 +182,9 @@ def inspect(
     if pixels and json:
         raise UsageError("--pixels and --json contradict each other")
     shown = _window(window, reduce)
-    screen = _ask_for_pixels() if pixels else None
+    screen = ask_for_pixels() if pixels else None
     if screen is not None:
-        shown = _of_pixels(shown, screen)
+        shown = window_of_pixels(shown, screen)
     _check_file(save, overwrite)
     with cli_errors():
         found = require_single_run(run, runs_dir)
@@ -372,7 +372,7 @@ def _as_text(answer: Inspected, summary: TensorSummary, screen: PixelSupport | N
     elif statistics is not None:
         lines += ["", "it has no elements"]
     if heat is not None:
-        lines += ["", *(heat_lines(heat) if screen is None else _picture_lines(heat, screen))]
+        lines += ["", *(heat_lines(heat) if screen is None else picture_lines(heat, screen))]
     return "\n".join(lines)
 
 
@@ -460,8 +460,8 @@ def heat_title(heat: HeatMap) -> str:
 # ---------------------------------------------------------------- real pixels
 
 
-def _ask_for_pixels() -> PixelSupport | None:
-    """None, and the reason on stderr, where pictures cannot be shown."""
+def ask_for_pixels() -> PixelSupport | None:
+    """What the terminal can show; None, and the reason on stderr, where pictures cannot be shown."""
     from tui_trainer.ui.terminal_images import HINT, ask_terminal
 
     if not sys.stdout.isatty():
@@ -474,13 +474,14 @@ def _ask_for_pixels() -> PixelSupport | None:
     return None
 
 
-def _of_pixels(window: HeatMapWindow, screen: PixelSupport) -> HeatMapWindow:
+def window_of_pixels(window: HeatMapWindow, screen: PixelSupport) -> HeatMapWindow:
+    """The same window with a cell for each pixel of the picture."""
     rows, columns = PICTURE_ROWS * screen.cell_height, COLUMNS * screen.cell_width
     less = max(1.0, (rows * columns / MAX_CELLS) ** 0.5)
     return msgspec.structs.replace(window, rows=int(rows / less), columns=int(columns / less))
 
 
-def _picture_lines(heat: HeatMap, screen: PixelSupport) -> list[str]:
+def picture_lines(heat: HeatMap, screen: PixelSupport) -> list[str]:
     """The picture as an escape sequence."""
     from tui_trainer.ui.panels.tensor import background_of, color_range, colored, filled_cells
     from tui_trainer.ui.terminal_images import enlarged, kitty, padded, sixel

@@ -91,7 +91,7 @@ def settings_text(settings: Mapping[str, Scalar], count: int = 0) -> str:
     shown = [
         f"{name} {scalar(value)}"
         for name, value in settings.items()
-        if name not in QUIET_SETTINGS and value not in (None, False)
+        if name not in QUIET_SETTINGS and value is not None and value is not False
     ]
     counting = f" (its step t = {count:,})" if count else ""
     return f"{', '.join(shown)}{counting}"

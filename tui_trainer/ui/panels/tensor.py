@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.style import Style
 from textual.color import Color as TextualColor
-from textual.geometry import Region, Size
+from textual.geometry import Offset, Region, Size
 from textual.message import Message
 from textual.strip import Strip
 
@@ -123,6 +123,9 @@ class HeatMapView(LineView):
             self._picture = Picture(self, self.support)
 
     def on_unmount(self) -> None:
+        self.clear_picture()
+
+    def clear_picture(self) -> None:
         if self._picture is not None:
             self._picture.clear()
 
@@ -143,15 +146,19 @@ class HeatMapView(LineView):
         if support is None:
             return 2 * rows, columns
         rows, columns = rows * support.cell_height, columns * support.cell_width
-        less = max(1.0, math.sqrt(rows * columns / MAX_CELLS))
-        return max(2, int(rows / less)), max(2, int(columns / less))
+        return at_most(rows, columns)
+
+    @property
+    def in_pixels(self) -> bool:
+        """Whether the picture is of real pixels."""
+        in_color = not self.glyphs.ascii and self.palette.text.bgcolor is not None
+        return self._picture is not None and in_color
 
     def rows(self, size: Size) -> Sequence[Row]:
         """Title, picture, scale."""
         heat = self.heat
         if heat is None:
-            if self._picture is not None:
-                self._picture.clear()
+            self.clear_picture()
             title = title_line(self, size.width, "Heat map")
             return [title, [], self.styled([(f" {self.message}", "dim")])]
         cells = cells_of(heat)
@@ -165,19 +172,26 @@ class HeatMapView(LineView):
 
     def _map(self, cells: Floats, filled: Floats, low: float, high: float, size: Size) -> list[Row]:
         height = size.height - CAPTION_ROWS
-        in_color = not self.glyphs.ascii and self.palette.text.bgcolor is not None
-        if self._picture is None or height < 1 or not in_color:
+        if height < 1 or not self.in_pixels:
             room = size.width, 2 * height
             return self._blocks(_enlarged(cells, *room), _enlarged(filled, *room) > 0, low, high)
         support = self.support
         assert support is not None
         room = size.width * support.cell_width, height * support.cell_height
         image = enlarged(colored(self.palette, cells, filled > 0, low, high), *room)
-        background = np.array(background_of(self.palette), np.uint8)
-        rows = min(height, -(-image.shape[0] // support.cell_height))
-        columns = min(size.width, -(-image.shape[1] // support.cell_width))
-        self._picture.show(image, columns, rows, 1, background)
+        rows = self.show_picture(image, Offset(0, 1), size)
         return [[] for _ in range(rows)]
+
+    def show_picture(self, image: Pixels, place: Offset, size: Size) -> int:
+        """Draw real pixels from `place` on; returns the rows that they take."""
+        support, picture = self.support, self._picture
+        assert support is not None
+        assert picture is not None
+        rows = min(size.height - CAPTION_ROWS, -(-image.shape[0] // support.cell_height))
+        columns = min(size.width - place.x, -(-image.shape[1] // support.cell_width))
+        background = np.array(background_of(self.palette), np.uint8)
+        picture.show(image, columns, rows, place, background)
+        return rows
 
     def render_line(self, y: int) -> Strip:
         strip = super().render_line(y)
@@ -186,7 +200,9 @@ class HeatMapView(LineView):
         row = self._picture.row(y, self.palette.text)
         if row is None:
             return strip
-        return Strip(row).adjust_cell_length(self.size.width, self.palette.text)
+        beside = strip.crop(0, self._picture.left)
+        drawn = Strip.join([beside, Strip(row)])
+        return drawn.adjust_cell_length(self.size.width, self.palette.text)
 
     def render_lines(self, crop: Region) -> list[Strip]:
         if self._picture is not None and self.heat is not None:
@@ -245,6 +261,12 @@ class HeatMapView(LineView):
         if count > 0:
             spans.append((f"  {count:,} not finite", "error"))
         return row + self.styled(spans)
+
+
+def at_most(rows: int, columns: int) -> tuple[int, int]:
+    """The same proportions, with at most `MAX_CELLS` cells."""
+    less = max(1.0, math.sqrt(rows * columns / MAX_CELLS))
+    return max(2, int(rows / less)), max(2, int(columns / less))
 
 
 def colored(

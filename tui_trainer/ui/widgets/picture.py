@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from typing import Protocol, cast
@@ -9,7 +10,7 @@ from typing import Protocol, cast
 from rich.color import Color
 from rich.segment import Segment
 from rich.style import Style
-from textual.geometry import Region
+from textual.geometry import Offset, Region
 from textual.widget import Widget
 
 from tui_trainer.ui.terminal_images import (
@@ -23,6 +24,8 @@ from tui_trainer.ui.terminal_images import (
     sixel,
 )
 from tui_trainer.ui.widgets.lines import Row
+
+_numbers = itertools.count()
 
 
 class PictureContext(Protocol):
@@ -46,7 +49,8 @@ class Picture:
     def __init__(self, widget: Widget, support: PixelSupport) -> None:
         self._widget = widget
         self._support = support
-        self._number = 0x420000 | os.getpid() & 0xFFFF
+        self._number = 0x400000 | (next(_numbers) & 0xF) << 16 | os.getpid() & 0xFFFF
+        """Names it in the terminal, where several can be held."""
         self._wanted: tuple[int, int, bytes] | None = None
         """Columns, rows and bytes of the picture that is being encoded or drawn."""
         self._sequence = ""
@@ -54,13 +58,14 @@ class Picture:
         self._area = Region()
         self._drawn_later = False
 
-    def show(self, image: Pixels, columns: int, rows: int, top: int, background: Pixels) -> None:
-        """Draw `image` in `columns` × `rows` cells from row `top` of the widget on."""
+    def show(self, image: Pixels, columns: int, rows: int, place: Offset, color: Pixels) -> None:
+        """Draw `image` in `columns` × `rows` cells from `place` in the widget on; what it leaves of
+        them has the `color`."""
         columns, rows = min(columns, MAX_CELLS), min(rows, MAX_CELLS)
         cell = self._support.cell_width, self._support.cell_height
-        image = padded(image, columns, rows, cell, background)
+        image = padded(image, columns, rows, cell, color)
         wanted = (columns, rows, image.tobytes())
-        self._area = Region(0, top, columns, rows)
+        self._area = Region(place.x, place.y, columns, rows)
         if wanted == self._wanted:
             return
         self._wanted = wanted
@@ -100,8 +105,14 @@ class Picture:
     def _context(self) -> PictureContext:
         return cast("PictureContext", self._widget.app)
 
+    @property
+    def left(self) -> int:
+        """The first column that it covers."""
+        return self._area.x
+
     def row(self, y: int, background: Style) -> Row | None:
-        """The characters of row `y` of the widget; None: it is as the widget has drawn it."""
+        """The characters of row `y` of the widget from `left` on; None: it is as the widget has
+        drawn it."""
         y -= self._area.y
         if not 0 <= y < len(self._lines) or self._wanted is None:
             return None
@@ -124,5 +135,5 @@ class Picture:
         region = widget.content_region
         shown = widget.is_on_screen and widget.display and region.height > self._area.y
         if shown:
-            place = f"\x1b[{region.y + self._area.y + 1};{region.x + 1}H"
+            place = f"\x1b[{region.y + self._area.y + 1};{region.x + self._area.x + 1}H"
             self._context.write_to_terminal(f"\x1b7{place}{self._sequence}\x1b8")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from rich.cells import cell_len
-from textual.geometry import Size
+from textual.geometry import Offset, Size
 
 from tui_trainer.client.answers.attention import (
     position_label,
@@ -19,8 +19,7 @@ from tui_trainer.protocol.attention import (
 from tui_trainer.protocol.heat_map import HeatMap
 from tui_trainer.protocol.text import strip_escapes
 from tui_trainer.ui.panels.base import Figure, title_line
-from tui_trainer.ui.panels.tensor import HeatMapView
-from tui_trainer.ui.terminal_images import PixelSupport
+from tui_trainer.ui.panels.tensor import HeatMapView, at_most, colored
 from tui_trainer.ui.widgets.lines import Row
 
 LABEL_WIDTH = 8
@@ -28,7 +27,7 @@ LABEL_WIDTH = 8
 CAPTION_ROWS = 2
 """Title, and the tokens of the keys."""
 MAX_CELL = 8
-"""Terminal cells across, and half cells down, for one query and key at most."""
+"""Characters across, and half as many down, for one query and key at most."""
 
 
 class AttentionMapView(HeatMapView):
@@ -47,8 +46,16 @@ class AttentionMapView(HeatMapView):
     @property
     def pixels(self) -> tuple[int, int]:
         """(rows, columns) of cells for which there is room."""
-        size = self.view_size
-        return max(2, 2 * (size.height - CAPTION_ROWS)), max(2, size.width - self._gutter)
+        size, cell = self.view_size, self._cell
+        rows, columns = size.height - CAPTION_ROWS, size.width - self._gutter
+        return at_most(max(2, rows * cell.height), max(2, columns * cell.width))
+
+    @property
+    def _cell(self) -> Size:
+        """The dots of a character: half blocks, or pixels."""
+        if not self.in_pixels or self.support is None:
+            return Size(1, 2)
+        return Size(self.support.cell_width, self.support.cell_height)
 
     @property
     def _gutter(self) -> int:
@@ -57,33 +64,46 @@ class AttentionMapView(HeatMapView):
         longest = max((cell_len(visible(label)) for label in labels), default=0)
         return 2 + (min(LABEL_WIDTH, max(longest, 2)) if longest else 0)
 
-    @property
-    def support(self) -> PixelSupport | None:
-        """None: its cells are large, and stand beside labels."""
-        return None
-
     def rows(self, size: Size) -> Sequence[Row]:
         heat, found = self.heat, self.found
         if heat is None or found is None:
             return super().rows(size)
-        cells = cells_of(heat)
-        width, height = size.width - self._gutter, 2 * (size.height - CAPTION_ROWS)
-        across = min(max(1, width // heat.columns), MAX_CELL)
-        down = min(max(1, height // heat.rows), MAX_CELL)
-        if down > 1:
-            down -= down % 2  # whole lines for each query, to stand beside its token
-        across = min(across, down)  # about square
+        cells, cell = cells_of(heat), self._cell
+        lines = size.height - CAPTION_ROWS
+        width, height = (size.width - self._gutter) * cell.width, lines * cell.height
+        down, across = self._enlargement(heat, width, height)
         shown = cells[: height // down, : width // across]
-        picture = shown.repeat(down, 0).repeat(across, 1)
+        dots = shown.repeat(down, 0).repeat(across, 1)
         high = float(np.nanmax(cells, initial=0.0))
-        lines = self._blocks(picture, np.ones(picture.shape, bool), 0.0, high)
-        gutters = [self._beside(heat, found, line, down) for line in range(len(lines))]
-        drawn = [[*gutter, *line] for gutter, line in zip(gutters, lines, strict=True)]
+        filled = np.ones(dots.shape, bool)
+        if self.in_pixels and lines > 0:
+            image = colored(self.palette, dots, filled, 0.0, high)
+            taken = self.show_picture(image, Offset(self._gutter, 1), size)
+            drawn: list[Row] = [[] for _ in range(taken)]
+        else:
+            drawn = self._blocks(dots, filled, 0.0, high)
+        gutters = [self._beside(heat, found, line, down) for line in range(len(drawn))]
+        below = self._below(heat, found, across // cell.width, shown.shape[1])
         return [
             title_line(self, size.width, *self._head(heat, high)),
-            *drawn,
-            self._below(heat, found, across, shown.shape[1]),
+            *([*gutter, *line] for gutter, line in zip(gutters, drawn, strict=True)),
+            below if across % cell.width == 0 else [],
         ]
+
+    def _enlargement(self, heat: HeatMap, width: int, height: int) -> tuple[int, int]:
+        """Dots for one query down and for one key across: about square, and whole characters where
+        there is room for them, to stand beside the tokens."""
+        cell = self._cell
+        across = min(max(1, width // heat.columns), MAX_CELL * cell.width)
+        down = min(max(1, height // heat.rows), MAX_CELL // 2 * cell.height)
+        if down > cell.height:
+            down -= down % cell.height
+        across = min(across, down)
+        if across > cell.width:
+            across -= across % cell.width
+        if cell.width > 1:  # pixels are square
+            down = down if across >= cell.width and down >= cell.height else min(down, across)
+        return down, across
 
     def _head(self, heat: HeatMap, high: float) -> tuple[str, list[Figure]]:
         style = self.palette.text
@@ -99,14 +119,16 @@ class AttentionMapView(HeatMapView):
 
     def _beside(self, heat: HeatMap, found: AttentionExamination, line: int, down: int) -> Row:
         """The mark of the query, and the tokens of a line's queries."""
-        first = heat.row_from + (2 * line // down) * heat.block_rows
-        last = min(heat.row_from + ((2 * line + 1) // down + 1) * heat.block_rows, heat.row_to)
+        unit = self._cell.height
+        begun, end = -(-unit * line // down), -(-unit * (line + 1) // down)
+        first = heat.row_from + begun * heat.block_rows
+        last = min(heat.row_from + end * heat.block_rows, heat.row_to)
         room = self._gutter - 2
         here = first <= found.query < last
-        mark = self.glyphs.current if here and (down < 2 or 2 * line % down == 0) else " "
+        mark = self.glyphs.current if here else " "
         text = ""
-        if room and heat.block_rows == 1 and 2 * line % down == 0:
-            text = "".join(position_label(found, q)[: room if down > 1 else 1]
+        if room and heat.block_rows == 1 and end - begun <= 2:
+            text = "".join(position_label(found, q)[: room if down >= unit else 1]
                            for q in range(first, last))  # fmt: skip
         text = strip_escapes(text)[:room]
         return self.styled([(mark, "accent bold"), (text.rjust(room), "accent" if here else "dim"),
