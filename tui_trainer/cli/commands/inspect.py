@@ -461,7 +461,7 @@ def heat_title(heat: HeatMap) -> str:
 
 
 def ask_for_pixels() -> PixelSupport | None:
-    """What the terminal can show; None, and the reason on stderr, where pictures cannot be shown."""
+    """None, and the reason on stderr, where the terminal cannot show pictures."""
     from tui_trainer.ui.terminal_images import HINT, ask_terminal
 
     if not sys.stdout.isatty():
