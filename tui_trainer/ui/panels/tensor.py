@@ -187,7 +187,7 @@ class HeatMapView(LineView):
         support, picture = self.support, self._picture
         assert support is not None
         assert picture is not None
-        rows = min(size.height - CAPTION_ROWS, -(-image.shape[0] // support.cell_height))
+        rows: int = min(size.height - CAPTION_ROWS, -(-image.shape[0] // support.cell_height))
         columns = min(size.width - place.x, -(-image.shape[1] // support.cell_width))
         background = np.array(background_of(self.palette), np.uint8)
         picture.show(image, columns, rows, place, background)
