@@ -19,6 +19,7 @@ from tui_trainer.comparison.compared_runs import ComparedRun, ComparedValue, dif
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.runs.liveness import inspect_run
 from tui_trainer.ui.compare_app import CompareApp
+from tui_trainer.ui.glyphs import UNICODE
 from tui_trainer.ui.panels.runs import ASCII_RUN_MARKERS, RUN_MARKERS, distinct_parts
 
 
@@ -243,3 +244,16 @@ async def test_four_runs_at_120_columns_show_whole_numbers():
         assert state.count("finished") == 4
         losses = next(line for line in text.splitlines() if "loss, last" in line)
         assert "…" not in losses.rpartition("loss, last")[2]
+
+
+async def test_skipped_iterations_are_marked_and_counted():
+    runs = compared("calm", "eager")
+    assert not any(run.skipped for run in runs)
+    assert "skipped iterations" not in by_name(outcome(runs))
+    runs[0].skipped = [STEPS // 3 + 2] * 3
+    assert by_name(outcome(runs))["skipped iterations"] == (3, None)
+    app = CompareApp(runs)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await settle(pilot)
+        axis = next(line for line in text_of(app).splitlines() if line.lstrip().startswith("step"))
+        assert UNICODE.failed in axis

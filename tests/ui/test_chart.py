@@ -179,6 +179,15 @@ def test_every_value_of_a_smoothed_line_is_drawn():
     assert grid[expected, np.arange(len(expected))].all()
 
 
+def test_a_geometric_average_is_not_lifted_by_a_value_of_another_magnitude():
+    values = np.full(100, 2.0, np.float32)
+    values[50] = 1e30
+    smoothed = smooth(values, values, geometric=True)
+    np.testing.assert_allclose(smoothed[:30], 2.0, rtol=1e-5)
+    assert smoothed.max() == smoothed[50]
+    assert np.isnan(smooth(np.full(9, np.nan), np.full(9, np.nan), geometric=True)).all()
+
+
 def test_braille_survives_the_way_to_text_and_back():
     grid = np.random.default_rng(1).random((12, 20)) < 0.4
     codes = braille.pattern_codes(braille.cell_patterns(grid))

@@ -12,6 +12,7 @@ from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.panels.findings import FINDINGS_KEY
 from tui_trainer.ui.panels.gradients import GradientsPanel
 from tui_trainer.ui.screens import SCREENS
+from tui_trainer.ui.screens.findings import FindingsTable
 
 
 def finding(session, number=0, **changed):
@@ -67,6 +68,23 @@ async def test_run_without_findings_says_so():
     async with app.run_test(size=(80, 24)) as pilot:
         await frame(pilot)
         assert "no findings in 300 steps" in text_of(app)
+
+
+async def test_the_cursor_goes_to_a_cause_that_is_found_later():
+    session = fake_gpt(300)
+    finding(session, 0, title="the loss diverges", rule="loss-diverges", onset=140)
+    app = app_on("findings", session)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await frame(pilot)
+        table = app.screen.query_one(FindingsTable)
+        finding(session, 1)
+        finding(session, 0, title="the loss diverges", rule="loss-diverges", cause=1, onset=140)
+        await frame(pilot)
+        assert table.current.number == 1
+        await pilot.press("down")  # back to the effect, where it stays
+        finding(session, 2, title="nan or inf", level="error", onset=150)
+        await frame(pilot)
+        assert table.current.number == 0
 
 
 @pytest.mark.parametrize("size", [(80, 24), (120, 40), (200, 60)])

@@ -19,6 +19,7 @@ from tui_trainer.protocol.schema import RunInfo, Scalar
 from tui_trainer.runs.errors import RunError
 from tui_trainer.runs.liveness import RunEntry, inspect_run
 from tui_trainer.runs.recording import open_history, reported_info
+from tui_trainer.store.events import StoredEvents
 from tui_trainer.store.reader import StoredHistory
 from tui_trainer.store.schema import StoreError
 
@@ -32,6 +33,7 @@ SERIES = {
 """The series that can be overlaid: table, column and title."""
 MAX_LOGGED = 50
 """Names of `tui_trainer.log` that are compared."""
+MAX_SKIPPED = 1000
 STEP_BUCKETS = 4
 """Buckets of steps read for each bucket of time, when series are aligned by time."""
 
@@ -58,6 +60,8 @@ class ComparedRun:
         except (StoreError, OSError) as error:
             raise RunError(f"{run.name} cannot be compared: {error}") from error
         self.info: RunInfo = self.history.store.info() or reported_info(run.directory)
+        self.skipped = self._read_skipped()
+        """Steps before which iterations were skipped."""
 
     @property
     def name(self) -> str:
@@ -73,6 +77,11 @@ class ComparedRun:
         self.run = inspect_run(self.run.directory) or self.run
         self.history.refresh()
         self.info = self.history.store.info() or self.info
+        self.skipped = self._read_skipped()
+
+    def _read_skipped(self) -> list[int]:
+        events = StoredEvents(self.history.store)
+        return [event.step for event in events.of_kind("skipped", MAX_SKIPPED)]
 
     def seconds_at(self, steps: NDArray[np.int64]) -> NDArray[np.float64]:
         """When each of some ascending steps ended, in seconds since the first one did. Pauses
@@ -185,6 +194,8 @@ def _outcome_of(run: ComparedRun) -> dict[str, Scalar]:
         "steps": steps,
         "seconds": round(seconds, 1),
     }
+    if run.skipped:
+        values["skipped iterations"] = len(run.skipped)
     for series, lowest in (("loss", True), ("validation", True), ("norm", False)):
         found = run.series(series)
         name = {"loss": "loss", "validation": "validation loss", "norm": "gradient norm"}[series]

@@ -26,7 +26,15 @@ from tui_trainer.protocol.text import strip_escapes, truncate_middle
 from tui_trainer.ui.glyphs import Glyphs
 from tui_trainer.ui.panels.base import message_row
 from tui_trainer.ui.widgets.chart import Chart
-from tui_trainer.ui.widgets.chart_layers import Band, Layer, Line, Points, fill_gaps, smooth
+from tui_trainer.ui.widgets.chart_layers import (
+    AxisMarks,
+    Band,
+    Layer,
+    Line,
+    Points,
+    fill_gaps,
+    smooth,
+)
 from tui_trainer.ui.widgets.lines import LineView, Row
 from tui_trainer.ui.widgets.table import Cell, TableColumn, VirtualTable
 
@@ -65,6 +73,7 @@ class OverlayChart(LineView):
             return [self._title_row(size.width), [], message]
         layers = self._layers(curves)
         steps = (0, max(1, round(stop))) if self.by_time else (1, int(stop) + 1)
+        layers += self._skipped(steps, columns)
         height = size.height - 1
         rows = self.chart.rows(size.width, height, steps, layers, self.palette, self.glyphs)
         if self.by_time:
@@ -89,7 +98,7 @@ class OverlayChart(LineView):
             else:
                 # All values stay behind the smoothed curve, so that no spike is hidden.
                 bands.append(Band(self.palette.faint, low, high, curve.nonfinite))
-                middle = smooth(low, high)
+                middle = smooth(low, high, geometric=not (low <= 0).any())
                 lines.append(Line(style, middle))
             known = np.flatnonzero(np.isfinite(middle))
             if len(known):
@@ -98,6 +107,18 @@ class OverlayChart(LineView):
                 marker = run_marker(number, self.glyphs)
                 markers.append(Points(style, at, middle[at], marker))
         return [*bands, *lines, *markers]
+
+    def _skipped(self, steps: tuple[int, int], columns: int) -> list[Layer]:
+        """Marks where iterations of a run were skipped: its curve of losses stands still there."""
+        if self.series != "loss" or self.by_time:
+            return []
+        return [
+            AxisMarks.at_steps(
+                run.skipped, steps, columns, self.style(RUN_STYLES[number]), self.glyphs.failed
+            )
+            for number, run in enumerate(self.runs)
+            if run.skipped
+        ]
 
     def _title_row(self, width: int) -> Row:
         """`Training loss  ● 1.43  ◆ 1.51 ───── log`"""

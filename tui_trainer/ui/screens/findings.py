@@ -54,14 +54,22 @@ class FindingsTable(VirtualTable):
         )  # fmt: skip
 
     def set_findings(self, findings: Sequence[Finding]) -> None:
-        """Show other findings; the cursor stays on its finding."""
+        """Show other findings; the cursor stays on its finding, unless a cause of it was found
+        meanwhile: then it goes there."""
         row = self.current_row
-        number = self.findings[row].number if row is not None and row < len(self.findings) else -1
+        before = self.findings[row] if row is not None and row < len(self.findings) else None
         self.findings = findings
         self.set_order(np.arange(len(findings)))
-        numbers = [finding.number for finding in findings]
-        if number in numbers:
-            self.cursor = numbers.index(number)
+        if before is None:
+            return
+        rows = {finding.number: row for row, finding in enumerate(findings)}
+        row = rows.get(before.number)
+        if row is None:
+            return
+        cause = findings[row].cause
+        if cause is not None and before.cause is None:
+            row = rows.get(cause, row)
+        self.cursor = row
 
     @property
     def current(self) -> Finding | None:

@@ -119,9 +119,13 @@ def fill_gaps(low: Floats, high: Floats, filled: NDArray[np.bool_]) -> tuple[Flo
     return low, high
 
 
-def smooth(low: Floats, high: Floats) -> Floats:
+def smooth(low: Floats, high: Floats, geometric: bool = False) -> Floats:
     """The middle of each dot column's extent, averaged with a Gaussian over SMOOTHING_SHARE of the
-    width; NaN where nothing was measured."""
+    width; NaN where nothing was measured. `geometric`: averages of logarithms, for positive values,
+    so that one of another magnitude does not lift all around it."""
+    if geometric:
+        with np.errstate(divide="ignore"):
+            return np.exp(smooth(np.log(low), np.log(high)))
     middle = low / 2 + high / 2
     known = np.isfinite(middle)
     if not known.any():
