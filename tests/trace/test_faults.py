@@ -22,10 +22,10 @@ from tests.trace.support import (
 from tui_trainer.probes import PROBES
 from tui_trainer.protocol.schema import Column
 from tui_trainer.trace.gate import Gate, StopTraining
-from tui_trainer.trace.measurement import StepMeasurer
 from tui_trainer.trace.phases import Phases
 from tui_trainer.trace.probe import Probe, ProbeOptions, TableSpec
 from tui_trainer.trace.probe_set import ProbeSet
+from tui_trainer.trace.step_measurer import StepMeasurer
 from tui_trainer.trace.tracer import Tracer
 
 MOMENTS = (

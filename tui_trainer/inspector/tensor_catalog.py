@@ -13,9 +13,9 @@ import torch
 
 from tui_trainer.inspector.errors import InspectionError
 from tui_trainer.protocol.inspection import TensorInfo, TensorList, TensorRef
-from tui_trainer.trace.measurement import StepMeasurer
 from tui_trainer.trace.optimizers import OptimizerRegistry
 from tui_trainer.trace.reports import tensors_in
+from tui_trainer.trace.step_measurer import StepMeasurer
 from tui_trainer.trace.torch_private import is_sharded, local, plain_name, unwrapped
 
 MAX_LISTED = 20_000

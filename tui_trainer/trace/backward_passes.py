@@ -15,7 +15,6 @@ from tui_trainer.trace.evaluation import EvaluationLosses
 from tui_trainer.trace.faults import Faults, guarded
 from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.loss_graph import loss_graph_of
-from tui_trainer.trace.measurement import StepMeasurer
 from tui_trainer.trace.module_calls import depends_on_mode
 from tui_trainer.trace.nonfinite_origin import NonFiniteOrigins
 from tui_trainer.trace.observers import Observers
@@ -24,6 +23,7 @@ from tui_trainer.trace.optimizers import OptimizerRegistry
 from tui_trainer.trace.phases import BACKWARD, LOSS, OTHER, Phases
 from tui_trainer.trace.script_changes import WeightWatch
 from tui_trainer.trace.step import BackwardPass, GradScaling, scalar
+from tui_trainer.trace.step_measurer import StepMeasurer
 from tui_trainer.trace.waiting_gradients import OpenStep, WaitingGradients
 
 GRAPHS_READ = 5
@@ -262,5 +262,5 @@ class BackwardPasses:
         for measurer in reached:
             measurer.add_pass(backward)
             if self._in_eval_mode and not self._in_eval_mode.isdisjoint(measurer.tracked.ids):
-                measurer.eval_forward = True
+                measurer.noticed.add("eval_mode")
         self._in_eval_mode.clear()

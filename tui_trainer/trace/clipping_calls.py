@@ -12,13 +12,13 @@ import torch
 from tui_trainer.protocol.events import ClipKind
 from tui_trainer.trace.faults import Faults, guarded
 from tui_trainer.trace.gate import Gate
-from tui_trainer.trace.measurement import StepMeasurer
 from tui_trainer.trace.norms import total_norm
 from tui_trainer.trace.optimizer_steps import OptimizerSteps
 from tui_trainer.trace.phases import CLIP, OTHER, Phases
 from tui_trainer.trace.probe import Reading, RecorderLike
 from tui_trainer.trace.reports import PhaseReporter
 from tui_trainer.trace.step import Clipping
+from tui_trainer.trace.step_measurer import StepMeasurer
 from tui_trainer.trace.torch_private import NormCapture
 from tui_trainer.trace.waiting_gradients import WaitingGradients
 
@@ -104,7 +104,10 @@ class Clippings:
                 measurer.marks.forget()
         for measurer in self._used:
             measurer.marks.forget()
-            measurer.clipped_late = not self._waiting.evaluating_further
+            if self._waiting.evaluating_further:
+                measurer.noticed.discard("clipped_late")
+            else:
+                measurer.noticed.add("clipped_late")
         before = self._total_before if kind == "value" else total
         if self._measurers and isinstance(before, (torch.Tensor, float)):
             for measurer in self._measurers:

@@ -15,6 +15,8 @@ from tui_trainer.trace.torch_private import is_sharded, local, norms_of
 
 SMALL, LARGE = 1e-30, 1e36
 """Outside of these a sum of squares in float32 may have lost digits, underflowed or overflowed."""
+EXACT_IN_FLOAT32 = (1e-12, 1e12)
+"""Norms for which clip_grad_norm_'s own float32 sums of squares are exact."""
 SAFE_SQUARE = 1e-250
 """Between this and its inverse a sum of squares in float64 has all its digits."""
 
@@ -188,3 +190,68 @@ def norm_of(values: NDArray[np.float64]) -> float:
     if largest == 0 or not math.isfinite(largest):
         return largest
     return largest * math.sqrt(float(np.sum(np.square(values / largest))))
+
+
+# ------------------------------------------------------------ comparing norms
+
+
+def is_zero(gradient: torch.Tensor) -> bool:
+    return not bool(torch.count_nonzero(dense(gradient)))
+
+
+def only_scaled_down(before: Readings | None, after: Readings) -> bool:
+    """Whether no norm on the host has grown: gradients were clipped, scaled or zeroed."""
+    if before is None:
+        return True
+    pairs = zip(before, after, strict=True)
+    return all(
+        isinstance(a, float)
+        and isinstance(b, float)
+        and (b <= a * (1 + 1e-6) or (a != a and b != b))
+        for a, b in pairs
+    )
+
+
+def differing(before: Readings, after: Readings) -> list[int]:
+    """Positions at which norms on the host differ."""
+    pairs = zip(before, after, strict=True)
+    return [i for i, (a, b) in enumerate(pairs) if a != b and (a == a or b == b)]
+
+
+def close(before: Readings | None, after: Readings | None) -> bool:
+    """Whether norms on the host differ by no more than two ways of summing do."""
+    return (
+        before is not None
+        and after is not None
+        and np.allclose(
+            np.array(before, np.float64), np.array(after, np.float64), 1e-5, 0, equal_nan=True
+        )
+    )
+
+
+def equal(before: Readings | None, after: Readings) -> bool:
+    """Whether norms on the host are the same, NaN and all."""
+    return before is not None and np.array_equal(
+        np.array(before, dtype=np.float64), np.array(after, dtype=np.float64), equal_nan=True
+    )
+
+
+def norms_from_after(
+    norms: Sequence[float], after: Readings, factors: Sequence[float]
+) -> list[float]:
+    """Norms before a clipping, where those in float32 may have lost digits computed from the norms
+    `after` it and the factors by which it scaled."""
+    low, high = EXACT_IN_FLOAT32
+    return [
+        then / factor if not low < norm < high and isinstance(then, float) and factor > 0 else norm
+        for norm, then, factor in zip(norms, after, factors, strict=True)
+    ]
+
+
+def exact_in_float32(norms: Sequence[float]) -> bool:
+    """Whether float32 sums of squares of such gradients are exact."""
+    low, high = EXACT_IN_FLOAT32
+    usual = bool(norms) and low < min(norms) and max(norms) < high
+    if not usual or math.isnan(sum(norms)):  # `min` and `max` may pass over a NaN
+        usual = all(norm == 0 or low < norm < high for norm in norms)
+    return usual

@@ -12,7 +12,6 @@ import torch
 from tui_trainer.protocol.events import Level
 from tui_trainer.protocol.schema import ParameterInfo, Table
 from tui_trainer.trace.active_probe import ActiveProbe
-from tui_trainer.trace.measurement import StepMeasurer
 from tui_trainer.trace.module_calls import RootModules
 from tui_trainer.trace.optimizer_slot import OptimizerSlot, shapes_of
 from tui_trainer.trace.parameters import Names, TrackedParameters, parameters_of, track_parameters
@@ -20,6 +19,7 @@ from tui_trainer.trace.probe import Probe, ProbeOptions, RecorderLike
 from tui_trainer.trace.script_changes import WeightWatch
 from tui_trainer.trace.script_frames import objects_of_script, variable_of
 from tui_trainer.trace.step_calls import may_be_stepped
+from tui_trainer.trace.step_measurer import StepMeasurer
 from tui_trainer.trace.torch_private import is_sharded
 
 Optimizer = torch.optim.Optimizer

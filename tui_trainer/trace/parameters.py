@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from tui_trainer.protocol.absent import Absent
 from tui_trainer.trace.script_frames import variable_of
 from tui_trainer.trace.torch_private import is_sharded, local, plain_name, unwrapped
 
@@ -102,6 +105,22 @@ class TrackedParameters:
         if self.sharded:
             return [None if p.grad is None else local(p.grad) for p in self.parameters]
         return [p.grad for p in self.parameters]
+
+    def why_absent(self, gradients: Sequence[torch.Tensor | None]) -> NDArray[np.uint8]:
+        """The `Absent` of each parameter that has no gradient, or no elements; 0 for the others."""
+        absent = np.zeros(len(gradients), np.uint8)
+        pairs = zip(gradients, self.parameters, strict=True)
+        for position, (gradient, parameter) in enumerate(pairs):
+            if gradient is None:
+                if position in self.gone:
+                    absent[position] = Absent.NOT_IN_MODEL
+                elif parameter.requires_grad:
+                    absent[position] = Absent.NOT_REACHED
+                else:
+                    absent[position] = Absent.FROZEN
+            elif position in self.empty:
+                absent[position] = Absent.EMPTY
+        return absent
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:

@@ -16,8 +16,8 @@ from tui_trainer.protocol import PHASES, Phase, schema
 from tui_trainer.protocol.formatting import counted
 from tui_trainer.protocol.messages import PhaseReport, Quantity, Rows
 from tui_trainer.trace.live_values import TracedStep
-from tui_trainer.trace.measurement import StepMeasurer
 from tui_trainer.trace.script_frames import script_frames
+from tui_trainer.trace.step_measurer import StepMeasurer
 from tui_trainer.trace.torch_private import base_of
 
 LARGEST = 5

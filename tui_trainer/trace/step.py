@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ from tui_trainer.protocol.absent import Absent, absent, why_absent
 from tui_trainer.protocol.events import ClipKind, SkipReason
 from tui_trainer.trace import torch_private
 from tui_trainer.trace.active_probe import ActiveProbe
+from tui_trainer.trace.nonfinite_origin import merged
 from tui_trainer.trace.phases import PhaseTimes
 from tui_trainer.trace.probe import (
     ClipMeasurement,
@@ -47,6 +49,7 @@ from tui_trainer.trace.probe import (
     Values,
     skipped_text,
 )
+from tui_trainer.trace.probe_set import ProbeSet
 from tui_trainer.trace.transfer import HostTransfer, Transfers, length_of
 
 MAX_KEPT = 64
@@ -371,6 +374,55 @@ class Header:
         return HeaderValues(loss, rate, clips, scale, skipped)
 
 
+@dataclass(frozen=True)
+class HandChange:
+    """Gradients that the script changed by itself."""
+
+    measurer: Any
+    """The `StepMeasurer` of their optimizer."""
+    before: Readings | None
+    """Norms; None where they were not read before."""
+    after: Readings
+    positions: list[int] | None
+    """Of the parameters whose gradients changed; None: unknown."""
+    reading: GradientReading | None
+    tentative: bool
+    """Whether they changed at all is known once the norms are on the host."""
+
+
+def record_of(step: CompletedStep, probes: ProbeSet) -> tuple[StepRecord, StepFacts, float]:
+    """The record of a step or a skipped iteration, what it was made from, and the seconds spent
+    in probes."""
+    header, *parts = step.transfer.parts()
+    if isinstance(header, Exception):
+        raise header
+    facts = step.facts(header)
+    began = perf_counter()
+    rows = probes.rows(step.probes, parts, facts)
+    spent = perf_counter() - began
+    record = StepRecord(
+        step=facts.step,
+        time=facts.time,
+        optimizer=step.optimizer,
+        rows=rows,
+        clip=facts.clip,
+        nonfinite=tuple(facts.nonfinite),
+        own_ms=sum(facts.own_ms.values()),
+        signs=step.signs,
+        classes=step.classes,
+        loss_graph=step.loss_graph,
+        producer=merged(facts.producer, step.producer),
+        batch=facts.batch,
+        bad_batch=step.bad_batch,
+        units=facts.units,
+        dropout_off=facts.dropout_off,
+        kept_update=facts.kept_update,
+        initial=facts.initial,
+        epsilon=step.epsilon,
+    )
+    return record, facts, spent
+
+
 class SkippedIteration:
     """Gradients that no optimizer used, their values on their way to the host."""
 
@@ -398,7 +450,7 @@ class SkipRecorder:
         total = 0.0
         loss = float("nan")
         for measurer, step in skipped.parts:
-            record, facts, seconds = measurer.rows_of(step)
+            record, facts, seconds = record_of(step, measurer.probes)
             records.append(record)
             spent += seconds
             loss, total = facts.loss, math.hypot(total, facts.total_norm)

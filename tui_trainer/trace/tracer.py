@@ -38,7 +38,6 @@ from tui_trainer.trace.faults import Faults, always_guarded, guarded
 from tui_trainer.trace.forward_passes import ForwardPasses
 from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.live_values import LiveValues
-from tui_trainer.trace.measurement import StepMeasurer
 from tui_trainer.trace.module_calls import Patches, RootModules
 from tui_trainer.trace.nonfinite_origin import NonFiniteOrigins
 from tui_trainer.trace.observers import Observers
@@ -56,6 +55,7 @@ from tui_trainer.trace.step import (
     GradScaling,
     SkipRecorder,
 )
+from tui_trainer.trace.step_measurer import StepMeasurer
 from tui_trainer.trace.step_queue import StepQueue
 from tui_trainer.trace.torch_hooks import TorchHooks
 from tui_trainer.trace.waiting_gradients import OpenStep, WaitingGradients
@@ -422,9 +422,10 @@ class Tracer:
         optimizer = unwrapped_optimizer(optimizer)
         for measurer in self.registry.measurers:
             if self.registry.optimizer_of(measurer) is optimizer:
-                measurer.schedule_first = measurer.schedule_first or bool(measurer.passes)
+                if measurer.passes:
+                    measurer.noticed.add("schedule_first")
             elif measurer.has_stepped and measurer.updates_those_of(optimizer):
-                measurer.idle_schedule = True
+                measurer.noticed.add("idle_schedule")
 
     @guarded
     def saving_began(self) -> bool:

@@ -12,7 +12,6 @@ from torch.optim.optimizer import Optimizer
 from tui_trainer.protocol.absent import Absent, absent
 from tui_trainer.protocol.events import SkipReason
 from tui_trainer.trace.gate import Gate
-from tui_trainer.trace.measurement import HandChange, StepMeasurer
 from tui_trainer.trace.norms import total_of
 from tui_trainer.trace.optimizers import OptimizerRegistry
 from tui_trainer.trace.parameters import parameters_of
@@ -22,10 +21,12 @@ from tui_trainer.trace.step import (
     Clipping,
     GradientReading,
     GradScaling,
+    HandChange,
     Returned,
     SkippedIteration,
     StepOutcome,
 )
+from tui_trainer.trace.step_measurer import StepMeasurer
 
 
 @dataclass(eq=False)

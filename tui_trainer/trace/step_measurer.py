@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import repeat
 from operator import is_
 from time import perf_counter
@@ -15,13 +13,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tui_trainer.history.records import Sign, StepRecord
+from tui_trainer.history.records import Sign
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.absent import Absent
 from tui_trainer.trace.active_probe import ActiveProbe
 from tui_trainer.trace.governor import OnChange
-from tui_trainer.trace.nonfinite_origin import merged
-from tui_trainer.trace.norms import Norms, dense, norms_before
+from tui_trainer.trace.norms import (
+    Norms,
+    close,
+    differing,
+    equal,
+    exact_in_float32,
+    is_zero,
+    norms_before,
+    norms_from_after,
+    only_scaled_down,
+)
 from tui_trainer.trace.optimizer_slot import OptimizerSlot
 from tui_trainer.trace.parameters import TrackedParameters
 from tui_trainer.trace.probe import (
@@ -31,7 +38,6 @@ from tui_trainer.trace.probe import (
     Reading,
     Readings,
     RecorderLike,
-    StepFacts,
     skipped_text,
 )
 from tui_trainer.trace.probe_set import ProbeSet
@@ -41,10 +47,12 @@ from tui_trainer.trace.step import (
     Clipping,
     CompletedStep,
     GradientReading,
+    HandChange,
     Header,
     LostGradients,
     Returned,
     StepOutcome,
+    record_of,
 )
 from tui_trainer.trace.torch_private import NormCapture
 from tui_trainer.trace.transfer import TransferPart
@@ -57,23 +65,6 @@ treats them: later they are read at the clipping or the step, which costs nothin
 CHANGES_WITHOUT_STEP = 3
 """Iterations in which weights change while their optimizer has never stepped, after which the
 script is taken to update them by itself. Fewer may be the perturbations of a method like SAM."""
-COMFORTABLE = (1e-12, 1e12)
-"""Norms for which clip_grad_norm_'s own float32 sums of squares are exact."""
-
-
-@dataclass(frozen=True)
-class HandChange:
-    """Gradients that the script changed by itself."""
-
-    measurer: StepMeasurer
-    before: Readings | None
-    """Norms; None where they were not read before."""
-    after: Readings
-    positions: list[int] | None
-    """Of the parameters whose gradients changed; None: unknown."""
-    reading: GradientReading | None
-    tentative: bool
-    """Whether they changed at all is known once the norms are on the host."""
 
 
 class StepMeasurer:
@@ -123,8 +114,8 @@ class StepMeasurer:
         self._recorder = recorder
         self._norms = Norms(tracked.parameters, tracked.device)
         self._steps = 0
-        self._comfortable = False
-        """Whether the last norms were in COMFORTABLE."""
+        self._float32_exact = False
+        """Whether the last norms were in EXACT_IN_FLOAT32."""
         self._prepared_step = -1
         self._awaiting_norms = False
         """Whether norms are expected from the clipping in progress."""
@@ -132,21 +123,13 @@ class StepMeasurer:
         """Whether the last clipping gave the norm of every gradient."""
         self._kept_before = False
         """Whether the open backward finds gradients that a step has used already."""
-        self.kept_gradients = False
-        """Whether the first of the passes added to gradients that a step had used already."""
-        self.eval_forward = False
-        """Whether the model was called in `eval()` mode for this step."""
+        self.noticed: set[Sign] = set()
+        """Signs of the step in progress."""
         self.averaged = False
         """Whether the script has reduced gradients over several processes by itself: what it does
         to them from then on may be part of their mean."""
-        self.schedule_first = False
-        """Whether a scheduler was stepped between backward and the optimizer's step."""
         self._calls = 0
         """Calls of models that led to the last step."""
-        self.clipped_late = False
-        """Whether gradients were clipped that the optimizer's last step had used already."""
-        self.idle_schedule = False
-        """Whether a scheduler was stepped that belongs to another optimizer of these parameters."""
         self._latest: Readings | None = None
         """Norms after the last change that is known."""
         self.norms_read: Readings | None = None
@@ -214,7 +197,7 @@ class StepMeasurer:
             self._steps < CAREFUL_STEPS
             or self.changed_by_hand
             or self.weights is not None
-            or not self._comfortable
+            or not self._float32_exact
             # `unscale_` leaves the gradients of parameters in no optimizer as they are.
             or (self.scaled and self.tracked.own < len(self.tracked.parameters))
         )
@@ -232,7 +215,10 @@ class StepMeasurer:
         """Whether the backward that has just ended changed any gradient."""
         reached = self.marks.reached_by_backward()
         if reached and not self.passes:
-            self.kept_gradients = self._kept_before
+            if self._kept_before:
+                self.noticed.add("kept_gradients")
+            else:
+                self.noticed.discard("kept_gradients")
         return reached
 
     def add_pass(self, backward: BackwardPass) -> None:
@@ -250,7 +236,7 @@ class StepMeasurer:
         if not (self.careful and self._on_host and self._latest is not None):
             return False
         own = self.tracked.own
-        changed = not _equal(self._latest[:own], self.norms_now()[:own])
+        changed = not equal(self._latest[:own], self.norms_now()[:own])
         self.changed_by_hand = self.changed_by_hand or changed
         return changed
 
@@ -278,12 +264,12 @@ class StepMeasurer:
         before, after = self._latest, self.norms_now()
         self._latest = after
         if self._on_host and before is not None and (positions is not None or not changed):
-            differing = _differing(before, after)
-            if not changed and not any(place < self.tracked.own for place in differing):
-                if not differing:
+            changed_norms = differing(before, after)
+            if not changed and not any(place < self.tracked.own for place in changed_norms):
+                if not changed_norms:
                     self._latest = before  # by which `use_clip_norms` knows the reading
                 return None
-            positions = sorted({*(positions or ()), *differing})
+            positions = sorted({*(positions or ()), *changed_norms})
         if positions is not None and not (positions := self._kept(positions, after)):
             if not self.thrown_away():  # else that is noticed at the next forward or backward
                 self.marks.remember()
@@ -291,7 +277,7 @@ class StepMeasurer:
         self.changed_by_hand = self.changed_by_hand or changed or self._on_host
         self.marks.remember()
         if self.reading is not None and (
-            self.averaged or (self._on_host and not _scaled_down(before, after))
+            self.averaged or (self._on_host and not only_scaled_down(before, after))
         ):
             self._replace_norms(after)
             return None
@@ -363,7 +349,7 @@ class StepMeasurer:
 
     def all_zero(self) -> bool:
         """Whether every gradient is zero. Waits for the device."""
-        return not any(p.grad is not None and not _is_zero(p.grad) for p in self._own)
+        return not any(p.grad is not None and not is_zero(p.grad) for p in self._own)
 
     def thrown_away(self) -> bool:
         """Whether the script has released or zeroed all gradients that it uses.
@@ -376,7 +362,7 @@ class StepMeasurer:
             return False
         changed = self.marks.changed_positions() or ()
         gradients = [self.tracked.parameters[place].grad for place in changed]
-        return bool(gradients) and all(g is None or _is_zero(g) for g in gradients)
+        return bool(gradients) and all(g is None or is_zero(g) for g in gradients)
 
     def hides_updates(self) -> bool:
         """Whether an update by the script itself would not be seen. False before its first one."""
@@ -457,40 +443,20 @@ class StepMeasurer:
         reading.norms = self._latest = norms
         self.probes.gradient_norms(norms, spent_s)
         if self._on_host:
-            self._judge([norm for norm in norms if isinstance(norm, float)])
-
-    def _judge(self, norms: Sequence[float]) -> None:
-        """Whether float32 sums of squares of such gradients are exact."""
-        low, high = COMFORTABLE
-        usual = bool(norms) and low < min(norms) and max(norms) < high
-        if not usual or math.isnan(sum(norms)):  # `min` and `max` may pass over a NaN
-            usual = all(norm == 0 or low < norm < high for norm in norms)
-        self._comfortable = usual
+            self._float32_exact = exact_in_float32(
+                [norm for norm in norms if isinstance(norm, float)]
+            )
 
     def _why_absent(self, gradients: Sequence[Gradient]) -> NDArray[np.uint8] | None:
         if not self.tracked.empty and not any(map(is_, gradients, repeat(None))):
-            self._set_frozen(NONE)
-            return None
-        absent = np.zeros(len(gradients), np.uint8)
-        for position, (gradient, parameter) in enumerate(
-            zip(gradients, self.tracked.parameters, strict=True)
-        ):
-            if gradient is None:
-                if position in self.tracked.gone:
-                    absent[position] = Absent.NOT_IN_MODEL
-                elif parameter.requires_grad:
-                    absent[position] = Absent.NOT_REACHED
-                else:
-                    absent[position] = Absent.FROZEN
-            elif position in self.tracked.empty:
-                absent[position] = Absent.EMPTY
-        self._set_frozen(frozenset(np.flatnonzero(absent == Absent.FROZEN).tolist()))
-        return absent
-
-    def _set_frozen(self, frozen: frozenset[int]) -> None:
+            absent, frozen = None, NONE
+        else:
+            absent = self.tracked.why_absent(gradients)
+            frozen = frozenset(np.flatnonzero(absent == Absent.FROZEN).tolist())
         if frozen != self._frozen:
             self._frozen = frozen
             self.trainable_changed = True
+        return absent
 
     def use_clip_norms(
         self, captured: NormCapture, clipped: Any, limit: Any, total: torch.Tensor
@@ -517,7 +483,7 @@ class StepMeasurer:
         if awaited or (self._on_host and not self.clips and known is self._latest is not None):
             if self._on_host:
                 norms = self._checked(norms, None if awaited else known, clipped, limit, total)
-            if not awaited and not _close(known, norms):
+            if not awaited and not close(known, norms):
                 return  # changed through `.data` since they were read
             self.reading.norms = norms
             self.probes.gradient_norms(norms)
@@ -547,24 +513,17 @@ class StepMeasurer:
                 values += norm.tolist()
             else:
                 values.append(norm.item())
-        self._judge(values if known is None else [n for n in known if isinstance(n, float)])
-        if self._comfortable:
+        judged = values if known is None else [n for n in known if isinstance(n, float)]
+        self._float32_exact = exact_in_float32(judged)
+        if self._float32_exact:
             return values
         with self.probes.context:
             after = self._norms.read(self.tracked.gradients())
         factor = min(1.0, float(limit) / (float(total) + 1e-6))
-        low, high = COMFORTABLE
         given = [clipped] if isinstance(clipped, torch.Tensor) else clipped
         scaled = {id(p) for p in given}
-        found: list[float] = []
-        for value, norm, parameter in zip(values, after, self.tracked.parameters, strict=True):
-            if not low < value < high and isinstance(norm, float):
-                if id(parameter) not in scaled:
-                    value = norm
-                elif factor > 0:
-                    value = norm / factor
-            found.append(value)
-        return found
+        factors = [factor if id(p) in scaled else 1.0 for p in self.tracked.parameters]
+        return norms_from_after(values, after, factors)
 
     def after_update(self, outcome: StepOutcome) -> CompletedStep:
         """The optimizer has changed the weights: read them and start the transfer to the host."""
@@ -595,28 +554,20 @@ class StepMeasurer:
         return lost
 
     def _signs(self) -> frozenset[Sign]:
-        signs: list[Sign] = []
+        signs = self.noticed
         if not self._steps:
-            signs.append("new_parameters")
-        if self.kept_gradients and self.passes:
-            signs.append("kept_gradients")
-        if self.eval_forward:
-            signs.append("eval_mode")
-        if self.schedule_first:
-            signs.append("schedule_first")
+            signs.add("new_parameters")
+        if not self.passes:
+            signs.discard("kept_gradients")
         calls = 0
         for each in self.passes:
             calls += each.calls
             if each.cross_entropy is not None and each.cross_entropy.of_softmax:
-                signs.append("softmax_twice")
+                signs.add("softmax_twice")
             if each.repeated:
-                signs.append("backward_twice")
-        if self.clipped_late:
-            signs.append("clipped_late")
-        if self.idle_schedule:
-            signs.append("idle_schedule")
+                signs.add("backward_twice")
         if calls != self._calls and self._steps:
-            signs.append("calls_vary")
+            signs.add("calls_vary")
         self._calls = calls
         return frozenset(signs) if signs else NO_SIGNS
 
@@ -629,8 +580,8 @@ class StepMeasurer:
         return found.classes if losses == 1 or found.divided else None
 
     def _forget(self) -> None:
-        self.eval_forward = self.kept_gradients = self.schedule_first = self.averaged = False
-        self.clipped_late = self.idle_schedule = False
+        self.averaged = False
+        self.noticed.clear()
         self.passes, self.clips, self.reading, self._latest = [], [], None, None
         self.norms_read = None
 
@@ -681,7 +632,7 @@ class StepMeasurer:
 
         Called on the training thread, or on the recorder's where no further step follows.
         """
-        record, facts, spent = self.rows_of(step)
+        record, facts, spent = record_of(step, self.probes)
         if facts.skipped_at_scale is not None:
             text = skipped_text(facts.skipped_at_scale)
             self._recorder.notice("skipped_step", text, "warning", facts.step)
@@ -690,79 +641,6 @@ class StepMeasurer:
             if clip.kind == "hand":
                 self.changed_by_hand = True
         if not self._on_host and facts.gradient_norms is not None:
-            self._judge(facts.gradient_norms.tolist())
+            self._float32_exact = exact_in_float32(facts.gradient_norms.tolist())
         self.probes.govern(step.probes, facts)
         return spent
-
-    def rows_of(self, step: CompletedStep) -> tuple[StepRecord, StepFacts, float]:
-        """The record of a step or a skipped iteration, what it was made from, and the seconds spent
-        in probes."""
-        header, *parts = step.transfer.parts()
-        if isinstance(header, Exception):
-            raise header
-        facts = step.facts(header)
-        began = perf_counter()
-        rows = self.probes.rows(step.probes, parts, facts)
-        spent = perf_counter() - began
-        record = StepRecord(
-            step=facts.step,
-            time=facts.time,
-            optimizer=step.optimizer,
-            rows=rows,
-            clip=facts.clip,
-            nonfinite=tuple(facts.nonfinite),
-            own_ms=sum(facts.own_ms.values()),
-            signs=step.signs,
-            classes=step.classes,
-            loss_graph=step.loss_graph,
-            producer=merged(facts.producer, step.producer),
-            batch=facts.batch,
-            bad_batch=step.bad_batch,
-            units=facts.units,
-            dropout_off=facts.dropout_off,
-            kept_update=facts.kept_update,
-            initial=facts.initial,
-            epsilon=step.epsilon,
-        )
-        return record, facts, spent
-
-
-def _is_zero(gradient: torch.Tensor) -> bool:
-    return not bool(torch.count_nonzero(dense(gradient)))
-
-
-def _scaled_down(before: Readings | None, after: Readings) -> bool:
-    """Whether no norm on the host has grown: gradients were clipped, scaled or zeroed."""
-    if before is None:
-        return True
-    pairs = zip(before, after, strict=True)
-    return all(
-        isinstance(a, float)
-        and isinstance(b, float)
-        and (b <= a * (1 + 1e-6) or (a != a and b != b))
-        for a, b in pairs
-    )
-
-
-def _differing(before: Readings, after: Readings) -> list[int]:
-    """Positions at which norms on the host differ."""
-    pairs = zip(before, after, strict=True)
-    return [i for i, (a, b) in enumerate(pairs) if a != b and (a == a or b == b)]
-
-
-def _close(before: Readings | None, after: Readings | None) -> bool:
-    """Whether norms on the host differ by no more than two ways of summing do."""
-    return (
-        before is not None
-        and after is not None
-        and np.allclose(
-            np.array(before, np.float64), np.array(after, np.float64), 1e-5, 0, equal_nan=True
-        )
-    )
-
-
-def _equal(before: Readings | None, after: Readings) -> bool:
-    """Whether norms on the host are the same, NaN and all."""
-    return before is not None and np.array_equal(
-        np.array(before, dtype=np.float64), np.array(after, dtype=np.float64), equal_nan=True
-    )
