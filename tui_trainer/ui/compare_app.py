@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from textual import events
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
@@ -16,20 +15,18 @@ from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.command_palette import ActionProvider
 from tui_trainer.ui.panels.runs import DifferenceDetail, DifferencesTable, Legend, OverlayChart
 from tui_trainer.ui.screens.base import MIN_SIZE, RunScreen
+from tui_trainer.ui.screens.folding import FoldingScreen
 from tui_trainer.ui.theme import initial_theme
 from tui_trainer.ui.widgets.key_line import KeyLine, TooSmall
 from tui_trainer.ui.widgets.tabs import TabLine
 
-TABS = ("Loss", "Validation", "Gradient norm", "Differences")
-FULL_SIZE = (100, 30)
-"""Columns and rows from which all panels are shown at once."""
 REFRESH_INTERVAL_S = 1.0
 """How often live runs are read again."""
 SEARCH_INTERVAL_S = 10.0
 """How often the first difference of live runs is looked for, while there is none."""
 
 
-class CompareScreen(RunScreen):
+class CompareScreen(FoldingScreen):
     """Charts of all runs, and a table of their differences."""
 
     CSS = """
@@ -38,12 +35,11 @@ class CompareScreen(RunScreen):
     CompareScreen.-many #table { width: 3fr; }
     CompareScreen.-wide #table { width: 2fr; }
     CompareScreen #body { height: 1fr; }
-    CompareScreen TabLine { display: none; }
-    CompareScreen.-folded TabLine { display: block; }
     CompareScreen.-folded #charts, CompareScreen.-folded #table { width: 1fr; }
     CompareScreen #loss { height: 3fr; }
     CompareScreen #validation, CompareScreen #norm { height: 2fr; }
     """
+    tabs = ("Loss", "Validation", "Gradient norm", "Differences")
     COMMANDS = RunScreen.COMMANDS | {ActionProvider}
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("t", "align", "By time/step", id="compare.align",
@@ -63,13 +59,11 @@ class CompareScreen(RunScreen):
         self.tolerance = tolerance
         self.divergence: Sequence[Divergence] = ()
         self.by_time = False
-        self._tab = 0
-        self._folded = False
 
     def compose(self) -> ComposeResult:
         yield TooSmall(*MIN_SIZE)
         yield Legend(self.runs)
-        yield TabLine(TABS)
+        yield TabLine(self.tabs)
         with Horizontal(id="body"):
             with Vertical(id="charts"):
                 for series in SERIES:
@@ -138,15 +132,7 @@ class CompareScreen(RunScreen):
 
     # ------------------------------------------------------------ layout
 
-    def on_resize(self, event: events.Resize) -> None:
-        """Choose between all panels and tabs."""
-        width, height = event.size
-        self.set_class(width < MIN_SIZE[0] or height < MIN_SIZE[1], "-too-small")
-        self._folded = width < FULL_SIZE[0] or height < FULL_SIZE[1]
-        self.set_class(self._folded, "-folded")
-        self._show_tab()
-
-    def _show_tab(self) -> None:
+    def show_panels(self) -> None:
         for number, name in enumerate((*SERIES, "table")):
             measured = name == "table" or any(run.series(name) is not None for run in self.runs)
             shown = number == self._tab if self._folded else measured
@@ -154,23 +140,13 @@ class CompareScreen(RunScreen):
         # Columns of two runs are wide enough for nearly all values.
         self.query_one(DifferenceDetail).display = not self._folded or len(self.runs) > 2
         self.query_one("#charts").display = not self._folded or self._tab < len(SERIES)
-        self.query_one(TabLine).choose(self._tab)
-        self.call_after_refresh(self._redraw)
+
+    def choose_tab(self, number: int) -> None:
+        super().choose_tab(number)
+        if number == len(SERIES):
+            self.query_one(DifferencesTable).focus()
 
     # ------------------------------------------------------------ actions
-
-    def action_tab(self, by: int) -> None:
-        """Show the next or previous panel."""
-        self._choose_tab((self._tab + by) % len(TABS))
-
-    def on_tab_line_chosen(self, message: TabLine.Chosen) -> None:
-        self._choose_tab(message.number)
-
-    def _choose_tab(self, number: int) -> None:
-        self._tab = number
-        self._show_tab()
-        if number == len(TABS) - 1:
-            self.query_one(DifferencesTable).focus()
 
     def action_align(self) -> None:
         """Align the runs by time, or by step."""

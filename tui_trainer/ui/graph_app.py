@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-from textual import events
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
@@ -29,14 +28,12 @@ from tui_trainer.ui.panels.scalar_graph.node_table import NodeTable
 from tui_trainer.ui.panels.scalar_graph.state import GraphState
 from tui_trainer.ui.screens.base import MIN_SIZE, RunScreen
 from tui_trainer.ui.screens.dialogs import KEYS_HINT
+from tui_trainer.ui.screens.folding import FoldingScreen
 from tui_trainer.ui.theme import initial_theme
 from tui_trainer.ui.widgets.key_line import KeyLine, TooSmall
 from tui_trainer.ui.widgets.tabs import TabLine
 
-TABS = ("Graph", "Nodes", "Error against h", "Learning rate")
 PANELS = ("graph", "nodes", "sweep", "descent")
-FULL_SIZE = (110, 34)
-"""Columns and rows from which all panels are shown at once."""
 
 
 class GraphPrompt(ModalScreen[str | None]):
@@ -68,12 +65,10 @@ class GraphPrompt(ModalScreen[str | None]):
             self.dismiss(text)
 
 
-class GraphScreen(RunScreen):
+class GraphScreen(FoldingScreen):
     """The graph, the current step, the table of nodes, and two charts."""
 
     CSS = """
-    GraphScreen TabLine { display: none; }
-    GraphScreen.-folded TabLine { display: block; }
     GraphScreen #graph { height: 3fr; padding: 0 1; }
     GraphScreen StepText { padding: 0 1; }
     GraphScreen #lower { height: 4fr; }
@@ -84,6 +79,8 @@ class GraphScreen(RunScreen):
     GraphScreen.-folded #lower { height: 1fr; }
     GraphScreen.-folded #charts { padding: 0 1; }
     """
+    tabs = ("Graph", "Nodes", "Error against h", "Learning rate")
+    full_size = (110, 34)
     COMMANDS = RunScreen.COMMANDS | {ActionProvider}
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("p", "step(1)", "Next node", id="graph.next",
@@ -118,13 +115,11 @@ class GraphScreen(RunScreen):
         self.state = GraphState(graph, h)
         self.torch = TorchProcess()
         self._select_first_input()
-        self._tab = 0
-        self._folded = False
 
     def compose(self) -> ComposeResult:
         yield TooSmall(*MIN_SIZE)
         yield GraphTitle(self.state)
-        yield TabLine(TABS)
+        yield TabLine(self.tabs)
         yield GraphView(self.state, id="graph")
         yield StepText(self.state)
         with Horizontal(id="lower"):
@@ -173,34 +168,14 @@ class GraphScreen(RunScreen):
 
     # ------------------------------------------------------------ layout
 
-    def on_resize(self, event: events.Resize) -> None:
-        """Choose between all panels and tabs."""
-        width, height = event.size
-        self.set_class(width < MIN_SIZE[0] or height < MIN_SIZE[1], "-too-small")
-        self._folded = width < FULL_SIZE[0] or height < FULL_SIZE[1]
-        self.set_class(self._folded, "-folded")
-        self._show_tab()
-
-    def _show_tab(self) -> None:
+    def show_panels(self) -> None:
         for number, name in enumerate(PANELS):
             self.query_one(f"#{name}").display = not self._folded or number == self._tab
         self.query_one("#lower").display = not self._folded or self._tab > 0
         self.query_one("#charts").display = not self._folded or self._tab > 1
         self.query_one(StepText).display = not self._folded or self._tab < 2
-        self.query_one(TabLine).choose(self._tab)
         if not self._folded or self._tab == 1:
             self.query_one(NodeTable).focus()
-        self.call_after_refresh(self._redraw)
-
-    def action_tab(self, by: int) -> None:
-        """Show the next or previous panel."""
-        if self._folded:
-            self._tab = (self._tab + by) % len(TABS)
-            self._show_tab()
-
-    def on_tab_line_chosen(self, message: TabLine.Chosen) -> None:
-        self._tab = message.number
-        self._show_tab()
 
     # ------------------------------------------------------------ steps and selection
 

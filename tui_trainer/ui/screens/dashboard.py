@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from textual import events
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
@@ -30,26 +29,25 @@ from tui_trainer.ui.screens.base import (
     ScreenTabs,
     pause_label,
 )
+from tui_trainer.ui.screens.folding import FoldingScreen
 from tui_trainer.ui.widgets.key_line import KeyLine, TooSmall
 from tui_trainer.ui.widgets.search import SearchInput
 from tui_trainer.ui.widgets.table import VirtualTable
 from tui_trainer.ui.widgets.tabs import TabLine
 
-TABS = ("Loss", "Gradients", "Clipping", "Updates", "Wq Wk Wv")
 TAB_PANELS = ("loss", "gradients", "clipping", "updates", "attention")
 MAY_APPEAR = (Banner, FactsLine, FindingLine, GuideLine)
 """Panels that are hidden while they have nothing to say."""
 SHOWN_TRENDS = (0, 1, 4)
 """Indices in TREND_STATISTICS: the first at every size, all where there is room."""
-FULL_SIZE = (100, 30)
-"""Columns and rows from which all panels are shown at once."""
 LARGE_SIZE = (160, 50)
 """From which updates and learning rate are shown beside attention and clipping."""
 
 
-class DashboardScreen(ControlScreen):
+class DashboardScreen(FoldingScreen, ControlScreen):
     """Panels side by side, or one at a time with tabs where there is little room."""
 
+    tabs = ("Loss", "Gradients", "Clipping", "Updates", "Wq Wk Wv")
     BINDINGS: ClassVar[list[BindingType]] = [
         *CONTROL_BINDINGS,
         Binding("slash", "filter", "Filter", key_display="/", id="dashboard.filter",
@@ -74,8 +72,6 @@ class DashboardScreen(ControlScreen):
 
     def __init__(self) -> None:
         super().__init__()
-        self._folded = False
-        self._tab = 0
         self._lacks = (False, False)
         """Whether the run has no attention layers, and whether it never clips."""
         self._panels: list[Panel | GradientsPanel | LayersTable] = []
@@ -90,7 +86,7 @@ class DashboardScreen(ControlScreen):
         yield FactsLine()
         yield PhaseStrip()
         yield Banner()
-        yield TabLine(TABS)
+        yield TabLine(self.tabs)
         with Horizontal(id="body"):
             with Vertical(id="left"):
                 yield LossPanel(id="loss")
@@ -118,7 +114,7 @@ class DashboardScreen(ControlScreen):
         )
         if lacks != self._lacks:
             self._lacks = lacks
-            self._show_panels()
+            self.show_panels()
         for panel in self._panels:
             if panel.is_on_screen or isinstance(panel, MAY_APPEAR):
                 panel.show(snapshot)
@@ -137,20 +133,7 @@ class DashboardScreen(ControlScreen):
 
     # ------------------------------------------------------------ layout
 
-    def on_resize(self, event: events.Resize) -> None:
-        """Choose between all panels and tabs."""
-        width, height = event.size
-        self.set_class(width < MIN_SIZE[0] or height < MIN_SIZE[1], "-too-small")
-        self._folded = width < FULL_SIZE[0] or height < FULL_SIZE[1]
-        self.set_class(self._folded, "-folded")
-        self._show_tab()
-
-    def _show_tab(self) -> None:
-        self._show_panels()
-        self.query_one(TabLine).choose(self._tab)
-        self.call_after_refresh(lambda: self.show(self.context.snapshot))
-
-    def _show_panels(self) -> None:
+    def show_panels(self) -> None:
         """Panels that this run has nothing for give way to those of updates and learning rate."""
         no_attention, no_clipping = self._lacks
         self.set_class(no_attention, "-no-attention")
@@ -186,15 +169,11 @@ class DashboardScreen(ControlScreen):
             if link.state == "live" and not link.read_only and status.state == "paused":
                 (self.action_step if by > 0 else self.action_step_back)()
             return
-        self._choose_tab((self._tab + by) % len(TABS))
+        super().action_tab(by)
 
-    def on_tab_line_chosen(self, message: TabLine.Chosen) -> None:
-        self._choose_tab(message.number)
-
-    def _choose_tab(self, number: int) -> None:
-        self._tab = number
-        self._show_tab()
-        target = {"gradients": "#gradients", "attention": "#layers"}.get(TAB_PANELS[self._tab])
+    def choose_tab(self, number: int) -> None:
+        super().choose_tab(number)
+        target = {"gradients": "#gradients", "attention": "#layers"}.get(TAB_PANELS[number])
         self.set_focus(self.query_one(target) if target else None)
 
     def action_log(self, name: str) -> None:
@@ -220,8 +199,7 @@ class DashboardScreen(ControlScreen):
     def action_filter(self) -> None:
         """Open the filter, and the panel that it filters."""
         if self._folded and TAB_PANELS[self._tab] != "gradients":
-            self._tab = TAB_PANELS.index("gradients")
-            self._show_tab()
+            self.choose_tab(TAB_PANELS.index("gradients"))
         self.query_one(SearchInput).open()
 
     def on_input_changed(self, event: Input.Changed) -> None:
