@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.trace.support import EVERYTHING, KeepingRecorder, SmallGpt, gpt_loop, mlp
+from tui_trainer.client.answers.tensors import find_tensor
 from tui_trainer.inspector.errors import InspectionError
 from tui_trainer.inspector.inspector import PART_BYTES, Inspector, TensorCopy
 from tui_trainer.probes import PROBES
@@ -87,6 +88,26 @@ def test_tensors_are_there_once_the_loop_has_made_them():
     state = [f"{key} of 0.weight" for key in ("step", "exp_avg", "exp_avg_sq")]
     assert found["1 step"][:5] == ["0.weight", "gradient of 0.weight", *state]
     assert found["2 zero_grad"][:5] == ["0.weight", *state, "1.weight"]
+
+
+def test_a_shared_parameter_is_found_by_all_of_its_names():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    model[1].weight = model[0].weight
+    found = []
+
+    def look(inspector, phase, step):
+        if (step, phase) == (1, "backward"):
+            refs = (TensorRef("1.weight"), TensorRef("1.weight", "gradient"))
+            shapes = [inspector.answer(Summarize(ref)).tensor.shape for ref in refs]
+            found.extend([inspector.answer(ListTensors()).tensors, *shapes])
+
+    optimizer = torch.optim.SGD(model.parameters())
+    Traced(look).run(lambda: train(model, optimizer, 1))
+    listed, *shapes = found
+    assert shapes == [(6, 6), (6, 6)]
+    assert find_tensor(listed, "1.weight", None).ref == TensorRef("0.weight")
+    assert find_tensor(listed, "1.weight", "gradient").also == ("1.weight",)
+    assert [each.ref.name for each in listed if each.is_named(["gradient", "1.w"])] == ["0.weight"]
 
 
 def test_values_are_those_of_the_moment():

@@ -27,7 +27,9 @@ from tui_trainer.protocol.inspection import (
     OfRank,
     OptimizerGroup,
     ParameterUse,
+    ReadTensor,
     Summarize,
+    TensorData,
     TensorInfo,
     TensorList,
     TensorRef,
@@ -157,6 +159,12 @@ class FakeTensors:
                 statistics = statistics_of(tensor, request.entries) if request.statistics else None  # type: ignore[arg-type]
                 heat = heat_map(tensor, request.window) if request.window and some else None  # type: ignore[arg-type]
                 return done(TensorSummary(info, statistics, heat))
+            case ReadTensor(tensor=ref):
+                info = info_of(ref, tensors[ref])  # type: ignore[arg-type]
+                data = bytes(tensors[ref].numpy())  # type: ignore[attr-defined]
+                half = request.offset or len(data) // 2
+                part = data[half:] if request.offset else data[:half]
+                return done(TensorData(info, len(data), request.offset, part))
             case DescribeUse():
                 return done(USE)
             case CheckGradient(name=name):

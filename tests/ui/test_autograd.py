@@ -101,3 +101,16 @@ async def test_reasons_are_shown():
     async with app.run_test(size=(80, 24)) as pilot:
         await settle(pilot)
         assert "Autograd graph" in text_of(app)
+
+
+async def test_the_graph_is_written_to_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    app, _ = paused_app()
+    async with app.run_test(size=(120, 40)) as pilot:
+        await until(pilot, lambda: app.screen.graph is not None, "a graph")
+        for ending, beginning in ((".svg", "<svg"), (".dot", "digraph"), (".json", '{"nodes":[')):
+            path = tmp_path / f"graph{ending}"
+            await pilot.press("w", *["backspace"] * 4, *ending, "enter")
+            await until(pilot, lambda p=path: p.exists() and p.read_text(), "the file")
+            assert path.read_text().startswith(beginning)
+            assert "step 300" in path.read_text() or ending == ".json"

@@ -21,6 +21,7 @@ from tui_trainer.protocol.inspection import (
     Histogram,
     Inspected,
     ListTensors,
+    ReadTensor,
     Summarize,
     TensorRef,
 )
@@ -398,3 +399,25 @@ async def test_groups_memory_and_what_is_unusual_about_parameters(size):
         await pilot.press("down", "enter")
         await until(pilot, lambda: app.inspected == TensorRef("norm.weight"), "the parameter")
         assert isinstance(app.screen, screen.InspectScreen)
+
+
+async def test_a_tensor_is_written_to_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    app, session = paused_app(TensorRef(WEIGHT, "gradient"))
+    async with app.run_test(size=(120, 40), notifications=True) as pilot:
+        await until(pilot, lambda: app.screen.summary is not None, "an answer")
+        await pilot.press("w", "enter")
+        path = tmp_path / f"{WEIGHT}.grad.npy"
+        await until(pilot, lambda: not app.screen._saving and path.exists(), "the file")
+        assert np.load(path).shape == (96, 300)
+        assert [each.offset > 0 for each in session.inspected if isinstance(each, ReadTensor)] == [
+            False,
+            True,
+        ]
+        await pilot.press("w", "enter")
+        await until(pilot, lambda: "already exists" in text_of(app), "the reason")
+        assert not app.screen._saving
+        await pilot.press("w", "a", "enter")
+        await until(pilot, lambda: "must end in .npy or" in text_of(app), "the reason")
+        await pilot.press("w", "escape")
+        await until(pilot, lambda: not app.screen._saving, "the screen")

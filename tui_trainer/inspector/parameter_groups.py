@@ -3,7 +3,6 @@ tensors."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from tui_trainer.protocol.inspection import (
     TensorKind,
 )
 from tui_trainer.protocol.schema import Scalar
-from tui_trainer.trace.torch_private import local, plain_name, unwrapped
+from tui_trainer.trace.torch_private import local
 
 
 def parameter_use(run: TracedRun, catalog: TensorCatalog) -> ParameterUse:
@@ -34,7 +33,7 @@ def parameter_use(run: TracedRun, catalog: TensorCatalog) -> ParameterUse:
         frozen=_few([name for name, p in parameters if not p.requires_grad]),
         without_optimizer=_few([name for name, p in trained if id(p) not in held]),
         without_gradient=_few(idle),
-        shared=_shared(run),
+        shared=tuple(catalog.shared())[:MAX_NAMES],
     )
 
 
@@ -61,17 +60,6 @@ def _groups(run: TracedRun, names: dict[int, str]) -> tuple[list[OptimizerGroup]
                 )
             )
     return found, held
-
-
-def _shared(run: TracedRun) -> tuple[tuple[str, ...], ...]:
-    """Parameters that a model has under several names."""
-    found: dict[int, list[str]] = defaultdict(list)
-    for root in run.roots:
-        prefix = run.registry.names.prefix_of(root)
-        for name, parameter in unwrapped(root).named_parameters(remove_duplicate=False):
-            found[id(parameter)].append(prefix + plain_name(name))
-    several = [tuple(dict.fromkeys(names)) for names in found.values()]
-    return tuple(names for names in several if len(names) > 1)[:MAX_NAMES]
 
 
 def _memory(

@@ -6,10 +6,12 @@ optimizers and gradients at any time.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Protocol
 
 import torch
+from msgspec import structs
 
 from tui_trainer.inspector.errors import InspectionError
 from tui_trainer.protocol.inspection import TensorInfo, TensorList, TensorRef
@@ -45,9 +47,11 @@ class TensorCatalog:
         by its gradient and its optimizer state."""
         found: list[TensorInfo] = []
         left_out = 0
+        others = {names[0]: names[1:] for names in self.shared()}
         for ref, tensor in self._all():
             if len(found) < MAX_LISTED:
-                found.append(info_of(ref, tensor))
+                also = others.get(ref.name, ()) if ref.kind != "buffer" else ()
+                found.append(structs.replace(info_of(ref, tensor), also=also))
             else:
                 left_out += 1
         return TensorList(tuple(found), left_out)
@@ -104,8 +108,21 @@ class TensorCatalog:
         """Raises InspectionError where there is none of this name."""
         found = next((each for known, each in self.parameters() if known == name), None)
         if found is None:
+            first = next((names[0] for names in self.shared() if name in names), None)
+            if first is not None:
+                return self.parameter(first)
             raise self._unknown(name)
         return found
+
+    def shared(self) -> Iterator[tuple[str, ...]]:
+        """The names of each parameter that a model has under several ones, the first one first."""
+        found: dict[int, list[str]] = defaultdict(list)
+        for root in self._run.roots:
+            prefix = self._run.registry.names.prefix_of(root)
+            for name, parameter in unwrapped(root).named_parameters(remove_duplicate=False):
+                found[id(parameter)].append(prefix + plain_name(name))
+        several = (tuple(dict.fromkeys(names)) for names in found.values())
+        return (names for names in several if len(names) > 1)
 
     def buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, buffer) of the models."""

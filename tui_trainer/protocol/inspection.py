@@ -8,6 +8,7 @@ one request at a time; another one replaces it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -78,6 +79,17 @@ class TensorInfo(msgspec.Struct, frozen=True, array_like=True):
     bytes: int
     note: str = ""
     """A note such as `this rank's shard`."""
+    also: tuple[str, ...] = ()
+    """Further names of a shared parameter, in a list of tensors."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.ref.name, *self.also)
+
+    def is_named(self, words: Sequence[str]) -> bool:
+        """Whether all words (in lower case) occur in one of its names."""
+        texts = [msgspec.structs.replace(self.ref, name=name).text for name in self.names]
+        return any(all(word in text.casefold() for word in words) for text in texts)
 
     @property
     def elements(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
 from cyclopts import Parameter, validators
@@ -23,7 +23,7 @@ from tui_trainer.client.answers.autograd import (
     shape_text,
     short,
 )
-from tui_trainer.client.answers.autograd_export import dot, svg
+from tui_trainer.client.answers.autograd_export import as_data, dot, svg
 from tui_trainer.client.connection import RunClient
 from tui_trainer.protocol.autograd import AutogradGraph, DescribeGraph
 from tui_trainer.protocol.formatting import bytes_, count, counted, number
@@ -248,13 +248,4 @@ def _write(
 
 def _as_json(run: RunEntry, answer: Inspected, graph: AutogradGraph) -> str:
     known = {"run": run.name, "rank": answer.rank, "step": answer.step, "phase": answer.phase}
-    return msgspec.json.encode({**known, "took_ms": answer.took_ms, **plain(graph)}).decode()
-
-
-def plain(value: Any) -> Any:
-    """A message as dictionaries and lists; nan as null."""
-    if isinstance(value, msgspec.Struct):
-        return {name: plain(getattr(value, name)) for name in value.__struct_fields__}
-    if isinstance(value, tuple):
-        return [plain(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return msgspec.json.encode({**known, "took_ms": answer.took_ms, **as_data(graph)}).decode()

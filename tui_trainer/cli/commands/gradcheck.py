@@ -9,10 +9,11 @@ import msgspec
 from cyclopts import Parameter, validators
 from rich.text import Text
 
-from tui_trainer.cli.commands.autograd import ask_for_rerun, plain, result_of
+from tui_trainer.cli.commands.autograd import ask_for_rerun, result_of
 from tui_trainer.cli.commands.common import Rank, RunsDir, cli_errors, flag, require_single_run
 from tui_trainer.cli.errors import UsageError
 from tui_trainer.cli.table import new_table, table_lines
+from tui_trainer.client.answers.autograd_export import as_data
 from tui_trainer.client.answers.tensors import find_tensor
 from tui_trainer.client.connection import RunClient
 from tui_trainer.config.options import parse_size
@@ -81,7 +82,7 @@ def gradcheck(
     check = result_of(answer, GradientCheck)
     if json:
         known = {"run": found.name, "rank": answer.rank, "step": answer.step, "phase": answer.phase}
-        document = {**known, "took_ms": answer.took_ms, **plain(check)}
+        document = {**known, "took_ms": answer.took_ms, **as_data(check)}
         print(msgspec.json.encode(document).decode(), flush=True)
     else:
         print("\n".join(_text(answer, check, sweeps=bool(places))), flush=True)

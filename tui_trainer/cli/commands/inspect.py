@@ -346,7 +346,7 @@ def _list_as_text(tensors: TensorList) -> str:
             shape_of(each),
             each.dtype,
             bytes_(each.bytes, 0),
-            Text(", ".join(filter(None, (each.device, each.note)))),
+            Text(", ".join(filter(None, (each.device, each.note, *(f"= {n}" for n in each.also))))),
         )
     lines = [line.plain for line in table_lines(table)]
     if tensors.left_out:

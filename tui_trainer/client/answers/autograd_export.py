@@ -1,10 +1,13 @@
-"""Pictures of an autograd graph: SVG of the folded one, DOT of the whole."""
+"""An autograd graph as SVG (folded), as DOT and as JSON (the whole of it)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from html import escape
+from typing import Any
+
+import msgspec
 
 from tui_trainer.client.answers.autograd import Fold, fold, lines, shape_text, short
 from tui_trainer.protocol.autograd import AutogradGraph, GraphNode
@@ -194,3 +197,12 @@ def _node(node: GraphNode, index: int) -> str:
 def _quoted(text: str) -> str:
     escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     return f'"{escaped}"'
+
+
+def as_data(value: Any) -> Any:
+    """A message as dictionaries and lists, for JSON; nan as null."""
+    if isinstance(value, msgspec.Struct):
+        return {name: as_data(getattr(value, name)) for name in value.__struct_fields__}
+    if isinstance(value, tuple):
+        return [as_data(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -46,8 +46,8 @@ def find_tensor(
         if (each.ref.kind == kind if kind else each.ref.kind in ("parameter", "buffer"))
         and each.ref.key == key
     ]
-    exact = [each for each in wanted if each.ref.name == text]
-    found = exact or [each for each in wanted if text in each.ref.name]
+    exact = [each for each in wanted if text in each.names]
+    found = exact or [each for each in wanted if any(text in name for name in each.names)]
     if len(found) == 1:
         return found[0]
     if found:
@@ -64,7 +64,7 @@ def _why_not_found(
         number = f" {key}" if key else ""
         hint = "tui-trainer inspect RUN --modules lists them"
         return f"no module that matches {text} has an {kind}{number}", hint
-    named = [each for each in tensors if text in each.ref.name]
+    named = [each for each in tensors if any(text in name for name in each.names)]
     if named and kind == "state":
         keys = dict.fromkeys(each.ref.key for each in named if each.ref.kind == "state")
         hint = f"it has {', '.join(keys)}" if keys else "its optimizer holds none (yet)"

@@ -18,6 +18,7 @@ from tui_trainer.protocol.inspection import NOT_CAPTURED, Inspected, TensorRef
 from tui_trainer.ui.panels.autograd import GraphTable, NodeDetails, graph_spans
 from tui_trainer.ui.panels.base import placeholder_message
 from tui_trainer.ui.screens.base import CONTROL_BINDINGS, RANK_BINDING, DetailScreen
+from tui_trainer.ui.screens.saving import save_graph
 from tui_trainer.ui.widgets.caption import Caption, Placeholder
 from tui_trainer.ui.widgets.lines import Span
 from tui_trainer.ui.widgets.search import SearchInput
@@ -51,6 +52,8 @@ class AutogradScreen(DetailScreen):
                 tooltip="Run the forward and backward pass of this step again"),
         Binding("i", "inspect", "Inspect", id="autograd.inspect",
                 tooltip="Open the parameter under the cursor in the inspector"),
+        Binding("w", "save", "Write", id="autograd.save", show=False,
+                tooltip="Write the graph to an .svg, .dot or .json file"),
         Binding("escape", "clear", "Clear", show=False, id="autograd.clear",
                 tooltip="Show all rows again"),
         RANK_BINDING,
@@ -185,7 +188,7 @@ class AutogradScreen(DetailScreen):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Dim the keys that have nothing to act on."""
-        if action in ("search", "repeats"):
+        if action in ("search", "repeats", "save"):
             return True if self.graph is not None else None
         if action == "inspect":
             row = self.table.selected if self.is_mounted else None
@@ -217,6 +220,14 @@ class AutogradScreen(DetailScreen):
         if not status.ended and not self._pending:
             self._retries = 0
             self._ask()
+
+    def action_save(self) -> None:
+        """Write the graph that is shown to a file."""
+        if self.graph is not None:
+            loss = "" if self.graph.loss is None else f"loss {number(self.graph.loss, 0, 6)} · "
+            info = self.context.snapshot.info
+            title = f"{info.name if info else ''} · {loss}{self._read_at}"
+            save_graph(self, self.graph, title, self.table.repeats)
 
     def action_inspect(self) -> None:
         row = self.table.selected

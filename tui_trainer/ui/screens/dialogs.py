@@ -69,14 +69,16 @@ class TextPrompt(ModalScreen[str | None]):
         Binding("escape", "dismiss(None)", "Cancel", id="text.cancel", tooltip="Change nothing")
     ]
 
-    def __init__(self, question: str) -> None:
+    def __init__(self, question: str, value: str = "") -> None:
         super().__init__()
-        self._question = question
+        self._question, self._value = question, value
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog"):
             yield Static(self._question, markup=False)
-            yield Input(max_length=MAX_NOTE_LENGTH, compact=True)
+            yield Input(
+                self._value, max_length=MAX_NOTE_LENGTH, select_on_focus=False, compact=True
+            )
             yield Static(f"\n{KEYS_HINT}")
 
     def on_input_submitted(self, event: Input.Submitted) -> None:

@@ -53,6 +53,7 @@ from tui_trainer.ui.screens.base import (
     DetailScreen,
 )
 from tui_trainer.ui.screens.dialogs import TextPrompt
+from tui_trainer.ui.screens.saving import save_tensor
 from tui_trainer.ui.widgets.caption import Caption, Placeholder
 from tui_trainer.ui.widgets.lines import Span
 
@@ -110,11 +111,7 @@ class TensorDialog(ModalScreen[TensorRef | None]):
 
     def _list(self, text: str) -> None:
         words = text.casefold().split()
-        found = [
-            each
-            for each in self._tensors.tensors
-            if all(word in each.ref.text.casefold() for word in words)
-        ]
+        found = [each for each in self._tensors.tensors if each.is_named(words)]
         self._matches = found[:MAX_MATCHES]
         options = self.query_one(OptionList)
         options.set_options([Option(_option(each)) for each in self._matches])
@@ -140,7 +137,8 @@ class TensorDialog(ModalScreen[TensorRef | None]):
 
 def _option(tensor: TensorInfo) -> Content:
     shape = "×".join(map(str, tensor.shape)) or "0-d"
-    return Content.assemble(tensor.ref.text, (f"   {shape} {tensor.dtype}", "dim"))
+    other = "".join(f"  = {name}" for name in tensor.also)
+    return Content.assemble(tensor.ref.text, (f"   {shape} {tensor.dtype}{other}", "dim"))
 
 
 class InspectScreen(DetailScreen):
@@ -205,6 +203,8 @@ class InspectScreen(DetailScreen):
                 tooltip="The update of one entry: asks for its index, * for the whole tensor"),
         Binding("c", "check", "Check", id="inspect.check",
                 tooltip="Check the gradient against numerical ones, on the batch of this step"),
+        Binding("w", "save", "Write", id="inspect.save", show=False,
+                tooltip="Write the whole tensor to a .npy or .safetensors file"),
         Binding("G", "groups", "Groups", key_display="G", id="inspect.groups",
                 tooltip="Parameter groups, who updates which parameters, and the memory by kind"),
         Binding("v", "numbers", "Numbers", id="inspect.numbers",
@@ -241,6 +241,7 @@ class InspectScreen(DetailScreen):
         self._pending = False
         self._due_at = 0.0
         """When to read again while the run runs, on the monotonic clock."""
+        self._saving = False
         self._offered = False
         """Whether the list of tensors was opened since the screen came to the front."""
 
@@ -290,7 +291,8 @@ class InspectScreen(DetailScreen):
     def _read(self, snapshot: Snapshot) -> None:
         """Ask for the tensor where the screen does not show it as it is now."""
         status = snapshot.status
-        if self._ref is None or status.ended or snapshot.link.state not in ("live", "replay"):
+        closed = status.ended or snapshot.link.state not in ("live", "replay")
+        if self._ref is None or closed or self._saving:
             return
         paused = status.state == "paused"
         visible = self.heat_map.view_size.height > 0
@@ -428,6 +430,7 @@ class InspectScreen(DetailScreen):
             "update",
             "entry",
             "check",
+            "save",
         ):
             return True if self.summary is not None or self._ref is not None else None
         if action == "numbers":
@@ -542,6 +545,18 @@ class InspectScreen(DetailScreen):
         else:
             self._unchecked = (answer.message, answer.hint)
         self._draw(self.context.snapshot)
+
+    def action_save(self) -> None:
+        """Write the tensor to a file; meanwhile nothing else is asked of the run."""
+
+        def finished() -> None:
+            self._saving = False
+            self._asked = None
+            self._show()
+
+        if self._ref is not None and not self._saving:
+            self._saving = True
+            save_tensor(self, self._ref, finished)
 
     def action_groups(self) -> None:
         """Show the parameter groups and the memory."""
