@@ -12,7 +12,7 @@ from tests.ui.screens import app_on, frame, text_of
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.messages import PhaseReport, Quantity
 from tui_trainer.ui.app import TuiTrainerApp
-from tui_trainer.ui.healthy_ranges import UPDATE_RATIO, HealthyRange
+from tui_trainer.ui.healthy_ranges import UPDATE_RATIO, HealthyRange, short
 
 LARGE, SMALL = 3, 5
 """Parameters whose updates are too large and too small."""
@@ -131,3 +131,27 @@ async def test_the_report_of_an_update_says_what_is(ratio: float, said: str) -> 
         text = text_of(app)
         assert said in text
         assert ("a little" in text) == (ratio == 1e-3)
+
+
+async def test_a_norm_and_a_scale_that_are_not_healthy_say_so() -> None:
+    run = synthesise(describe())
+    norms = run.values[run.table(schema.STEP)][:, schema.STEP_INDEX["grad_norm_preclip"]]
+    clips = run.values[run.table(schema.CLIP)]
+    before, scale = (
+        [column.name for column in schema.CLIP_COLUMNS].index(name)
+        for name in ("norm_before", "scale")
+    )
+    first = float(np.median(norms[: schema.FIRST_NORMS]))
+    norms[299] = clips[299, before] = 1e3 * first
+    norms[300] = clips[300, before] = first
+    clips[300, scale] = 2e-3
+    session = FakeSession(run, 300)
+    app = app_on("dashboard", session)
+    async with app.run_test(size=(200, 60)) as pilot:
+        await frame(pilot)
+        assert f"healthy up to {short(100 * first)}" in text_of(app)
+        session.advance(1)
+        await frame(pilot)
+        assert "healthy up to" not in text_of(app)
+        assert "healthy from 0.01" in text_of(app)
+        assert style_of(app, "from 0.01") == app.palette.warning.color

@@ -214,6 +214,12 @@ WEIGHT_NORM = "weight_norm"
 UPDATE_RATIO = "update_ratio"
 HEALTHY_UPDATE_RATIO = 1e-4, 1e-1
 """The range outside of which an update ratio is coloured and reported."""
+SMALLEST_CLIP_SCALE = 0.01
+"""Clipping that multiplies gradients by less leaves almost nothing of them."""
+FIRST_NORMS = 20
+"""First total gradient norms whose median later ones are compared with."""
+EXPLODING_NORM = 100.0
+"""Times that median, from which gradients count as exploding."""
 VALIDATION = "validation"
 LOGGED = "logged"
 MEMORY = "memory"

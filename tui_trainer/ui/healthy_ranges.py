@@ -6,6 +6,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
+from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import schema
 
 
@@ -53,3 +56,29 @@ def short(value: float) -> str:
 
 
 UPDATE_RATIO = HealthyRange(*schema.HEALTHY_UPDATE_RATIO)
+CLIP_SCALE = HealthyRange(low=schema.SMALLEST_CLIP_SCALE)
+
+
+class GradientNormRange:
+    """The range of the total gradient norm: up to a hundred times the median of its first values,
+    from which gradients count as exploding."""
+
+    def __init__(self) -> None:
+        self._table: SeriesReader | None = None
+        self._range = HealthyRange()
+
+    def of(self, table: SeriesReader) -> HealthyRange:
+        """The range, open while there are too few values."""
+        if table is not self._table:
+            self._table, self._range = table, HealthyRange()
+        first = table.first_step
+        if self._range.high is None and first is not None and table.rows >= schema.FIRST_NORMS:
+            column = table.column("grad_norm_preclip")
+            stop = min((table.last_step or 0) + 1, first + 8 * schema.FIRST_NORMS)
+            if column is not None:
+                norms = table.window([column], first, stop, 8 * schema.FIRST_NORMS).last[:, 0]
+                norms = norms[np.isfinite(norms) & (norms > 0)][: schema.FIRST_NORMS]
+                if len(norms) == schema.FIRST_NORMS:
+                    high = schema.EXPLODING_NORM * float(np.median(norms))
+                    self._range = HealthyRange(high=high)
+        return self._range

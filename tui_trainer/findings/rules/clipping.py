@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from tui_trainer.findings.observation import Observation
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, SignRule, evidence
 from tui_trainer.protocol.formatting import percent
+from tui_trainer.protocol.schema import SMALLEST_CLIP_SCALE
 
 WINDOW = 100
 
@@ -48,7 +49,9 @@ class ClippedToNothing(Rule):
         "Pascanu, Mikolov & Bengio (ICML 2013): a limit near the average gradient norm of the "
         "training"
     )
-    thresholds = (RuleThreshold("scale", 0.01, "median factor applied to the gradients"),)
+    thresholds = (
+        RuleThreshold("scale", SMALLEST_CLIP_SCALE, "median factor applied to the gradients"),
+    )
     explained_by = ("gradients-kept", "gradients-explode", "loss-diverges")
 
     def start(self) -> None:

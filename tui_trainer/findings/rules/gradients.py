@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from tui_trainer.findings.observation import Observation
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence
+from tui_trainer.protocol.schema import EXPLODING_NORM, FIRST_NORMS
 
 MIN_DEPTH = 4
 """Minimum number of weight matrices for a comparison over depth."""
@@ -123,7 +124,9 @@ class GradientsExplode(_Depth):
         "2013)"
     )
     thresholds = (
-        RuleThreshold("growth", 100, "total gradient norm over the median of its first values"),
+        RuleThreshold(
+            "growth", EXPLODING_NORM, "total gradient norm over the median of its first values"
+        ),
         RuleThreshold("depth", 1e4, "gradient norm of the first quarter over that of the last"),
     )
     explained_by = (
@@ -135,8 +138,6 @@ class GradientsExplode(_Depth):
         "no-warm-up",
         "initial-loss",
     )
-
-    REFERENCE = 20
 
     def start(self) -> None:
         super().start()
@@ -156,7 +157,7 @@ class GradientsExplode(_Depth):
             yield from self._depth(seen, quarters)
 
     def _time(self, seen: Observation, norm: float) -> Iterable[Found]:
-        if len(self._first) < self.REFERENCE:
+        if len(self._first) < FIRST_NORMS:
             self._first.append(norm)
             self._reference = sorted(self._first)[len(self._first) // 2]
             return

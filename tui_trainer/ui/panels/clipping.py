@@ -6,12 +6,14 @@ import math
 from collections.abc import Sequence
 
 from rich.segment import Segment
+from rich.style import Style
 from textual.geometry import Size
 
 from tui_trainer.protocol import formatting, schema
 from tui_trainer.protocol.absent import Absent, why_absent
 from tui_trainer.protocol.events import Clip
 from tui_trainer.protocol.text import fit
+from tui_trainer.ui.healthy_ranges import CLIP_SCALE, GradientNormRange, HealthyRange
 from tui_trainer.ui.panels.base import (
     NO_STEP_YET,
     Figure,
@@ -49,6 +51,7 @@ class ClippingPanel(Panel):
         self.chart = Chart(include_zero=True)
         self.max_steps: int | None = None
         """Steps that the chart shows; None for the whole run."""
+        self._norm_range = GradientNormRange()
 
     def toggle_log(self) -> None:
         """Switch between a linear and a logarithmic axis."""
@@ -129,24 +132,35 @@ class ClippingPanel(Panel):
         if table is None or not table.rows:
             return []
         clip, provisional = self._newest_clip()
-        if not clip:
-            norm = table.newest_measured("grad_norm_preclip")
-            return [("norm", formatting.number(norm, 6, 3), palette.norm)]
+        healthy = self._norm_range.of(table)
+        norm = clip.get("norm_before") if clip else table.newest_measured("grad_norm_preclip")
         style = palette.provisional if provisional else palette.norm
         style = palette.clip if clip.get("scale", 1.0) < 1 else style
-        limit = clip.get("max_norm", math.nan)
-        figures: list[Figure] = [
-            ("norm", formatting.number(clip.get("norm_before"), 6, 3), style),
-            ("limit", formatting.number(clip.get("max_norm"), 5, 3), palette.clip),
-            ("scale", formatting.number(clip.get("scale"), 5, 4), style),
-        ]
+        figures = self._with_range("norm", norm, formatting.number(norm, 6, 3), style, healthy)
+        if not clip:
+            return figures
+        limit, scale = clip.get("max_norm", math.nan), clip.get("scale")
+        of_limit = len(figures)
+        figures.append(("limit", formatting.number(clip.get("max_norm"), 5, 3), palette.clip))
+        figures += self._with_range(
+            "scale", scale, formatting.number(scale, 5, 4), style, CLIP_SCALE
+        )
         if why_absent(limit) is Absent.NO_LIMIT:
-            figures[1] = ("", "by hand", palette.clip)
+            figures[of_limit] = ("", "by hand", palette.clip)
         loss_scale = clip.get("gradient_scale", 1.0)
         if math.isfinite(loss_scale) and loss_scale != 1.0:
             text = formatting.number(loss_scale, 0)
             figures.append(("loss scale", text, palette.warning))
         return figures
+
+    def _with_range(
+        self, label: str, value: float | None, text: str, style: Style, healthy: HealthyRange
+    ) -> list[Figure]:
+        """A value, and its healthy range where it is outside of it."""
+        if value is None or healthy.holds(value):
+            return [(label, text, style)]
+        name, _, limits = healthy.words.partition(" ")
+        return [(label, text, self.palette.warning), (name, limits, self.palette.warning)]
 
     # ------------------------------------------------------------ the clipped steps
 
@@ -185,7 +199,10 @@ class ClippingPanel(Panel):
         row: Row = [
             Segment(f"{clip.step:8,} ", palette.text),
             Segment(formatting.number(clip.norm_before, 8, 3), palette.clip),
-            Segment(f" {formatting.number(clip.scale, 6, 3)} ", palette.text),
+            Segment(
+                f" {formatting.number(clip.scale, 6, 3)} ",
+                palette.text if CLIP_SCALE.holds(clip.scale) else palette.warning,
+            ),
         ]
         if not clip.parameters:  # the norms of the parameters are measured less often
             return [*row, Segment(f" {self.glyphs.missing}", palette.dim)]

@@ -17,6 +17,7 @@ from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol import formatting, schema
 from tui_trainer.protocol.absent import Absent, absent, absent_mask, why_absent
 from tui_trainer.protocol.schema import Table
+from tui_trainer.ui.healthy_ranges import GradientNormRange, HealthyRange
 from tui_trainer.ui.panels.base import (
     NO_STEP_YET,
     Figure,
@@ -169,6 +170,7 @@ class GradientsPanel(VirtualTable):
         self._norms: NDArray[np.float64] = np.empty(0)
         """Of each node of the tree."""
         self._total_norm = 0.0
+        self._norm_range = GradientNormRange()
         self._provisional = False
         self._trends: dict[int, str] = {}
         self._trend_rows: list[int] = []
@@ -314,7 +316,15 @@ class GradientsPanel(VirtualTable):
             figures.append(("/", self.filter, palette.accent))
         if self.name_tree.leaf_count and self._measured:
             style = palette.provisional if self._provisional else palette.norm
+            table = self.snapshot.history.table(schema.STEP)
+            # Of several optimizers it is the norm over all of them, and the range that of one.
+            alone = table is not None and len(self._gradients.tables) == 1
+            healthy = self._norm_range.of(table) if alone and table is not None else HealthyRange()
+            large = not healthy.holds(self._total_norm)
+            style = palette.warning if large else style
             figures.append(("total", formatting.number(self._total_norm, 7), style))
+            if large:
+                figures.append(("", healthy.words, style))
             if self._provisional:
                 figures.append(("", "this step, before its update", palette.provisional))
             elif age := self._age():

@@ -17,7 +17,7 @@ from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol import BETWEEN, PHASES, Phase, formatting, schema
 from tui_trainer.protocol.messages import PhaseReport, Quantity
 from tui_trainer.protocol.text import strip_escapes, truncate_middle
-from tui_trainer.ui.healthy_ranges import UPDATE_RATIO
+from tui_trainer.ui.healthy_ranges import CLIP_SCALE, UPDATE_RATIO, GradientNormRange
 from tui_trainer.ui.panels.base import Panel, unavailable_reason
 from tui_trainer.ui.widgets.lines import Row
 
@@ -51,6 +51,7 @@ class PhaseStrip(Panel):
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
+        self._norm_range = GradientNormRange()
         self._step = 0
         """The step that the run last stopped in."""
         self._step_ms: dict[str, float] = {}
@@ -184,7 +185,7 @@ class PhaseStrip(Panel):
         purpose = PURPOSES.get(report.phase, "") if report.phase in PHASES else ""
         if any(map(_is_nonfinite, report.quantities)):
             purpose = ""  # it would be wrong: an update of nan does not move anything a little
-        elif words := _unhealthy(report):
+        elif words := next(filter(None, map(self._unhealthy, report.quantities)), ""):
             purpose = words
         room = width - 4 - sum(segment.cell_length for segment in row)
         if purpose and len(purpose) <= room:
@@ -195,10 +196,22 @@ class PhaseStrip(Panel):
         """Red where it is not finite, and yellow where it is not healthy."""
         if _is_nonfinite(quantity):
             return self.palette.error
-        ratio = quantity.name.startswith("update ratio") and isinstance(quantity.value, float)
-        if ratio and not UPDATE_RATIO.holds(float(quantity.value)):
-            return self.palette.warning
-        return self.palette.text
+        return self.palette.warning if self._unhealthy(quantity) else self.palette.text
+
+    def _unhealthy(self, quantity: Quantity) -> str:
+        """What is unhealthy about it, in words."""
+        value = quantity.value
+        if not isinstance(value, float):
+            return ""
+        if quantity.name.startswith("update ratio"):
+            return f"updates {words}" if (words := UPDATE_RATIO.describe(value)) else ""
+        if quantity.name == "scale":
+            return f"scale {words}" if (words := CLIP_SCALE.describe(value)) else ""
+        table = self.snapshot.history.table(schema.STEP)
+        if table is not None and quantity.name in ("total norm", "norm before"):
+            words = self._norm_range.of(table).describe(value)
+            return f"norm {words}" if words else ""
+        return ""
 
     def _quantities(self, report: PhaseReport, width: int) -> Row:
         """The quantities that the phase produced, as many as fit."""
@@ -214,13 +227,6 @@ class PhaseStrip(Panel):
             row += (Segment(name, self.palette.dim), Segment(value, self._value_style(quantity)))
             left -= cell_len(name) + cell_len(value)
         return row
-
-
-def _unhealthy(report: PhaseReport) -> str:
-    """What is unhealthy about the quantities of a phase, in words."""
-    ratios = [q.value for q in report.quantities if q.name.startswith("update ratio")]
-    verdicts = [UPDATE_RATIO.describe(ratio) for ratio in ratios if isinstance(ratio, float)]
-    return next((f"updates {words}" for words in verdicts if words), "")
 
 
 def _is_nonfinite(quantity: Quantity) -> bool:

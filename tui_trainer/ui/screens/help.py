@@ -14,10 +14,10 @@ from textual.widgets import Input
 from tui_trainer.client.api import Snapshot
 from tui_trainer.learn.page import NO_BREAK, help_texts, key_labels, titles, words
 from tui_trainer.protocol import Phase
-from tui_trainer.protocol.schema import RunInfo
+from tui_trainer.protocol.schema import EXPLODING_NORM, RunInfo
 from tui_trainer.protocol.text import wrap
 from tui_trainer.ui.glyphs import Glyphs
-from tui_trainer.ui.healthy_ranges import UPDATE_RATIO
+from tui_trainer.ui.healthy_ranges import CLIP_SCALE, UPDATE_RATIO
 from tui_trainer.ui.panels.attention.statistics import SHOWN_STATISTICS
 from tui_trainer.ui.panels.base import slowed_tables
 from tui_trainer.ui.screens import FURTHER_SCREENS, SCREENS, dialogs
@@ -138,11 +138,15 @@ PHASES: tuple[tuple[Phase, str], ...] = (
 QUANTITIES: Entries = (
     ("loss", "what training minimizes; validation is the same on data that is not trained on"),
     ("gradient norm", "‖∂L/∂p‖₂ of a parameter, before clipping and after un-scaling"),
-    ("total norm", "√Σ‖gᵢ‖² over all parameters: what clipping compares with its limit"),
+    (
+        "total norm",
+        "√Σ‖gᵢ‖² over all parameters: what clipping compares with its limit; "
+        f"healthy up to {EXPLODING_NORM:.0f} times its first values",
+    ),
     (
         "clip scale",
         "by norm min(1, max_norm / (norm + 1e-6)), by value the norm after / the norm before: "
-        "below 1 the step was clipped",
+        f"below 1 the step was clipped; {CLIP_SCALE.words}",
     ),
     ("share", "‖gᵢ‖² / Σ‖g‖²: a parameter's part of the squared total norm"),
     ("update ratio", f"‖Δw‖ / ‖w‖ of one step: {UPDATE_RATIO.words}, best near 1e-3"),
