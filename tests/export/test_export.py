@@ -208,7 +208,7 @@ def test_joining_loses_nothing(long):
     for step, rows in joined(chosen):
         assert step > last
         last = step
-        assert not math.isnan(history.timeline.time_of(step))
+        assert not math.isnan(history.step_times.time_of(step))
         for place, row in rows.items():
             seen[place].append((step, row))
     for place, table in enumerate(chosen):

@@ -16,8 +16,8 @@ from tui_trainer.inspector.attention.examine import (
 )
 from tui_trainer.probes.attention.layers import find_layers
 from tui_trainer.protocol.attention import AttentionExamination, ExamineAttention
+from tui_trainer.trace.module_calls import SubmoduleCalls
 from tui_trainer.trace.parameters import TrackedParameters
-from tui_trainer.trace.submodule_calls import SubmoduleCalls
 
 
 def layers_of(model: nn.Module) -> list[FoundLayer]:

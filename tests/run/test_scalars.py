@@ -16,7 +16,7 @@ import tui_trainer
 from tests import processes
 from tests.cli.calling import call
 from tests.run.schema import faults
-from tui_trainer.history.logged import logged_series
+from tui_trainer.history.columns import logged_series
 from tui_trainer.protocol.absent import Absent, why_absent
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.recorder import Recorder

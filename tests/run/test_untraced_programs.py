@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tui_trainer.run.untraced_programs import ProgramReports, traced_command
+from tui_trainer.run.child_processes import ProgramReports, traced_command
 
 
 @pytest.mark.parametrize(

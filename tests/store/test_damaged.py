@@ -173,7 +173,7 @@ NOISE = b"\xff\x00noise"
         ("tables", "UPDATE series SET description = ? WHERE id = 2"),
         ("measurements", "UPDATE tail SET data = ? WHERE series = 0 AND level = 0"),
         ("measurements", "UPDATE chunk SET seqs = ? WHERE id = 1"),
-        ("times of steps", "UPDATE timeline SET data = ? WHERE id = 2"),
+        ("times of steps", "UPDATE step_time SET data = ? WHERE id = 2"),
         ("the run's description", "UPDATE description SET data = ?"),
         ("the run's description", "UPDATE description SET data = ? WHERE seq > 0"),
     ],
@@ -198,9 +198,9 @@ def test_damaged_records_are_left_out_and_named(runs, tmp_path, capsys, named, s
     assert len(snapshot.history.tables) == 6
 
 
-def test_the_lines_after_a_damaged_piece_of_the_timeline_are_those_of_the_run(runs, tmp_path):
+def test_the_lines_after_a_damaged_piece_of_the_step_times_are_those_of_the_run(runs, tmp_path):
     exported("jsonl", runs, tmp_path / "whole.jsonl")
-    change(runs, ("UPDATE timeline SET data = ? WHERE id = 2", NOISE))
+    change(runs, ("UPDATE step_time SET data = ? WHERE id = 2", NOISE))
     assert exported("jsonl", runs, tmp_path / "calm.jsonl") == FAULT
     whole = (tmp_path / "whole.jsonl").read_text().splitlines()
     kept = (tmp_path / "calm.jsonl").read_text().splitlines()
@@ -227,7 +227,7 @@ def test_an_absurd_number_is_not_counted_up_to(runs, tmp_path, capsys):
     change(
         runs,
         ("UPDATE chunk SET number = ? WHERE id = 1", 2**60),
-        ("UPDATE timeline SET id = ? WHERE id = (SELECT max(id) FROM timeline)", 2**60),
+        ("UPDATE step_time SET id = ? WHERE id = (SELECT max(id) FROM step_time)", 2**60),
     )
     run_commands(runs, tmp_path, capsys)
     look_back(runs)
@@ -246,7 +246,7 @@ def test_a_run_whose_database_does_not_open_is_shown_by_its_files(runs, tmp_path
 
 MEASURED = [
     *[("description", "seq"), ("description", "data"), ("series", "id"), ("series", "description")],
-    *[("timeline", name) for name in ("id", "last_seq", "last_step", "last_time", "data")],
+    *[("step_time", name) for name in ("id", "last_seq", "last_step", "last_time", "data")],
     *[("chunk", name) for name in ("number", "last_step", "steps", "seqs")],
     *[("part", "data"), ("tail", "first"), ("tail", "data"), ("tail", "seqs")],
 ]

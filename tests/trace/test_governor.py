@@ -12,7 +12,7 @@ import torch
 from tests.trace.support import KeepingRecorder, SmallGpt, gpt_loop, mlp, plain_loop, trace
 from tui_trainer.probes import PROBES
 from tui_trainer.probes.attention.heads import AttentionHeads
-from tui_trainer.probes.kept_updates import NEVER
+from tui_trainer.probes.update_ratio import NEVER
 from tui_trainer.trace.active_probe import NEVER_STRETCHED, WATCHED_LIMIT, ActiveProbe
 from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.governor import (
@@ -22,7 +22,7 @@ from tui_trainer.trace.governor import (
     Governor,
 )
 from tui_trainer.trace.probe import Probe, ProbeOptions, Readings
-from tui_trainer.trace.schedule import ProbeSchedule
+from tui_trainer.trace.probe_set import ProbeSchedule
 from tui_trainer.trace.tracer import Tracer
 
 

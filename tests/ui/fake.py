@@ -20,7 +20,7 @@ from tests.ui.fake_run import MAX_NORM, STARTED_AT, FakeRun, describe, synthesis
 from tests.ui.fake_tensors import FakeTensors
 from tui_trainer.client.api import Link, Snapshot
 from tui_trainer.history import MemoryHistory
-from tui_trainer.history.attention_columns import STATISTICS
+from tui_trainer.history.columns import STATISTICS
 from tui_trainer.protocol import PHASES, actions, messages, schema
 from tui_trainer.protocol.absent import Absent, absent
 from tui_trainer.protocol.actions import Action

@@ -10,7 +10,7 @@ from rich.style import Style
 from tests.ui.fake import FakeSession, fake_empty, fake_gpt, fake_large, fake_non_finite
 from tests.ui.fake_run import describe, synthesise, with_unseen
 from tests.ui.screens import app_on, settle, text_of
-from tui_trainer.history.attention_columns import STATISTICS
+from tui_trainer.history.columns import STATISTICS
 from tui_trainer.protocol import schema
 from tui_trainer.ui.panels.attention.overview import LayersTable
 from tui_trainer.ui.panels.attention.statistics import BY_KEY, SHOWN_STATISTICS

@@ -12,7 +12,7 @@ from tests.ui.fake import FakeSession, fake_two_transformers
 from tests.ui.fake_run import with_unseen
 from tests.ui.screens import app_on, settle, text_of
 from tui_trainer.cli.run_summary import _attention
-from tui_trainer.history.attention_columns import layers_in, location_of
+from tui_trainer.history.columns import layers_in, location_of
 from tui_trainer.protocol import formatting, schema
 from tui_trainer.report.charts import _attention as charts_of
 from tui_trainer.ui.panels.attention.overview import LayersTable, TrendChart

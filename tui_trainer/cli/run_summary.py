@@ -15,8 +15,7 @@ from tui_trainer.client.connection import RunClient
 from tui_trainer.client.replay import ReplaySession
 from tui_trainer.findings.finding_order import newest_findings
 from tui_trainer.history import History
-from tui_trainer.history.attention_columns import attention_tables
-from tui_trainer.history.logged import logged_series
+from tui_trainer.history.columns import attention_tables, logged_series
 from tui_trainer.history.ranks import RankSummary, summarize_ranks
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import Phase, schema

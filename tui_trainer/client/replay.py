@@ -200,7 +200,9 @@ class ReplaySession:
     @property
     def recorded_speed(self) -> float:
         """Steps per second of the whole run, pauses included."""
-        return self._history.timeline.steps_per_second() or self._recorded.steps_per_second or 10.0
+        return (
+            self._history.step_times.steps_per_second() or self._recorded.steps_per_second or 10.0
+        )
 
     @property
     def speed(self) -> float:
@@ -333,7 +335,7 @@ class ReplaySession:
                 self._recorded,
                 playing=self.playing,
                 at_end=cursor >= self.last_step,
-                elapsed_s=self._history.timeline.elapsed_s(cursor),
+                elapsed_s=self._history.step_times.elapsed_s(cursor),
             ),
             info=self._info,
             events=moments.events(until, EVENTS_KEPT),

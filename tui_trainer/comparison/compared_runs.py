@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tui_trainer.comparison.divergence import RunsCompared, first_difference
-from tui_trainer.history.logged import logged_series
+from tui_trainer.history.columns import logged_series
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.absent import why_absent
@@ -86,10 +86,10 @@ class ComparedRun:
     def seconds_at(self, steps: NDArray[np.int64]) -> NDArray[np.float64]:
         """When each of some ascending steps ended, in seconds since the first one did. Pauses
         count; what came before the first step (imports, compilation) does not."""
-        first = self.history.timeline.first_step
+        first = self.history.step_times.first_step
         if first is None:
             return np.zeros(len(steps))
-        seconds = self.history.timeline.times(steps) - first[1]
+        seconds = self.history.step_times.times(steps) - first[1]
         return np.maximum.accumulate(np.maximum(seconds, 0.0))
 
     @property

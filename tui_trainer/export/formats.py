@@ -44,7 +44,7 @@ def _write_steps(history: StoredHistory, chosen: list[StoredSeries], folder: Pat
         writer = csv.writer(file)
         writer.writerow(["step", "time", *names])
         for step, rows in joined(chosen):
-            when = history.timeline.time_of(step)
+            when = history.step_times.time_of(step)
             line = [str(step), "" if math.isnan(when) else repr(when)]
             for place in range(len(chosen)):
                 line += shortest(rows[place]) if place in rows else blank[place]
@@ -171,7 +171,7 @@ def _write_parquet_steps(history: StoredHistory, chosen: list[StoredSeries], fol
 
         def write() -> None:
             count = len(steps)
-            when = np.array([history.timeline.time_of(step) for step in steps], np.float64)
+            when = np.array([history.step_times.time_of(step) for step in steps], np.float64)
             columns = [pyarrow.array(steps, pyarrow.int64())]
             columns.append(pyarrow.array(when, mask=np.isnan(when)))
             columns += [
@@ -254,7 +254,7 @@ def write_tensorboard(history: StoredHistory, folder: Path) -> list[Path]:
     writer = EventFileWriter(str(folder))
     try:
         for step, rows in joined(chosen):
-            found = history.timeline.time_of(step)
+            found = history.step_times.time_of(step)
             when = when if math.isnan(found) else found
             summary = Summary()
             for place, row in rows.items():

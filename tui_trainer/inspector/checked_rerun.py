@@ -21,9 +21,9 @@ from torch.overrides import TorchFunctionMode
 from tui_trainer.history.records import Producer
 from tui_trainer.inspector.loss_replay import outputs_of
 from tui_trainer.inspector.rerun import Autocast, ModelCall, call_again, call_context
+from tui_trainer.trace.module_calls import tensors_in
 from tui_trainer.trace.random_state import random_state
 from tui_trainer.trace.script_frames import script_frames
-from tui_trainer.trace.submodule_calls import tensors_in
 from tui_trainer.trace.torch_private import (
     node_name,
     tensors_of,

@@ -17,7 +17,7 @@ import torch
 
 from tui_trainer.inspector.errors import InspectionError
 from tui_trainer.inspector.loss_recording import LossRecorder, RecordedCall, replay
-from tui_trainer.trace.submodule_calls import tensors_in
+from tui_trainer.trace.module_calls import tensors_in
 from tui_trainer.trace.torch_private import (
     has_saved,
     node_name,

@@ -25,8 +25,8 @@ from tui_trainer.inspector.loss_recording import LossRecorder
 from tui_trainer.inspector.loss_replay import LossReplay, outputs_of
 from tui_trainer.protocol.formatting import bytes_
 from tui_trainer.protocol.inspection import NOT_CAPTURED
+from tui_trainer.trace.module_calls import OnCall, OnReturn
 from tui_trainer.trace.random_state import random_state, restore_random_state
-from tui_trainer.trace.submodule_calls import OnCall, OnReturn
 from tui_trainer.trace.torch_private import (
     forward_hooks_of,
     is_compiled,

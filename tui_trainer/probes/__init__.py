@@ -1,4 +1,4 @@
-"""The probes: one file for each quantity that is measured.
+"""The probes: a file for each quantity that is measured, or for a few that belong together.
 
 `PROBES` lists them in the order in which their rows are made, so that later ones can use what
 earlier ones have found. A new probe is added to this list, and its columns to
@@ -13,19 +13,16 @@ from tui_trainer.probes.attention.spectrum import AttentionSpectrum
 from tui_trainer.probes.attention.weights import Attention
 from tui_trainer.probes.batch import BatchProbe
 from tui_trainer.probes.clipping import ClippingProbe
-from tui_trainer.probes.gradients import Gradients
 from tui_trainer.probes.initial_weights import InitialWeights
-from tui_trainer.probes.kept_updates import KeptUpdates
-from tui_trainer.probes.memory import Memory
 from tui_trainer.probes.modes import Modes
 from tui_trainer.probes.nonfinite import NonFiniteProbe
 from tui_trainer.probes.nonfinite_module import OutputSums
-from tui_trainer.probes.overhead import Overhead
+from tui_trainer.probes.parameter_norms import Gradients, Weights
 from tui_trainer.probes.replica import ReplicaChecksum, ReplicaSample
+from tui_trainer.probes.resources import Memory, Overhead
 from tui_trainer.probes.step import PhasesProbe, StepProbe
 from tui_trainer.probes.units import UnitsProbe
-from tui_trainer.probes.update_ratio import UpdateRatio
-from tui_trainer.probes.weights import Weights
+from tui_trainer.probes.update_ratio import KeptUpdates, UpdateRatio
 from tui_trainer.trace.probe import Probe
 
 PROBES: tuple[type[Probe], ...] = (

@@ -25,10 +25,10 @@ from tui_trainer.history.records import (
 )
 from tui_trainer.probes.replica import checksum
 from tui_trainer.trace.evaluation import CLASS_LOSSES
+from tui_trainer.trace.module_calls import SubmoduleCalls, tensors_in
 from tui_trainer.trace.parameters import TrackedParameters
 from tui_trainer.trace.probe import Probe, ProbeOptions, Readings, StepFacts, Values
 from tui_trainer.trace.script_frames import objects_of_script
-from tui_trainer.trace.submodule_calls import SubmoduleCalls, tensors_in
 from tui_trainer.trace.torch_private import PLAIN
 
 MAX_TARGETS = 4

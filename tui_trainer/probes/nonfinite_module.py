@@ -16,10 +16,10 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from tui_trainer.history.records import Floats, Producer
 from tui_trainer.protocol.absent import why_absent
+from tui_trainer.trace.module_calls import SubmoduleCalls, tensors_in
 from tui_trainer.trace.parameters import TrackedParameters
 from tui_trainer.trace.probe import Probe, ProbeOptions, Readings, StepFacts, Values
 from tui_trainer.trace.source_places import place_of_call
-from tui_trainer.trace.submodule_calls import SubmoduleCalls, tensors_in
 from tui_trainer.trace.torch_private import PLAIN, version_of
 
 FIRST_STEPS = 3

@@ -13,9 +13,9 @@ from torch.nn import functional
 
 from tui_trainer.history.records import Floats, UnitKind, UnitsRecord, UnitsShare
 from tui_trainer.probes.batch import CONVOLUTIONS
+from tui_trainer.trace.module_calls import SubmoduleCalls
 from tui_trainer.trace.parameters import TrackedParameters
 from tui_trainer.trace.probe import Probe, ProbeOptions, Readings, StepFacts, Values
-from tui_trainer.trace.submodule_calls import SubmoduleCalls
 from tui_trainer.trace.torch_private import PLAIN
 
 FUNCTIONS: tuple[tuple[Any, str, UnitKind], ...] = (

@@ -1,9 +1,12 @@
-"""‖w_after − w_before‖ / ‖w_before‖ of every parameter; healthy near 1e-3."""
+"""‖w_after − w_before‖ / ‖w_before‖ of every parameter, healthy near 1e-3; and whether the update
+of a step is still there at the next one."""
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import psutil
@@ -17,12 +20,16 @@ from tui_trainer.protocol.schema import Column
 from tui_trainer.trace.norms import Norms
 from tui_trainer.trace.parameters import TrackedParameters
 from tui_trainer.trace.probe import Probe, ProbeOptions, Readings, StepFacts, TableSpec, Values
-from tui_trainer.trace.torch_private import copy_each, local, subtract_each
+from tui_trainer.trace.torch_private import copy_each, is_sharded, local, subtract_each
 
 SHARE_OF_DEVICE = 0.03
 SHARE_OF_FREE = 0.25
 """Share of the free memory that measuring a whole step before a pause may use."""
 MAX_HOST_BYTES = 1 << 30
+HALF_PRECISION = (torch.float16, torch.bfloat16)
+KEPT_SAMPLE = 256
+"""Elements of the largest weight that are looked at."""
+NEVER = 1 << 30
 
 
 class UpdateRatio(Probe):
@@ -139,12 +146,9 @@ class UpdateRatio(Probe):
         return (to_float32(self._ratios),)
 
 
-LOW = (torch.float16, torch.bfloat16)
-
-
 def _wide(weight: torch.Tensor) -> torch.dtype:
     """In which differences of such weights are not rounded."""
-    return torch.float32 if weight.dtype in LOW else weight.dtype
+    return torch.float32 if weight.dtype in HALF_PRECISION else weight.dtype
 
 
 def _copy(weight: torch.Tensor) -> torch.Tensor:
@@ -182,3 +186,57 @@ def in_turns(parameters: Sequence[torch.Tensor], budget: int) -> list[list[int]]
         turns[-1].append(index)
         used += size
     return turns
+
+
+class KeptUpdates(Probe):
+    """No table: sets `StepFacts.kept_update`, in the first steps, which follow on each other.
+
+    ‖w₂ − w₀‖ / ‖w₁ − w₀‖ for a sample of the largest weight before the step, after it, and when the
+    model is called for the next one: near 1, unless something writes to the weights in between.
+    """
+
+    name = "kept_updates"
+    every = NEVER
+    first_steps = 6
+    importance = 12
+    owns_readings = True
+
+    def __init__(self, tracked: TrackedParameters, options: ProbeOptions) -> None:
+        super().__init__(tracked, options)
+        own = tracked.parameters[: tracked.own]
+        plain = [p for p in own if p.is_floating_point() and not is_sharded(p)]
+        self._weight = max(plain, key=torch.Tensor.numel, default=None)
+        self._before: torch.Tensor | None = None
+        self._after: torch.Tensor | None = None
+        self._share: torch.Tensor | None = None
+        """Of the update of the step before."""
+        self._under_way: deque[bool] = deque()
+
+    def _sample(self) -> torch.Tensor | None:
+        if self._weight is None:
+            return None
+        flat = self._weight.detach().flatten()
+        return flat[:: -(-flat.numel() // KEPT_SAMPLE)].to(torch.float32, copy=True)
+
+    def model_called(
+        self, root: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if self._before is not None and self._after is not None and self._share is None:
+            now = self._sample()
+            if now is not None:
+                self._share = (now - self._before).norm() / (self._after - self._before).norm()
+
+    def before_update(self) -> None:
+        self._before, self._after = self._sample(), None
+
+    def after_update(self) -> Readings:
+        self._after = self._sample()
+        share, self._share = self._share, None
+        self._under_way.append(share is not None)
+        return [share] if share is not None else ()
+
+    def rows(self, values: Values, facts: StepFacts) -> Sequence[Floats | None]:
+        """Sets `facts.kept_update`."""
+        if self._under_way.popleft() and len(values) == 1 and math.isfinite(values[0]):
+            facts.kept_update = float(values[0])
+        return ()

@@ -14,8 +14,7 @@ from html import escape
 import numpy as np
 from numpy.typing import NDArray
 
-from tui_trainer.history.attention_columns import LayerLocation, location_of
-from tui_trainer.history.logged import logged_series
+from tui_trainer.history.columns import LayerLocation, location_of, logged_series
 from tui_trainer.history.window import Window
 from tui_trainer.protocol import PHASES, schema
 from tui_trainer.report.read import ReportData

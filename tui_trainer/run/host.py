@@ -54,9 +54,9 @@ from tui_trainer.run.rank_server import FAILURE_WAIT_S, LEAVE_S, RankServer
 from tui_trainer.run.scalars import activated
 from tui_trainer.run.server import Server
 from tui_trainer.run.signals import StopHandler
-from tui_trainer.runs.branching import free_name, start_branch
 from tui_trainer.runs.checkpoints import checkpoint_steps
 from tui_trainer.runs.errors import RunError
+from tui_trainer.runs.launch import free_name, start_branch
 from tui_trainer.store.writer import StoreWriter
 from tui_trainer.trace.gate import Gate, Refusal
 

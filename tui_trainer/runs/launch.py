@@ -1,4 +1,5 @@
-"""Starting a run in a process of its own, which outlives the terminal."""
+"""Starts runs in processes of their own, which outlive the terminal: new ones, and branches that
+continue from a checkpoint of another run."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from tui_trainer.protocol.errors import UserError
 from tui_trainer.protocol.messages import END_STATES
 from tui_trainer.protocol.schema import Scalar
 from tui_trainer.runs.boot_log import BOOT_LOG, last_output
-from tui_trainer.runs.errors import NotListening, RunGone, Unreachable
+from tui_trainer.runs.errors import NotListening, RunError, RunGone, Unreachable
 from tui_trainer.runs.security import connect_unix
 
 _OUT_OF_MEMORY = (
@@ -118,3 +119,30 @@ def _ending(exit_status: int) -> str:
         return f"killed by {signal.Signals(-exit_status).name}"
     except ValueError:
         return f"killed by signal {-exit_status}"
+
+
+def free_name(directory: Path) -> str:
+    """A name for a branch of the run in `directory`: its own and a number."""
+    number = 2
+    while (directory.parent / f"{directory.name}-{number}").exists():
+        number += 1
+    return f"{directory.name}-{number}"
+
+
+def start_branch(
+    spec: RunSpec, step: int, name: str, changes: Sequence[str], paused: bool = False
+) -> None:
+    """Start the run `name` next to that of `spec`, from its checkpoint of `step`, in a process of
+    its own; returns once it trains. Raises RunError."""
+    directory = Path(spec.directory)
+    command = [sys.executable, "-m", "tui_trainer", spec.task, "--detach", "--name", name]
+    command += ["--resume", f"{directory}@{step}", "--runs-dir", str(directory.parent)]
+    command += ["--paused"] * paused
+    command += ["--snapshots", str(spec.snapshots)] if spec.snapshots else []
+    command += [part for change in changes for part in ("--set", change)]
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["it could not be started"]
+        raise RunError(lines[0].removeprefix("tui-trainer: "))

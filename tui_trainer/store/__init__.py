@@ -1,7 +1,7 @@
 """The run store: everything measured in a run, in one SQLite database in the run's directory.
 
 `writer` is a sink of the recorder, `reader` a history for viewers, `replay` the items of the run in
-order. `series`, `timeline` and `events` write and read the tables of those names. The format is
+order. `series`, `step_time` and `events` write and read the tables of those names. The format is
 described in docs/store.md.
 """
 

@@ -147,13 +147,13 @@ class StepTimes(NamedTuple):
     """Overhead of tracing the step; NaN for a row measured outside a step."""
 
 
-def pack_timeline(timeline: StepTimes) -> bytes:
-    microseconds = np.rint(timeline.time * 1e6).astype(np.int64)
-    integers = pack_integers(timeline.seq, timeline.step, microseconds)
-    return msgspec.msgpack.encode((integers, pack(timeline.own_ms.astype("<f4"))))
+def pack_step_times(times: StepTimes) -> bytes:
+    microseconds = np.rint(times.time * 1e6).astype(np.int64)
+    integers = pack_integers(times.seq, times.step, microseconds)
+    return msgspec.msgpack.encode((integers, pack(times.own_ms.astype("<f4"))))
 
 
-def unpack_timeline(data: bytes) -> StepTimes:
+def unpack_step_times(data: bytes) -> StepTimes:
     """Raises ValueError for damaged data."""
     integers, floats = _pair_decoder.decode(data)
     seq, step, microseconds = unpack_integers(integers, 3)

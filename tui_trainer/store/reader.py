@@ -11,7 +11,7 @@ from tui_trainer.protocol.schema import Table
 from tui_trainer.protocol.text import sanitize_message
 from tui_trainer.store.database import TABLES, Store
 from tui_trainer.store.series import StoredSeries
-from tui_trainer.store.timeline import TimelineReader
+from tui_trainer.store.step_times import StepTimesReader
 
 
 class StoredHistory(History):
@@ -25,7 +25,7 @@ class StoredHistory(History):
         self.tables = {}
         self.version = 0
         self.store = Store(directory, ended)
-        self.timeline = TimelineReader(self.store)
+        self.step_times = StepTimesReader(self.store)
         self.refresh()
 
     def refresh(self) -> None:
@@ -35,7 +35,7 @@ class StoredHistory(History):
                 series.refresh()
             for table in self._new_tables():
                 self.tables[table.id] = StoredSeries(self.store, table)
-            self.timeline.refresh()
+            self.step_times.refresh()
         self.version += 1
 
     def _new_tables(self) -> list[Table]:

@@ -133,7 +133,7 @@ def _measurements(history: StoredHistory) -> Iterator[tuple[int, _Measured]]:
 
 
 def _times(history: StoredHistory) -> Iterator[tuple[int, int, Any]]:
-    for piece in history.timeline.pieces():
+    for piece in history.step_times.pieces():
         columns = (each.tolist() for each in piece)
         for seq, step, time, own_ms in zip(*columns, strict=True):
             yield seq, -1, (step, time, own_ms)

@@ -11,7 +11,7 @@ from tui_trainer.protocol.text import single_line
 
 STORE_FILE = "history.sqlite"
 APPLICATION_ID = 0x54545231  # "TTR1", by which `file` and other tools recognise the database
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Of `PRAGMA user_version`; an empty database has 0."""
 
 SCHEMA = """
@@ -30,14 +30,14 @@ CREATE TABLE description (
 );
 
 -- When each step ended: up to 512 consecutive steps, or rows measured outside a step.
-CREATE TABLE timeline (
+CREATE TABLE step_time (
     id INTEGER PRIMARY KEY,
     last_seq INTEGER NOT NULL,
     last_step INTEGER NOT NULL,
     last_time REAL NOT NULL,    -- seconds since the epoch
     data BLOB NOT NULL          -- packed int64 and float32: seq, step, time in µs; own_ms
 );
-CREATE INDEX timeline_by_step ON timeline (last_step, last_time);
+CREATE INDEX step_time_by_step ON step_time (last_step, last_time);
 
 CREATE TABLE series (
     id INTEGER PRIMARY KEY,     -- number of the measured table

@@ -36,7 +36,7 @@ from tui_trainer.store import codec
 from tui_trainer.store.events import EventWriter
 from tui_trainer.store.schema import STORE_FILE, StoreError, open_for_writing
 from tui_trainer.store.series import SeriesWriter
-from tui_trainer.store.timeline import TimelineWriter
+from tui_trainer.store.step_times import StepTimesWriter
 
 COMMIT_EVERY_S = 0.4
 MAX_BACK_OFF_S = 30.0
@@ -164,7 +164,7 @@ class StoreWriter:
     def _start(self) -> None:
         """Reset to an empty database with nothing pending."""
         self._series: dict[int, SeriesWriter] = {}
-        self._timeline = TimelineWriter()
+        self._step_times = StepTimesWriter()
         self._events = EventWriter(MAX_WAITING_BYTES)
         self._description = DescriptionWriter()
         self._next_seq = self._committed_seq = self._first_seq = 0
@@ -218,10 +218,10 @@ class StoreWriter:
                 record = item.record
                 taken = [self._row(t, seq, record.step, values) for t, values in record.rows]
                 if any(taken):
-                    self._timeline.add(seq, record.step, record.time, record.own_ms)
+                    self._step_times.add(seq, record.step, record.time, record.own_ms)
             case RowRecorded():
                 if self._row(item.table, seq, item.step, item.values):
-                    self._timeline.add(seq, item.step, item.time, float("nan"))
+                    self._step_times.add(seq, item.step, item.time, float("nan"))
             case InfoChanged():
                 self._describe(seq, item.info)
             case RunEnded():
@@ -276,7 +276,7 @@ class StoreWriter:
             writer.reopened()
 
     def _writers(self) -> list[TableWriter]:
-        return [self._description, self._timeline, self._events, *self._series.values()]
+        return [self._description, self._step_times, self._events, *self._series.values()]
 
     def _write(self) -> None:
         connection = self._connection
@@ -351,7 +351,7 @@ def _next_seq(connection: sqlite3.Connection) -> int:
     last = (
         "SELECT max(seq) AS seq FROM description",
         "SELECT max(seq) FROM dropped",
-        "SELECT last_seq FROM (SELECT last_seq FROM timeline ORDER BY id DESC LIMIT 1)",
+        "SELECT last_seq FROM (SELECT last_seq FROM step_time ORDER BY id DESC LIMIT 1)",
         *(
             f"SELECT seq FROM (SELECT seq FROM {table} ORDER BY id DESC LIMIT 1)"
             for table in ("event", "log", "artifact")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from tui_trainer.history.records import BadBatch
-from tui_trainer.trace.submodule_calls import tensors_in
+from tui_trainer.trace.module_calls import tensors_in
 from tui_trainer.trace.torch_private import PLAIN
 
 RECENT = 32

@@ -82,9 +82,9 @@ class TransportLine(Panel):
         last = f"{replay.last_step:,}"
         spans = [(f" step {replay.cursor:>{len(last)},}", "strong"), (f"/{last} ", "dim")]
         if width >= MIN_WIDTH_FOR_TIME:
-            total_s = replay.history.timeline.elapsed_s(replay.last_step)
+            total_s = replay.history.step_times.elapsed_s(replay.last_step)
             time_width = 5 if total_s < 3600 else 8
-            elapsed_s = replay.history.timeline.elapsed_s(replay.cursor)
+            elapsed_s = replay.history.step_times.elapsed_s(replay.cursor)
             elapsed = formatting.duration(elapsed_s, time_width)
             spans.append((f" {elapsed}", "text"))
             spans.append((f"/{formatting.duration(total_s, 0)} ", "dim"))

@@ -36,11 +36,13 @@ from tui_trainer.findings.rules.learning_rate import (
 )
 from tui_trainer.findings.rules.loop import (
     BackwardTwice,
+    GradientsKept,
     IdleSchedule,
     LossesMixed,
     ScheduleEnds,
     ScheduleFirst,
     TrainModeEvaluation,
+    ZeroedBeforeStep,
 )
 from tui_trainer.findings.rules.loss import (
     InitialLoss,
@@ -86,7 +88,6 @@ from tui_trainer.findings.rules.update_ratio import (
     UpdatesUndone,
     WeightsShrink,
 )
-from tui_trainer.findings.rules.zero_grad import GradientsKept, ZeroedBeforeStep
 
 RULES: tuple[type[Rule], ...] = (
     GradientsKept,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tui_trainer.client.api import Snapshot
-from tui_trainer.history.logged import LoggedSeries, logged_series
+from tui_trainer.history.columns import LoggedSeries, logged_series
 from tui_trainer.protocol import formatting
 from tui_trainer.protocol.absent import why_absent
 from tui_trainer.ui.widgets.table import Cell, CellValue, TableColumn, VirtualTable

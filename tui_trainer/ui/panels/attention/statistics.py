@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tui_trainer.client.api import Snapshot
-from tui_trainer.history.attention_columns import (
+from tui_trainer.history.columns import (
     STATISTICS,
     LayerLocation,
     attention_tables,

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tui_trainer.client.api import Snapshot
-from tui_trainer.history.attention_columns import location_of
+from tui_trainer.history.columns import location_of
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import formatting, schema
 from tui_trainer.protocol.schema import AttentionInfo

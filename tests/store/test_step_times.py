@@ -11,8 +11,8 @@ from tests.store.test_store import INFO, stepped
 from tui_trainer.protocol.events import LogLine, Notice, TextSample
 from tui_trainer.protocol.messages import Status
 from tui_trainer.record.events import InfoChanged, RowRecorded, StepRecorded, StepsDropped
-from tui_trainer.store import timeline
-from tui_trainer.store.codec import StepTimes, pack_timeline, unpack_timeline
+from tui_trainer.store import step_times
+from tui_trainer.store.codec import StepTimes, pack_step_times, unpack_step_times
 from tui_trainer.store.reader import StoredHistory
 from tui_trainer.store.replay import replay_items
 from tui_trainer.store.writer import StoreWriter
@@ -37,14 +37,14 @@ def test_packed_times_are_exact():
         np.array([3, 4, 9]), np.array([1, 2, 2]), np.array([at(1), at(2), 0.0]),
         np.float32([0.5, math.nan, 3]),
     )  # fmt: skip
-    for packed, original in zip(unpack_timeline(pack_timeline(piece)), piece, strict=True):
+    for packed, original in zip(unpack_step_times(pack_step_times(piece)), piece, strict=True):
         np.testing.assert_array_equal(packed, original)
 
 
 def test_the_time_of_every_step_is_read_back(tmp_path):
     steps = range(1, 2001, 2)
     record(tmp_path, steps)
-    times = StoredHistory(tmp_path).timeline
+    times = StoredHistory(tmp_path).step_times
     assert times.first_step == (1, at(1))
     assert [times.time_of(step) for step in steps] == [at(step) for step in steps]
     assert math.isnan(times.time_of(2))  # was not recorded
@@ -57,10 +57,10 @@ def test_the_time_of_every_step_is_read_back(tmp_path):
 
 
 def test_times_of_a_long_run_are_interpolated(tmp_path, monkeypatch):
-    monkeypatch.setattr(timeline, "MAX_PIECES", 2)
+    monkeypatch.setattr(step_times, "MAX_PIECES", 2)
     steps = np.arange(1, 4001)
     record(tmp_path, steps.tolist())
-    found = StoredHistory(tmp_path).timeline.times(steps)
+    found = StoredHistory(tmp_path).step_times.times(steps)
     np.testing.assert_allclose(found, [at(step) for step in steps.tolist()], atol=1e-4)
 
 
@@ -71,13 +71,13 @@ def test_a_row_outside_a_step_may_overtake_steps(tmp_path):
     overtaking = RowRecorded(1, 600, np.zeros(35, np.float32), at(599.5))
     sink.take([overtaking, *(stepped(n, THREE, when=at(n)) for n in range(2, 900))], Status())
     sink.close()
-    times = StoredHistory(tmp_path).timeline
+    times = StoredHistory(tmp_path).step_times
     assert [times.time_of(n) for n in range(900)] == [at(n) for n in range(900)]
     assert times.first_step == (1, at(1))
     assert times.elapsed_s(0) == 0.0
 
 
-def test_a_reader_follows_the_timeline_of_a_running_run(tmp_path):
+def test_a_reader_follows_the_step_times_of_a_running_run(tmp_path):
     sink = StoreWriter(tmp_path, clock=iter(range(10**6)).__next__)
     sink.take([InfoChanged(INFO), stepped(1, THREE, when=at(1))], Status())
     history = StoredHistory(tmp_path)
@@ -85,7 +85,7 @@ def test_a_reader_follows_the_timeline_of_a_running_run(tmp_path):
         steps = range(first, first + 100)
         sink.take([stepped(n, THREE, when=at(n)) for n in steps], Status())
         history.refresh()
-        assert [history.timeline.time_of(n) for n in steps] == [at(n) for n in steps]
+        assert [history.step_times.time_of(n) for n in steps] == [at(n) for n in steps]
     sink.close()
 
 

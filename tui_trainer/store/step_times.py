@@ -1,4 +1,4 @@
-"""When each step of a recorded run ended (table `timeline`)."""
+"""When each step of a recorded run ended (table `step_time`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tui_trainer.store.database import TIMES, Store
 # ------------------------------------------------------------------------------ writing
 
 
-class TimelineWriter:
+class StepTimesWriter:
     """When each step ended. The newest piece is written again with each commit until it is full."""
 
     def __init__(self) -> None:
@@ -51,8 +51,8 @@ class TimelineWriter:
             )
             row = self._row if start == 0 else None
             self._row_after = connection.execute(
-                "INSERT OR REPLACE INTO timeline VALUES (?, ?, ?, ?, ?)",
-                (row, int(piece.seq[-1]), *_last_step(piece), codec.pack_timeline(piece)),
+                "INSERT OR REPLACE INTO step_time VALUES (?, ?, ?, ?, ?)",
+                (row, int(piece.seq[-1]), *_last_step(piece), codec.pack_step_times(piece)),
             ).lastrowid
 
     def written(self) -> None:
@@ -73,10 +73,10 @@ def _last_step(piece: StepTimes) -> tuple[int, float]:
 # ------------------------------------------------------------------------------ reading
 
 MAX_PIECES = 512
-"""Pieces read at once by `TimelineReader.times`."""
+"""Pieces read at once by `StepTimesReader.times`."""
 
 
-class TimelineReader:
+class StepTimesReader:
     """Times of the steps of a recorded run."""
 
     def __init__(self, store: Store) -> None:
@@ -91,7 +91,7 @@ class TimelineReader:
         after_step = int(self._last_steps[keep - 1]) if keep else -1
         after_id = int(self._ids[keep - 1]) if keep else 0
         sql = (
-            "SELECT id, last_step, last_time FROM timeline WHERE last_step >= ? "
+            "SELECT id, last_step, last_time FROM step_time WHERE last_step >= ? "
             "ORDER BY last_step, id"
         )
         found = self._store.numbers(TIMES, sql, after_step)
@@ -101,9 +101,9 @@ class TimelineReader:
         self._last_times = np.append(self._last_times[:keep], fresh[:, 2])
 
     def pieces(self) -> Iterator[StepTimes]:
-        """The whole timeline, in the order of seq."""
-        rows = self._store.stream("SELECT data FROM timeline ORDER BY id")
-        return self._store.decoded(TIMES, codec.unpack_timeline, rows)
+        """All times, in the order of seq."""
+        rows = self._store.stream("SELECT data FROM step_time ORDER BY id")
+        return self._store.decoded(TIMES, codec.unpack_step_times, rows)
 
     @property
     def first_step(self) -> tuple[int, float] | None:
@@ -164,8 +164,8 @@ class TimelineReader:
         number, last_step = int(self._ids[place]), int(self._last_steps[place])
 
         def read() -> tuple[Steps, NDArray[np.float64]] | None:
-            rows = self._store.stream("SELECT data FROM timeline WHERE id = ?", number)
-            piece = next(self._store.decoded(TIMES, codec.unpack_timeline, rows), None)
+            rows = self._store.stream("SELECT data FROM step_time WHERE id = ?", number)
+            piece = next(self._store.decoded(TIMES, codec.unpack_step_times, rows), None)
             if piece is None:
                 return None
             # A step before a row that was measured outside a step of the same number.
@@ -173,6 +173,6 @@ class TimelineReader:
             steps, at = np.unique(piece.step[order], return_index=True)
             return steps, piece.time[order][at]
 
-        key = ("timeline", number, last_step)  # the newest piece grows
+        key = ("step_times", number, last_step)  # the newest piece grows
         found = self._store.cached(key, CHUNK * 16, read)
         return (np.zeros(0, np.int64), np.zeros(0)) if found is None else found

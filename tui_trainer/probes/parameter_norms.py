@@ -1,4 +1,5 @@
-"""‖∂L/∂p‖₂ of every parameter, before clipping and after unscaling."""
+"""‖∂L/∂p‖₂ and ‖p‖₂ of every parameter: gradients before clipping and after unscaling, weights
+after the update."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from tui_trainer.history.records import Floats
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.absent import Absent, absent, to_float32
 from tui_trainer.protocol.schema import Column
-from tui_trainer.trace.norms import norm_of
+from tui_trainer.trace.norms import Norms, norm_of
 from tui_trainer.trace.parameters import TrackedParameters
 from tui_trainer.trace.probe import Probe, ProbeOptions, Readings, StepFacts, TableSpec, Values
 
@@ -70,3 +71,27 @@ class Gradients(Probe):
             if clip.kind == "norm" and clip.two_norm and clip.positions is None:
                 return clip.norm_before / facts.gradient_scale
         return absent(Absent.SHARDED)
+
+
+class Weights(Probe):
+    """Table `weight_norm`: one column per parameter."""
+
+    name = schema.WEIGHT_NORM
+    every = 10
+    importance = 30
+    max_stretch = 32
+    often_in_short_runs = True
+    owns_readings = True
+
+    def __init__(self, tracked: TrackedParameters, options: ProbeOptions) -> None:
+        super().__init__(tracked, options)
+        self.tables = (TableSpec(schema.WEIGHT_NORM, tuple(Column(n) for n in tracked.names)),)
+        self._norms = Norms(tracked.parameters, tracked.device)
+
+    def after_update(self) -> Readings:
+        return self._norms.read_kept(self.tracked.parameters)
+
+    def rows(self, values: Values, facts: StepFacts) -> Sequence[Floats | None]:
+        """Also sets the norms for later probes."""
+        facts.weight_norms = values
+        return (to_float32(values),)
