@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.examples import examples
 from tui_trainer.inspector import statistics, tensor_reading
@@ -219,6 +220,33 @@ def test_further_dimensions_become_columns():
     heat = heat_map(tensor, HeatMapWindow(100, 100, reduction="mean"))
     np.testing.assert_allclose(cells(heat), tensor.reshape(4, 12).numpy(), rtol=1e-6)
     assert heat_map(torch.tensor(2.5), HeatMapWindow(5, 5)).cells == np.float32(2.5).tobytes()
+
+
+@pytest.mark.parametrize("part", [7, 12, 1 << 20])
+def test_without_a_view_only_the_parts_in_work_are_copied(monkeypatch, part):
+    monkeypatch.setattr(tensor_reading, "CPU_ELEMENTS", part)
+    tensor = torch.randn(5, 3, 2, 4, generator=torch.Generator().manual_seed(6))
+    last = tensor.contiguous(memory_format=torch.channels_last)
+    window = HeatMapWindow(3, 7, row_from=1, column_from=2, column_to=23)
+    with LargestCopy(last) as largest:
+        heat = heat_map(last, window)
+    np.testing.assert_allclose(cells(heat), cells(heat_map(tensor, window)), rtol=1e-6)
+    assert largest.elements <= 3 * part  # of the indices in three dimensions
+
+
+class LargestCopy(TorchDispatchMode):
+    """Notes the size of the largest result that is no view of a tensor."""
+
+    def __init__(self, tensor):
+        super().__init__()
+        self.elements, self._storage = 0, tensor.untyped_storage().data_ptr()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        copied = isinstance(result, torch.Tensor)
+        if copied and result.untyped_storage().data_ptr() != self._storage:
+            self.elements = max(self.elements, result.numel())
+        return result
 
 
 def test_a_block_with_a_nan_shows_it():

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from tui_trainer.inspector.errors import InspectionError
-from tui_trainer.inspector.tensor_reading import as_matrix, as_real, part_elements
+from tui_trainer.inspector.tensor_reading import as_real, matrix_shape, part_elements
 from tui_trainer.protocol.heat_map import MAX_CELLS, HeatMap, HeatMapWindow, Reduction
 
 
@@ -17,20 +17,19 @@ def heat_map(tensor: torch.Tensor, window: HeatMapWindow) -> HeatMap:
     """
     if not (window.rows > 0 and window.columns > 0 and window.rows * window.columns <= MAX_CELLS):
         raise InspectionError(f"a heat map has from 1 to {MAX_CELLS:,} cells")
-    matrix = as_matrix(tensor)
-    rows, columns = matrix.shape
+    rows, columns = matrix_shape(tensor)
     row_from, row_to = _range(window.row_from, window.row_to, rows)
     column_from, column_to = _range(window.column_from, window.column_to, columns)
-    part = matrix[row_from:row_to, column_from:column_to]
+    part = _Part(tensor, (row_from, row_to), (column_from, column_to))
     lines = rows == 1
     if lines:
-        block = _block(part.shape[1], window.rows * window.columns)
+        block = _block(part.columns, window.rows * window.columns)
         block_rows, block_columns = 1, block
-        cells = _in_lines(reduce_blocks(part, 1, block, window.reduction)[0], window.columns)
+        cells = _in_lines(_reduce_blocks(part, 1, block, window.reduction)[0], window.columns)
     else:
-        block_rows = _block(part.shape[0], window.rows)
-        block_columns = _block(part.shape[1], window.columns)
-        cells = reduce_blocks(part, block_rows, block_columns, window.reduction).cpu().numpy()
+        block_rows = _block(part.rows, window.rows)
+        block_columns = _block(part.columns, window.columns)
+        cells = _reduce_blocks(part, block_rows, block_columns, window.reduction).cpu().numpy()
     return HeatMap(
         matrix=(rows, columns),
         row_from=row_from,
@@ -68,21 +67,45 @@ def _in_lines(
     return filled
 
 
-def reduce_blocks(
-    matrix: torch.Tensor, block_rows: int, block_columns: int, reduction: Reduction
+class _Part:
+    """A part of a tensor as a matrix, the first dimension by all others. Of a tensor whose strides
+    allow no such view only the slices that are asked for are copied."""
+
+    def __init__(
+        self, tensor: torch.Tensor, rows: tuple[int, int], columns: tuple[int, int]
+    ) -> None:
+        self.tensor = tensor
+        self.rows, self.columns = rows[1] - rows[0], columns[1] - columns[0]
+        self._top, self._left = rows[0], columns[0]
+
+    def slice(self, top: int, bottom: int, left: int, right: int) -> torch.Tensor:
+        """(bottom − top, right − left)"""
+        tensor = self.tensor
+        columns = slice(self._left + left, self._left + right)
+        if tensor.dim() < 2:
+            return tensor.reshape(1, -1)[:, columns]
+        rows = tensor[self._top + top : self._top + bottom]
+        if tensor.dim() == 2 or tensor.is_contiguous() or rows.numel() <= part_elements(tensor):
+            return rows.flatten(1)[:, columns]
+        flat = torch.arange(columns.start, columns.stop, device=tensor.device)
+        return rows[(slice(None), *torch.unravel_index(flat, tensor.shape[1:]))]
+
+
+def _reduce_blocks(
+    matrix: _Part, block_rows: int, block_columns: int, reduction: Reduction
 ) -> torch.Tensor:
     """(R, C) → float32 (⌈R / block_rows⌉, ⌈C / block_columns⌉)."""
-    rows, columns = matrix.shape
+    rows, columns, device = matrix.rows, matrix.columns, matrix.tensor.device
     shape = (-(-rows // block_rows), -(-columns // block_columns))
     # Accumulated in float64 where the device has it: mps does not.
-    wide = torch.float32 if matrix.device.type == "mps" else torch.float64
-    out = torch.zeros(shape, dtype=wide, device=matrix.device)
-    limit = part_elements(matrix)
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    out = torch.zeros(shape, dtype=wide, device=device)
+    limit = part_elements(matrix.tensor)
     # Whole blocks across, as many as fit; then whole blocks down, or some rows of one block.
     across = max(1, limit // block_columns) * block_columns
     for left in range(0, columns, across):
-        band = matrix[:, left : left + across]
-        width = band.shape[1]
+        right = min(left + across, columns)
+        width = right - left
         down = max(1, limit // width)
         down = down // block_rows * block_rows or down
         top = 0
@@ -91,7 +114,8 @@ def reduce_blocks(
             end = min(top + down, rows)
             if down < block_rows:
                 end = min(end, (top // block_rows + 1) * block_rows)
-            _add(out, band[top:end], top, left, block_rows, block_columns, reduction)
+            part = matrix.slice(top, end, left, right)
+            _add(out, part, top, left, block_rows, block_columns, reduction)
             top = end
     if reduction != "max_abs":
         out /= _sizes(rows, block_rows, out)[:, None] * _sizes(columns, block_columns, out)[None]

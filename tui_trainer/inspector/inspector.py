@@ -166,7 +166,7 @@ class TensorCopy:
         if self.info.bytes > MAX_COPY_BYTES:
             size, limit = bytes_(self.info.bytes, 0), bytes_(MAX_COPY_BYTES, 0)
             raise InspectionError(f"it has {size}, and at most {limit} are copied to save it")
-        copied = tensor.to("cpu", copy=True).contiguous().reshape(-1)
+        copied = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor).reshape(-1)
         self._data = copied.view(torch.uint8).numpy() if copied.numel() else b""
 
     def part(self, offset: int) -> bytes:

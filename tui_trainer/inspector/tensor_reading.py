@@ -92,10 +92,7 @@ def evenly_spaced(tensor: torch.Tensor, wanted: int) -> torch.Tensor:
     return as_real(tensor[places])
 
 
-def as_matrix(tensor: torch.Tensor) -> torch.Tensor:
-    """A view of the first dimension by all others, where the strides allow it, else a copy."""
-    if tensor.dim() == 0:
-        return tensor.reshape(1, 1)
-    if tensor.dim() == 1:
-        return tensor.unsqueeze(0)
-    return tensor if tensor.dim() == 2 else tensor.flatten(1)
+def matrix_shape(tensor: torch.Tensor) -> tuple[int, int]:
+    """The first dimension by all others; one dimension is one row."""
+    rows = tensor.shape[0] if tensor.dim() > 1 else 1
+    return rows, math.prod(tensor.shape[1:]) if tensor.dim() > 1 else tensor.numel()
