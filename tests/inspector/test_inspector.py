@@ -7,6 +7,7 @@ import copy
 import gc
 import threading
 import weakref
+from typing import get_args
 
 import pytest
 import torch
@@ -18,11 +19,14 @@ from tui_trainer.client.answers.tensors import find_tensor
 from tui_trainer.inspector.errors import InspectionError
 from tui_trainer.inspector.inspector import PART_BYTES, Inspector, TensorCopy
 from tui_trainer.probes import PROBES
+from tui_trainer.protocol.attention import ExamineAttention
 from tui_trainer.protocol.autograd import CheckGradient, DescribeGraph
 from tui_trainer.protocol.heat_map import HeatMapWindow
 from tui_trainer.protocol.inspection import (
+    DescribeUse,
     ExplainUpdate,
     ListTensors,
+    RankRequest,
     ReadTensor,
     Summarize,
     TensorList,
@@ -257,8 +261,9 @@ def look_into_everything(inspector: Inspector) -> int:
 def run_again(inspector: Inspector) -> int:
     """Every request for which the forward pass runs again; how many were answered."""
     done = 0
-    requests = [ListTensors(modules=True), DescribeGraph()]
+    requests = [ListTensors(modules=True), DescribeGraph(), DescribeUse()]
     requests += [CheckGradient("head.weight", ((1, 2),)), ExplainUpdate("head.weight", (1, 2))]
+    requests += [ExamineAttention("0", window=HeatMapWindow(8, 8), weights=True, residual=True)]
     requests += [
         Summarize(TensorRef(n, k)) for n in ("blocks.0", "head") for k in ("input", "output")
     ]
@@ -266,6 +271,8 @@ def run_again(inspector: Inspector) -> int:
         with contextlib.suppress(InspectionError):
             inspector.answer(request)
             done += 1
+    kinds = {type(each) for each in requests} | {ReadTensor}  # of which there is one above
+    assert kinds == set(get_args(RankRequest))
     return done
 
 
@@ -292,7 +299,7 @@ def test_a_training_is_bit_identical_with_everything_inspected_at_every_phase():
         found = [*losses, *model.state_dict().values(), *states(optimizer), torch.get_rng_state()]
         outcomes.append([copy.deepcopy(each) for each in found])
     assert max(looked) > 40
-    assert max(again) == 8
+    assert max(again) == 10
     assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
 
 

@@ -88,7 +88,8 @@ class _Part:
         if tensor.dim() == 2 or tensor.is_contiguous() or rows.numel() <= part_elements(tensor):
             return rows.flatten(1)[:, columns]
         flat = torch.arange(columns.start, columns.stop, device=tensor.device)
-        return rows[(slice(None), *torch.unravel_index(flat, tensor.shape[1:]))]
+        index: tuple[torch.Tensor | slice, ...] = torch.unravel_index(flat, tensor.shape[1:])
+        return rows[(slice(None), *index)]
 
 
 def _reduce_blocks(
