@@ -13,7 +13,7 @@ import os
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -227,6 +227,36 @@ def _any_wrong(tensors: Sequence[Any]) -> bool:
 # ---------------------------------------------------------------- in the course of a training
 
 
+class SeenCall(NamedTuple):
+    """A call of a model for training, as it is kept at every step: what a `ModelCall` is made
+    from."""
+
+    module: weakref.ref[torch.nn.Module]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    versions: list[int]
+    random: torch.Tensor
+    """The state of torch's generator before it."""
+    autocast: bool
+    dtype: torch.dtype
+    training: bool
+
+    def model_call(self, number: int) -> ModelCall:
+        return ModelCall(
+            step=0,
+            module=self.module,
+            args=self.args,
+            kwargs=self.kwargs,
+            versions=self.versions,
+            random={**random_state(), "torch": self.random},
+            autocast=[Autocast("cpu", self.autocast, self.dtype)],
+            training=self.training,
+            buffers=None,
+            generators=[],
+            number=number,
+        )
+
+
 class CheckedRerun:
     """Keeps what the last calls of the models were given until it is known that nothing was wrong.
 
@@ -237,32 +267,31 @@ class CheckedRerun:
         """`reruns`: at most so many in a run."""
         self._tracer = weakref.ref(tracer)
         self._left = reruns
-        self._calls: list[ModelCall] = []
+        self._calls: list[SeenCall] = []
         self._complete = False
         """Whether backward has begun since the last of the calls."""
 
     def forward_began(
-        self, step: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Nothing is copied but the state of torch's generator."""
         if self._complete or len(self._calls) >= MAX_CALLS:
             self._calls, self._complete = [], False
+        if not self._left:
+            return
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-        if not self._left or not given or not given[0].is_cpu:
+        if not given or not given[0].is_cpu:
             return
         self._calls.append(
-            ModelCall(
-                step=step,
-                module=weakref.ref(module),
-                args=args,
-                kwargs=kwargs,
-                versions=[version_of(each) for each in given],
-                random={"torch": torch.default_generator.get_state()},
-                autocast=[Autocast.now("cpu")],
-                training=module.training,
-                buffers=None,
-                generators=[],
-                number=len(self._calls) + 1,
+            SeenCall(
+                weakref.ref(module),
+                args,
+                kwargs,
+                list(map(version_of, given)),
+                torch.default_generator.get_state(),
+                torch.is_autocast_enabled("cpu"),
+                torch.get_autocast_dtype("cpu"),
+                module.training,
             )
         )
 
@@ -272,7 +301,8 @@ class CheckedRerun:
 
     def stepped(self) -> None:
         """The weights are about to change."""
-        self._calls, self._complete = [], False
+        if self._calls:
+            self._calls, self._complete = [], False
 
     def origin_of_loss(self) -> Producer | None:
         """The operation in the forward that made the loss not finite; None where that was not in
@@ -298,7 +328,7 @@ class CheckedRerun:
 
     def _taken(self) -> list[ModelCall]:
         self._left -= bool(self._calls)
-        return self._calls
+        return [seen.model_call(number) for number, seen in enumerate(self._calls, 1)]
 
     @contextlib.contextmanager
     def _checked(
@@ -306,7 +336,6 @@ class CheckedRerun:
     ) -> Iterator[tuple[torch.nn.Module, CheckedOperations]]:
         tracer = self._tracer()
         assert tracer is not None
-        call.random = {**random_state(), **call.random}
         with tracer.suspended(), call_context(call, gradients) as model:
             checks = CheckedOperations(model)
             for module in model.modules():

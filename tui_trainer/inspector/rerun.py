@@ -97,7 +97,7 @@ class CallWatch(Protocol):
     """Observes the calls of models for training, and the start of backward. Raises nothing."""
 
     def forward_began(
-        self, step: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None: ...
 
     def backward_began(self) -> None: ...
@@ -131,13 +131,17 @@ class StepCapture:
     ) -> None:
         """Keep the arguments and the state of the random generators, if a request may come."""
         self.call = None
-        self._end_recording(None)
+        if self._recorder is not None:
+            self._end_recording(None)
         tracer = self._tracer()
-        if tracer is not None and self.checked is not None:
-            self.checked.forward_began(tracer.step, module, args, kwargs)
-        if tracer is None or not (self._left or tracer.gate.armed or tracer.gate.break_phases):
+        if tracer is None:
             return
-        expected = self._left > 0 or tracer.gate.armed
+        if self.checked is not None:
+            self.checked.forward_began(module, args, kwargs)
+        gate = tracer.gate
+        if not (self._left or gate.armed or gate.break_phases):
+            return
+        expected = self._left > 0 or gate.armed
         self._left = max(0, self._left - 1)
         with contextlib.suppress(Exception):  # such as too little memory: it is not captured
             self.call = self._captured(tracer.step, module, args, kwargs, expected)
@@ -208,7 +212,7 @@ class StepCapture:
             self._guarded(lambda loss: loss.called(function, args, kwargs, result))
 
     def backward_began(self, loss: torch.Tensor, value: torch.Tensor) -> None:
-        ended = self._end_recording(loss)
+        ended = self._end_recording(loss) if self._recorder is not None else None
         self.live_loss = weakref.ref(loss)
         tracer = self._tracer()
         self.live_step = tracer.step if tracer is not None else 0

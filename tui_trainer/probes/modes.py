@@ -5,6 +5,8 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from operator import itemgetter
+from typing import Any
 
 import torch
 from torch.nn.modules.dropout import _DropoutNd
@@ -15,6 +17,8 @@ from tui_trainer.trace.probe import Probe, ProbeOptions, Readings, StepFacts, Va
 
 LISTED_AGAIN = 100
 """Steps after which the layers of a model are listed again."""
+
+_IS_TRAINING = itemgetter("training")
 
 _Layer = tuple[weakref.ref[torch.nn.Module], weakref.ref[torch.nn.Module]]
 """(dropout layer, the module that has it)"""
@@ -39,6 +43,8 @@ class Modes(Probe):
         self._root: weakref.ref[torch.nn.Module] | None = None
         """The model whose layers are listed."""
         self._layers: list[_Layer] = []
+        self._attributes: list[dict[str, Any]] = []
+        """Of these layers: they do not keep a layer alive."""
         self._steps_left = 0
         self._found: tuple[str, ...] | None = None
         self._under_way: deque[tuple[str, ...] | None] = deque()
@@ -50,13 +56,16 @@ class Modes(Probe):
             if not any(id(parameter) in self._own for parameter in root.parameters()):
                 return
             self._root, self._steps_left = weakref.ref(root), LISTED_AGAIN
-            self._layers = [
-                (weakref.ref(child), weakref.ref(parent))
+            found = [
+                (child, parent)
                 for parent in root.modules()
                 for child in parent.children()
                 if isinstance(child, _DropoutNd)
             ]
-        self._found = self._dropout_off() if root.training and self._layers else ()
+            self._layers = [(weakref.ref(child), weakref.ref(parent)) for child, parent in found]
+            self._attributes = [vars(child) for child, _ in found]
+        usual = not root.training or all(map(_IS_TRAINING, self._attributes))
+        self._found = () if usual else self._dropout_off()
 
     def _dropout_off(self) -> tuple[str, ...]:
         """Those next to weights that are trained."""

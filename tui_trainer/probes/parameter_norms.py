@@ -38,7 +38,9 @@ class Gradients(Probe):
             if codes is None:
                 return (None,)
             values = np.zeros(len(codes))
-        norms = facts.gradient_norms = values / facts.gradient_scale
+        scale = facts.gradient_scale
+        norms = values if scale == 1.0 and codes is None else values / scale
+        facts.gradient_norms = norms
         own = norms[: self.tracked.own]
         if len(self.tracked.gone) == self.tracked.own:
             facts.total_norm = absent(Absent.NOT_IN_MODEL)

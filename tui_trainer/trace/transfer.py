@@ -15,6 +15,7 @@ import torch
 
 from tui_trainer.trace.probe import Readings, Values
 
+NO_VALUES: Values = np.empty(0)
 UNWRITTEN = -7.1623e-133
 """Written to the end of pinned memory, and there until the copy has overwritten it."""
 FEW = 64
@@ -201,9 +202,11 @@ def _read_on_host(readings: Readings) -> list[float]:
 
 
 def _vector(readings: Readings | list[float]) -> Values:
-    if isinstance(readings, list) and len(readings) > 1 and isinstance(readings[0], float):
+    if not readings:
+        return NO_VALUES
+    first = readings[0]
+    if isinstance(readings, list) and len(readings) > 1 and isinstance(first, float):
         return np.array(readings, dtype=np.float64)
-    first = readings[0] if readings else None
     if isinstance(first, torch.Tensor) and first.dim() == 1 and first.is_cpu:
         if len(readings) == 1:
             return first.to(torch.float64).numpy()

@@ -38,6 +38,13 @@ SQUARES = np.array([0, 4, 8])
 """‖Wq‖², ‖Wk‖² and ‖Wv‖² among the nine products of a layer."""
 OF_BOTH, OF_A, OF_B = np.array([1, 2, 5]), np.array([0, 0, 4]), np.array([4, 8, 8])
 """⟨a,b⟩, ‖a‖² and ‖b‖² of qk, qv and kv among them."""
+IN_ROWS = np.concatenate(
+    [
+        *(first + each for first in (9, 0) for each in (OF_BOTH, OF_A, OF_B)),
+        *(np.arange(18, 24), 9 + SQUARES),
+    ]
+)
+"""Columns of `order_of`: ⟨a,b⟩, ‖a‖² and ‖b‖² of weights and of gradients, sums, drifts, squares."""
 
 
 @dataclass
@@ -57,6 +64,8 @@ class ProductBlock:
     parameters: list[torch.Tensor]
     """The parameters at these positions; empty where a weight is another tensor than a
     parameter."""
+    matrices: torch.Tensor | None = None
+    """`work` as (3 · layers, *shape), where each matrix is a whole parameter of one shape."""
     where: list[int] = field(default_factory=list)
     views: list[torch.Tensor] = field(default_factory=list)
 
@@ -96,7 +105,13 @@ class EvenLayers:
         positions = [part.parameter for part in parts]
         all_known = max(positions) < len(self._parameters)
         parameters = [self._parameters[p] for p in positions] if all_known else []
-        return ProductBlock(members, work, torch.empty_like(work), positions, parts, parameters)
+        block = ProductBlock(members, work, torch.empty_like(work), positions, parts, parameters)
+        shapes = {tuple(parameter.shape) for parameter in parameters}
+        if len(shapes) == 1 and all(part.first is not None for part in parts):
+            (shape,) = shapes
+            if shape[0] * shape[-1] == size and len(shape) == 2:
+                block.matrices = work.view(-1, *shape)
+        return block
 
     def _fill_weights(self, block: ProductBlock, weight: Source) -> None:
         """Through views that are kept while the memory of the weights stays the same."""
@@ -113,6 +128,14 @@ class EvenLayers:
         self._copy(block, block.views)
 
     def _fill(self, block: ProductBlock, gradients: Sequence[Gradient]) -> bool:
+        if block.matrices is not None and gradients:
+            try:
+                whole = [gradients[position] for position in block.positions]
+                torch.stack(whole, out=block.matrices)  # type: ignore[arg-type]
+            except (TypeError, RuntimeError):  # absent, of another dtype or layout, …
+                pass
+            else:
+                return True
         size = block.work.shape[-1]
         views: list[torch.Tensor] = []
         for part in block.parts:
@@ -303,18 +326,19 @@ class Attention(Probe):
         self._uneven = UnevenLayers(self.layers, tracked.weight_at_start, tracked.device)
         self._sizes = np.array(
             [[p.rows * p.columns for p in layer.parts] for layer in self.layers], np.float64
-        )
-        self._repeats = _repeats(self.layers)
-        self._order = order_of(self._even, self._uneven)
+        ).T
+        self._freedom = np.maximum(self._sizes - 1, 1)
+        repeats = _repeats(self.layers).T
+        self._repeats = None if (repeats == 1).all() else np.stack((repeats, repeats))
+        order = order_of(self._even, self._uneven)
+        self._order = order[:, IN_ROWS].T.copy()
         at_start = np.concatenate(
             [
                 torch.as_tensor(r).reshape(-1).cpu().numpy()
                 for r in (*self.gradients(()), *self._read(tracked.weight_at_start))
             ]
         )
-        self._norms_at_start = np.sqrt(
-            at_start.astype(np.float64)[self._order][:, 9:18][:, SQUARES]
-        )
+        self._norms_at_start = np.sqrt(at_start.astype(np.float64)[order[:, 9 + SQUARES].T])
         self._growth_at_start = _growth(self._norms_at_start)
 
     def gradients(self, gradients: Sequence[Gradient]) -> Readings:
@@ -338,44 +362,42 @@ class Attention(Probe):
 
     def rows(self, values: Values, facts: StepFacts) -> Sequence[Floats | None]:
         with np.errstate(divide="ignore", invalid="ignore"):
-            return (self._statistics(values.astype(np.float64)[self._order]),)
+            return (self._statistics(values[self._order]),)
 
     def _statistics(self, read: NDArray[np.float64]) -> Floats:
-        """`read` is (layers, 24), in the order of `order_of`."""
-        gradients, weights, sums, drift = read[:, :9], read[:, 9:18], read[:, 18:21], read[:, 21:]
-        norms = np.sqrt(weights[:, SQUARES])
+        """`read` is (27, layers), in the order of IN_ROWS."""
+        sums, drift, squares = read[18:21], read[21:24], read[24:]
+        # Of weights and gradients at once: (2, 3, layers) each.
+        dots, of_a, of_b = read[:18].reshape(2, 3, 3, -1).swapaxes(0, 1)
+        if self._repeats is not None:
+            of_b = of_b * self._repeats
+        norms = np.sqrt(squares)
         mean = sums / self._sizes
-        variance = (weights[:, SQUARES] - sums * mean) / np.maximum(self._sizes - 1, 1)
-        dots, of_a, of_b = self._pairs(weights)
-        gradient_dots, of_ga, of_gb = self._pairs(gradients)
-        columns = [
+        variance = (squares - sums * mean) / self._freedom
+        cosines = dots / np.sqrt(of_a * of_b)
+        # ‖a−b‖² = ‖a‖²+‖b‖²−2⟨a,b⟩
+        distances = np.sqrt(np.maximum(1 - 2 * dots[0] / (of_a[0] + of_b[0]), 0.0))
+        columns = (
             norms,
             mean,
             np.sqrt(np.maximum(variance, 0.0)),
-            dots / np.sqrt(of_a * of_b),
-            np.sqrt(np.maximum(1 - 2 * dots / (of_a + of_b), 0.0)),  # ‖a−b‖² = ‖a‖²+‖b‖²−2⟨a,b⟩
+            cosines[0],
+            distances,
             drift / self._norms_at_start,
-            gradient_dots / np.sqrt(of_ga * of_gb),
-            (_growth(norms) / self._growth_at_start)[:, None],
-        ]
-        return np.concatenate(columns, axis=1).astype(np.float32).reshape(-1)
-
-    def _pairs(self, products: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
-        """(layers, 9) → (layers, 3) each: ⟨a,b⟩, ‖a‖² and ‖b‖² of qk, qv and kv. A shared head
-        counts once for each comparison."""
-        return (
-            products[:, OF_BOTH],
-            products[:, OF_A],
-            products[:, OF_B] * self._repeats,
+            cosines[1],
+            (_growth(norms) / self._growth_at_start)[None],
         )
+        return np.concatenate(columns).T.astype(np.float32).reshape(-1)
 
 
 def _repeats(layers: Sequence[AttentionLayer]) -> NDArray[np.float64]:
-    """(layers, 3): how often the second matrix counts in the comparisons qk, qv and kv."""
+    """(layers, 3): how often the second matrix counts in the comparisons qk, qv and kv. A shared
+    head counts once for each comparison."""
     return np.array([[layer.group, layer.group, 1.0] for layer in layers])
 
 
 def _growth(norms: NDArray[np.float64]) -> NDArray[np.float64]:
-    """‖Wq‖‖Wk‖ / ‖Wv‖ of each layer."""
+    """‖Wq‖‖Wk‖ / ‖Wv‖ of each layer; `norms`: (3, layers)."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        return norms[:, 0] * norms[:, 1] / norms[:, 2]
+        growth: NDArray[np.float64] = norms[0] * norms[1] / norms[2]
+    return growth
