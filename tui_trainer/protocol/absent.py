@@ -108,11 +108,12 @@ SMALLEST = float(np.finfo(np.float32).tiny)
 def to_float32(values: NDArray[np.float64]) -> NDArray[np.float32]:
     """Values for a row; what float32 cannot hold is absent instead of infinite or zero."""
     # Few calls for what is usual: norms. `fmin` and `fmax` pass over NaNs.
-    if values.size and np.fmax.reduce(values) <= LARGEST:
-        if np.fmin.reduce(values) >= SMALLEST:
-            return values.astype(np.float32)
+    if not values.size or (
+        np.fmin.reduce(values) >= SMALLEST and np.fmax.reduce(values) <= LARGEST
+    ):
+        return values.astype(np.float32)
     size = np.abs(values)
-    if size.size and np.fmin.reduce(size) >= SMALLEST and np.fmax.reduce(size) <= LARGEST:
+    if np.fmin.reduce(size) >= SMALLEST and np.fmax.reduce(size) <= LARGEST:
         return values.astype(np.float32)
     outside = ((size > LARGEST) & (size < math.inf)) | ((size < SMALLEST) & (size > 0))
     if outside.any():

@@ -44,7 +44,7 @@ IN_ROWS = np.concatenate(
         *(np.arange(18, 24), 9 + SQUARES),
     ]
 )
-"""Columns of `order_of`: ⟨a,b⟩, ‖a‖² and ‖b‖² of weights and of gradients, sums, drifts, squares."""
+"""Columns of `order_of`: ⟨a,b⟩, ‖a‖² and ‖b‖² of weights and of gradients, sums, drifts, ‖W‖²."""
 
 
 @dataclass
@@ -106,11 +106,10 @@ class EvenLayers:
         all_known = max(positions) < len(self._parameters)
         parameters = [self._parameters[p] for p in positions] if all_known else []
         block = ProductBlock(members, work, torch.empty_like(work), positions, parts, parameters)
-        shapes = {tuple(parameter.shape) for parameter in parameters}
-        if len(shapes) == 1 and all(part.first is not None for part in parts):
-            (shape,) = shapes
-            if shape[0] * shape[-1] == size and len(shape) == 2:
-                block.matrices = work.view(-1, *shape)
+        sizes = {parameter.shape for parameter in parameters}
+        one = sizes.pop() if len(sizes) == 1 else torch.Size()
+        if len(one) == 2 and one.numel() == size and all(p.first is not None for p in parts):
+            block.matrices = work.view(-1, *one)
         return block
 
     def _fill_weights(self, block: ProductBlock, weight: Source) -> None:
