@@ -217,11 +217,12 @@ class EvidenceChart(LineView):
 
 
 def _spans_decades(band: Band, limits: Sequence[float]) -> bool:
-    """Whether a linear axis would flatten the values: all are above zero, and with the limits the
-    largest is more than 30 times the smallest."""
+    """Whether a linear axis would flatten the values: none is below zero, and with the limits the
+    largest is more than 30 times the smallest that is not zero."""
     shown = np.concatenate([band.low, band.high])
     shown = shown[~np.isnan(shown)]
-    if not len(shown) or shown.min() <= 0:
+    if not len(shown) or shown.min() < 0 or not (shown > 0).any():
         return False
+    shown = shown[shown > 0]
     drawn = [float(shown.min()), float(shown.max()), *(each for each in limits if each > 0)]
     return max(drawn) > 30 * min(drawn)

@@ -48,7 +48,7 @@ class FindingsTable(VirtualTable):
             TableColumn("level", "level", 8, self._level, left=True),
             TableColumn("onset", "since", 10, lambda row: f"{self.findings[row].onset:,}"),
             TableColumn("title", "what", 0, self._title, left=True),
-            TableColumn("where", "where", 34, self._where, left=True, style="dim"),
+            TableColumn("where", "where", 26, self._where, left=True, style="dim"),
             TableColumn("rule", "rule", 22, lambda row: self.findings[row].rule, left=True,
                         style="dim"),
         )  # fmt: skip
