@@ -7,12 +7,17 @@ from pathlib import Path
 import pytest
 
 from tests.ui.screens import SIZES, settle, text_of, until
+from tests.ui.test_contrast import hard_to_read
+from tui_trainer.learn.page import NO_BREAK
 from tui_trainer.learn.scalar.examples import EXAMPLES
 from tui_trainer.learn.scalar.expression import parse
 from tui_trainer.learn.scalar.graph import ScalarGraph
 from tui_trainer.learn.scalar.torch_process import TorchGradients
 from tui_trainer.ui import graph_app
 from tui_trainer.ui.graph_app import GraphApp, GraphScreen
+from tui_trainer.ui.panels.scalar_graph.charts import DescentChart
+from tui_trainer.ui.panels.scalar_graph.graph_view import StepList
+from tui_trainer.ui.theme import THEMES
 
 LESSON = ScalarGraph.of("(a*b + c) * f", {"a": 2, "b": -3, "c": 10, "f": -2})
 
@@ -170,3 +175,62 @@ async def test_help_and_back():
         await press(pilot, "escape")
         await until(pilot, lambda: isinstance(pilot.app.screen, GraphScreen), "the graph again")
         assert all(row.isascii() for row in text_of(pilot.app).splitlines() if "dL" in row)
+
+
+async def test_in_french_until_the_language_changes():
+    app = GraphApp(LESSON)
+    app.language = "fr"
+    async with app.run_test(size=(120, 40)) as pilot:
+        await answered(pilot)
+        assert "avant le premier pas" in text_of(app)
+        await press(pilot, "space")
+        text = text_of(app)
+        for part in (
+            "arrière 3 sur 3", "PyTorch 9.9 d’accord", "nœud", "entrée", "centrée",
+            "seulement l’arrondi", "plus grand", "8 pas", "Nœud suivant", "Aide",
+        ):  # fmt: skip
+            assert part in text
+        await press(pilot, "enter", *["backspace"] * 3, "x", "enter")
+        assert "Valeur de a" in text_of(app)
+        assert "x n’est pas un nombre" in text_of(app)
+        assert f"échap{NO_BREAK}: annuler" in text_of(app)
+        await press(pilot, "escape", "i", *["backspace"] * 20, *"log(a", "enter")
+        assert "parenthèse" in text_of(app)
+        await press(pilot, "escape")
+        app.language = "en"
+        await press(pilot, "comma")
+        text = text_of(app)
+        for part in ("backward 2 of 3", "node", "input", "central", "Next node"):
+            assert part in text
+
+
+async def test_room_below_the_table_has_the_steps():
+    async with GraphApp(LESSON).run_test(size=(120, 40)) as pilot:
+        await press(pilot, "p", "p", "p", "p", "p")
+        steps = pilot.app.screen.query_one(StepList)
+        assert steps.display
+        assert "d = e + c = -6 + 10 = 4" in text_of(pilot.app)  # of a step before
+        assert "backward: dL/dd = -2" in text_of(pilot.app)
+        screen_of(pilot.app)._set(example("net"))  # whose table takes all of it
+        await settle(pilot)
+        assert not steps.display
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_nothing_of_the_learning_rates_is_cut_off(size):
+    async with GraphApp(example("net")).run_test(size=size) as pilot:
+        await press(pilot, "left")
+        chart = pilot.app.screen.query_one(DescentChart)
+        rows = chart.rows(chart.size)
+        assert all(sum(len(segment.text) for segment in row) <= chart.size.width for row in rows)
+        assert "8 steps: L = 621.95" in text_of(pilot.app)
+
+
+@pytest.mark.parametrize("theme", [each.name for each in THEMES])
+async def test_the_text_of_every_panel_can_be_read(theme):
+    async with GraphApp(example("neuron")).run_test(size=(120, 40)) as pilot:
+        pilot.app.theme = theme
+        await answered(pilot)
+        for keys in (("p",), ("space",), ("enter",)):
+            await press(pilot, *keys)
+            assert hard_to_read(pilot.app) == [], keys

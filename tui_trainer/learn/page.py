@@ -102,6 +102,13 @@ def help_texts(language: str) -> dict[str, str]:
     return dict(tomllib.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
 
+@cache
+def graph_texts(language: str) -> dict[str, str]:
+    """The texts of the scalar graph by those in English, which need none."""
+    file = TEXTS / language / "graph.toml"
+    return dict(tomllib.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
 def language_of(environment: Mapping[str, str] = os.environ) -> str:
     """The language that LANGUAGE, LC_ALL, LC_MESSAGES or LANG asks for, in the order in which
     gettext reads them; English for one in which there are no pages."""

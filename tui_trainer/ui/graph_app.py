@@ -15,25 +15,41 @@ from textual.screen import ModalScreen
 from textual.widgets import Input, Static
 
 from tui_trainer.client.api import Snapshot
+from tui_trainer.learn.page import key_labels
 from tui_trainer.learn.scalar.examples import EXAMPLES
 from tui_trainer.learn.scalar.expression import GraphError, parse
 from tui_trainer.learn.scalar.graph import DEFAULT_H, ScalarGraph, three_rates
+from tui_trainer.learn.scalar.layout import layout
 from tui_trainer.learn.scalar.svg import svg
 from tui_trainer.learn.scalar.torch_process import TorchGradients, TorchProcess
+from tui_trainer.learn.scalar.translation import say
 from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.command_palette import ActionProvider
 from tui_trainer.ui.panels.scalar_graph.charts import DescentChart, SweepChart
-from tui_trainer.ui.panels.scalar_graph.graph_view import GraphTitle, GraphView, StepText
+from tui_trainer.ui.panels.scalar_graph.graph_view import (
+    MAX_PITCH,
+    STEP_TEXT_ROWS,
+    GraphTitle,
+    GraphView,
+    StepList,
+    StepText,
+    graph_height,
+)
 from tui_trainer.ui.panels.scalar_graph.node_table import NodeTable
 from tui_trainer.ui.panels.scalar_graph.state import GraphState
 from tui_trainer.ui.screens.base import MIN_SIZE, RunScreen
-from tui_trainer.ui.screens.dialogs import KEYS_HINT
 from tui_trainer.ui.screens.folding import FoldingScreen
 from tui_trainer.ui.theme import initial_theme
 from tui_trainer.ui.widgets.key_line import KeyLine, TooSmall
 from tui_trainer.ui.widgets.tabs import TabLine
 
 PANELS = ("graph", "nodes", "sweep", "descent")
+TALL = 50
+"""Rows from which the graph is drawn with more space between its rows."""
+GRAPH_SHARE = (3, 7)
+"""The graph has at most this share of the rows."""
+MIN_STEP_LIST = 6
+"""Rows that must be left below the table for the list of steps."""
 
 
 class GraphPrompt(ModalScreen[str | None]):
@@ -44,17 +60,17 @@ class GraphPrompt(ModalScreen[str | None]):
                 tooltip="Change nothing")
     ]  # fmt: skip
 
-    def __init__(self, question: str, value: str, check: Callable[[str], str]) -> None:
-        """`check` returns what is wrong with a text, or ""."""
+    def __init__(self, question: str, value: str, check: Callable[[str], str], keys: str) -> None:
+        """`check` returns what is wrong with a text, or ""; `keys` says what keys do."""
         super().__init__()
-        self._question, self._value, self._check = question, value, check
+        self._question, self._value, self._check, self._keys = question, value, check, keys
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog"):
             yield Static(self._question, markup=False)
             yield Input(self._value, compact=True)
             yield Static("", classes="error", markup=False)
-            yield Static(KEYS_HINT)
+            yield Static(self._keys, classes="keys", markup=False)
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
         """Return the text, or show what is wrong with it."""
@@ -70,9 +86,12 @@ class GraphScreen(FoldingScreen):
 
     CSS = """
     GraphScreen #graph { height: 3fr; padding: 0 1; }
+    GraphPrompt .keys { color: $text-muted; }
     GraphScreen StepText { padding: 0 1; }
-    GraphScreen #lower { height: 4fr; }
-    GraphScreen #nodes { width: 4fr; padding: 0 1; }
+    GraphScreen #lower { height: 1fr; }
+    GraphScreen #table { width: 4fr; }
+    GraphScreen #nodes { padding: 0 1; }
+    GraphScreen #steps { margin: 1 1 0 1; }
     GraphScreen #charts { width: 3fr; padding: 0 1 0 0; }
     GraphScreen #sweep, GraphScreen #descent { height: 1fr; }
     GraphScreen.-folded #graph { height: 1fr; }
@@ -115,6 +134,7 @@ class GraphScreen(FoldingScreen):
         self.state = GraphState(graph, h)
         self.torch = TorchProcess()
         self._select_first_input()
+        self._is_translated = False
 
     def compose(self) -> ComposeResult:
         yield TooSmall(*MIN_SIZE)
@@ -123,7 +143,9 @@ class GraphScreen(FoldingScreen):
         yield GraphView(self.state, id="graph")
         yield StepText(self.state)
         with Horizontal(id="lower"):
-            yield NodeTable(self.state, id="nodes")
+            with Vertical(id="table"):
+                yield NodeTable(self.state, id="nodes")
+                yield StepList(self.state, id="steps")
             with Vertical(id="charts"):
                 yield SweepChart(self.state, id="sweep")
                 yield DescentChart(self.state, id="descent")
@@ -137,16 +159,28 @@ class GraphScreen(FoldingScreen):
 
     def show(self, snapshot: Snapshot) -> None:
         """Draw the graph; the snapshot, that of a run, is empty here."""
+        self._translate()
         self.query_one(GraphTitle).update_rows()
         self.query_one(GraphView).show()
         self.query_one(StepText).update_rows()
         self.query_one(NodeTable).show()
+        self.query_one(StepList).show()
         self.query_one(SweepChart).update_rows()
         self.query_one(DescentChart).update_rows()
         self.query_one(KeyLine).update_rows()
 
     def _redraw(self) -> None:
         self.show(self.context.snapshot)
+
+    def _translate(self) -> None:
+        """Take the language of the learner, which may have changed on another screen."""
+        if self.state.language == self.context.language and self._is_translated:
+            return
+        self._is_translated = True
+        self.state.language = self.context.language
+        self.query_one(TabLine).names = tuple(map(self.state.translated, self.tabs))
+        self.query_one(TabLine).update_rows()
+        self.query_one(KeyLine).labels = key_labels(self.state.language)
 
     # ------------------------------------------------------------ PyTorch
 
@@ -171,11 +205,33 @@ class GraphScreen(FoldingScreen):
     def show_panels(self) -> None:
         for number, name in enumerate(PANELS):
             self.query_one(f"#{name}").display = not self._folded or number == self._tab
+        self.query_one("#table").display = not self._folded or self._tab == 1
+        self._share_height()
         self.query_one("#lower").display = not self._folded or self._tab > 0
         self.query_one("#charts").display = not self._folded or self._tab > 1
         self.query_one(StepText).display = not self._folded or self._tab < 2
         if not self._folded or self._tab == 1:
             self.query_one(NodeTable).focus()
+
+    def _share_height(self) -> None:
+        """Give the graph and the table what they need, and the list of steps what is left."""
+        graph, nodes = self.query_one(GraphView), self.query_one(NodeTable)
+        steps = self.query_one(StepList)
+        steps.display = False
+        if self._folded:
+            graph.styles.height = nodes.styles.height = "1fr"
+            return
+        room = self.app.size.height - 2 - STEP_TEXT_ROWS  # without the title and the keys
+        pitch = MAX_PITCH if self.app.size.height >= TALL else MAX_PITCH - 1
+        placed = layout(self.state.graph.expression)
+        upper = min(graph_height(placed, pitch) + 1, room * GRAPH_SHARE[0] // GRAPH_SHARE[1])
+        table = min(len(self.state.graph.nodes) + 1, room - upper)
+        graph.styles.height = upper
+        if room - upper - table >= MIN_STEP_LIST:
+            nodes.styles.height = table
+            steps.display = True
+        else:
+            nodes.styles.height = "1fr"
 
     # ------------------------------------------------------------ steps and selection
 
@@ -218,6 +274,7 @@ class GraphScreen(FoldingScreen):
     def _set(self, graph: ScalarGraph) -> None:
         """Show another graph, or other values."""
         self.state.set_graph(graph)
+        self._share_height()
         self._ask_torch()
         self._redraw()
 
@@ -225,7 +282,9 @@ class GraphScreen(FoldingScreen):
         """Ask for another value of the selected input."""
         node, graph = self.state.graph.nodes[self.state.selected], self.state.graph
         if not node.is_input:
-            text = f"{node.name} is not an input; select one with the arrow keys"
+            text = self.state.say(
+                "{name} is not an input; select one with the arrow keys", name=node.name
+            )
             self.notify(text, severity="warning", markup=False)
             return
 
@@ -233,30 +292,33 @@ class GraphScreen(FoldingScreen):
             try:
                 return graph.with_value(node.name, float(text))
             except ValueError:
-                wrong = f"{text} is not a number" if text else "enter a number, or press escape"
-                raise GraphError(wrong, "", 0, 0) from None
+                wrong = say("{given} is not a number", given=text)
+                empty = say("enter a number, or press escape")
+                raise GraphError(wrong if text else empty, "", 0, 0) from None
 
         def change(text: str | None) -> None:
             if text is not None:
                 self._set(attempt(text))
 
         value = f"{graph.inputs[node.name]:.10g}"
-        prompt = GraphPrompt(f"Value of {node.name}", value, lambda text: _wrong(attempt, text))
-        self.app.push_screen(prompt, change)
+        question = self.state.say("Value of {name}", name=node.name)
+        self._ask(question, value, lambda text: self._wrong(attempt, text), change)
 
     def action_update(self) -> None:
         """W <- W - lr*G for the selected input."""
         node, graph = self.state.graph.nodes[self.state.selected], self.state.graph
         descent = three_rates(graph, node.name) if node.is_input else None
         if descent is None or not descent.runs:
-            text = descent.verdict if descent is not None else f"{node.name} is not an input"
-            self.notify(text, severity="warning", markup=False)
+            text = say("{name} is not an input", name=node.name)
+            text = descent.verdict if descent is not None else text
+            self.notify(self.state.translated(text), severity="warning", markup=False)
             return
         run = descent.runs[1]
         try:
             self._set(graph.with_value(node.name, run.weights[1]))
         except (GraphError, IndexError):
-            self.notify("that step leaves what is defined", severity="warning", markup=False)
+            text = self.state.say("that step leaves what is defined")
+            self.notify(text, severity="warning", markup=False)
 
     def action_h(self) -> None:
         """Ask for another step of the numerical gradient."""
@@ -266,8 +328,8 @@ class GraphScreen(FoldingScreen):
                 self.state.h = float(text)
                 self._redraw()
 
-        prompt = GraphPrompt("Step h of the numerical gradient", f"{self.state.h:g}", _wrong_h)
-        self.app.push_screen(prompt, change)
+        question = self.state.say("Step h of the numerical gradient")
+        self._ask(question, f"{self.state.h:g}", self._wrong_h, change)
 
     def action_example(self) -> None:
         """Show the next example."""
@@ -278,7 +340,8 @@ class GraphScreen(FoldingScreen):
         self.state.position = 0
         self.state.set_graph(ScalarGraph.of(example.text, example.values))
         self._select_first_input()
-        self.notify(example.title, markup=False)
+        self.notify(self.state.translated(example.title), markup=False)
+        self._share_height()
         self._ask_torch()
         self._redraw()
 
@@ -296,13 +359,12 @@ class GraphScreen(FoldingScreen):
                 self.state.position = 0
                 self.state.set_graph(attempt(text))
                 self._select_first_input()
+                self._share_height()
                 self._ask_torch()
                 self._redraw()
 
-        prompt = GraphPrompt(
-            "Expression", graph.expression.text, lambda text: _wrong(attempt, text)
-        )
-        self.app.push_screen(prompt, change)
+        question, shown = self.state.say("Expression"), graph.expression.text
+        self._ask(question, shown, lambda text: self._wrong(attempt, text), change)
 
     def action_write(self) -> None:
         """Ask for a file and write the picture into it."""
@@ -311,8 +373,8 @@ class GraphScreen(FoldingScreen):
         def check(text: str) -> str:
             path = Path(text).expanduser()
             if path.suffix != ".svg":
-                return "the name must end in .svg"
-            return f"{path} already exists" if path.exists() else ""
+                return self.state.say("the name must end in .svg")
+            return self.state.say("{path} already exists", path=path) if path.exists() else ""
 
         def write(text: str | None) -> None:
             if text is None:
@@ -322,27 +384,39 @@ class GraphScreen(FoldingScreen):
                 path.write_text(svg(graph), encoding="utf-8")
             except OSError as error:
                 reason = error.strerror or str(error)
-                self.notify(f"cannot write {path}: {reason}", severity="error", markup=False)
+                text = self.state.say("cannot write {path}: {reason}", path=path, reason=reason)
+                self.notify(text, severity="error", markup=False)
             else:
-                self.notify(f"wrote {path}", markup=False)
+                self.notify(self.state.say("wrote {path}", path=path), markup=False)
 
-        prompt = GraphPrompt("Write the graph to", "backpropagation.svg", check)
-        self.app.push_screen(prompt, write)
+        self._ask(self.state.say("Write the graph to"), "backpropagation.svg", check, write)
 
+    # ------------------------------------------------------------ questions
 
-def _wrong(attempt: Callable[[str], object], text: str) -> str:
-    """What is wrong with a text, with its hint."""
-    try:
-        attempt(text)
-    except GraphError as error:
-        place = "" if not error.text else f" at {error.text[error.start : error.end]!r}"
-        return f"{error.message}{place}" + (f": {error.hint}" if error.hint else "")
-    return ""
+    def _ask(
+        self, question: str, value: str, check: Callable[[str], str],
+        then: Callable[[str | None], None],
+    ) -> None:  # fmt: skip
+        keys = self.state.say("enter: confirm, escape: cancel")
+        self.app.push_screen(GraphPrompt(question, value, check, keys), then)
 
+    def _wrong(self, attempt: Callable[[str], object], text: str) -> str:
+        """What is wrong with a text, with its hint."""
+        try:
+            attempt(text)
+        except GraphError as error:
+            message, hint = map(self.state.translated, (error.message, error.hint))
+            if error.text:
+                place = f"{error.text[error.start : error.end]!r}"
+                message = self.state.say("{message} at {place}", message=message, place=place)
+            if hint:
+                message = self.state.say("{message}: {hint}", message=message, hint=hint)
+            return message
+        return ""
 
-def _wrong_h(text: str) -> str:
-    number = float(text) if re.fullmatch(r"\d*\.?\d+(e[+-]?\d+)?", text.lower()) else 0.0
-    return "" if 0 < number <= 1 else "a number above 0, up to 1, such as 1e-4"
+    def _wrong_h(self, text: str) -> str:
+        number = float(text) if re.fullmatch(r"\d*\.?\d+(e[+-]?\d+)?", text.lower()) else 0.0
+        return "" if 0 < number <= 1 else self.state.say("a number above 0, up to 1, such as 1e-4")
 
 
 class GraphApp(TuiTrainerApp):

@@ -314,7 +314,7 @@ def _as_json(
         points = sweep_of(found, index)
         made["sweep"] = {
             "name": swept,
-            "summary": sweep_summary(found, index, points),
+            "summary": str(sweep_summary(found, index, points)),
             "points": [
                 {"h": p.h, "central": _finite(p.central), "forward": _finite(p.forward)}
                 for p in points
@@ -324,7 +324,7 @@ def _as_json(
         descent = three_rates(found, moved)
         made["descent"] = {
             "name": moved,
-            "verdict": descent.verdict,
+            "verdict": str(descent.verdict),
             "runs": [
                 {
                     "label": run.label,

@@ -7,6 +7,7 @@ An expression is parsed with `ast` over a whitelist of nodes; nothing is ever ex
 from __future__ import annotations
 
 import ast
+import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -14,8 +15,8 @@ from dataclasses import dataclass
 from typing import cast
 
 from tui_trainer.breakpoints.expression import ExpressionError
-from tui_trainer.config.errors import did_you_mean
 from tui_trainer.learn.scalar.operations import OPERATIONS
+from tui_trainer.learn.scalar.translation import Message, say
 
 MAX_CHARACTERS = 2000
 MAX_NODES = 200
@@ -25,7 +26,8 @@ BINARY: dict[type[ast.operator], str] = {
     ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.Pow: "**",
 }  # fmt: skip
 FUNCTIONS = ("tanh", "relu", "exp", "log")
-ALLOWED = f"numbers, names, + - * / **, {', '.join(FUNCTIONS)}"
+ALLOWED = say("numbers, names, {signs}", signs=f"+ - * / **, {', '.join(FUNCTIONS)}")
+EXAMPLE_HINT = say("such as {example}", example='"(a*b + c) * f"')
 INPUT, CONSTANT = "input", "constant"
 OUTPUT_NAME = "L"
 INTERMEDIATE_NAMES = "edgkmnpqrsuvz"
@@ -96,22 +98,30 @@ class ScalarExpression:
         for name, value in values.items():
             if name not in inputs:
                 if self.index(name) is not None:
-                    raise self._error(f"{name} is computed, so it cannot be given", name,
-                                      f"only {', '.join(inputs)} can be given")  # fmt: skip
-                hint = did_you_mean(name, inputs)
-                raise GraphError(f"there is no {name} in the expression", self.text, 0, 0, hint)
+                    raise self._error(
+                        say("{name} is computed, so it cannot be given", name=name),
+                        name,
+                        say("only {names} can be given", names=", ".join(inputs)),
+                    )
+                message = say("there is no {name} in the expression", name=name)
+                raise GraphError(message, self.text, 0, 0, _similar(name, inputs))
             if not math.isfinite(value):
-                raise self._error(f"{name} is {value}", name, "give a finite number")
+                raise self._error(
+                    say("{name} is {value}", name=name, value=value),
+                    name,
+                    say("give a finite number"),
+                )
         missing = [name for name in inputs if name not in values]
         if missing:
-            verb = "has" if len(missing) == 1 else "have"
+            names = ", ".join(missing)
+            one = say("{names} has no value", names=names)
             raise self._error(
-                f"{', '.join(missing)} {verb} no value",
+                one if len(missing) == 1 else say("{names} have no value", names=names),
                 missing[0],
                 f"--at {' '.join(f'{name}=1' for name in missing)}",
             )
 
-    def _error(self, message: str, name: str, hint: str) -> GraphError:
+    def _error(self, message: Message, name: str, hint: str) -> GraphError:
         node = self.nodes[cast(int, self.index(name))]
         return GraphError(message, self.text, node.start, node.end, hint)
 
@@ -133,9 +143,10 @@ class _Parser:
 
     def parse(self) -> ScalarExpression:
         if not self._text:
-            raise GraphError("the expression is empty", "", 0, 0, 'such as "(a*b + c) * f"')
+            raise GraphError(say("the expression is empty"), "", 0, 0, EXAMPLE_HINT)
         if len(self._text) > MAX_CHARACTERS:
-            raise GraphError(f"the expression is longer than {MAX_CHARACTERS} characters", "", 0, 0)
+            message = say("the expression is longer than {count} characters", count=MAX_CHARACTERS)
+            raise GraphError(message, "", 0, 0)
         statements = self._statements()
         output = -1
         for number, statement in enumerate(statements):
@@ -146,13 +157,16 @@ class _Parser:
                 case ast.Expr(value=value) if last:
                     output = self._node(value, 0)
                 case ast.Expr():
-                    raise self._error("only the last part may be without a name", statement,
-                                      "such as e = a*b; e + c")  # fmt: skip
+                    raise self._error(
+                        say("only the last part may be without a name"),
+                        statement,
+                        say("such as {example}", example="e = a*b; e + c"),
+                    )
                 case _:
-                    raise self._error("this is not supported", statement, ALLOWED)
+                    raise self._error(say("this is not supported"), statement, ALLOWED)
         if not any(node.is_input for node in self._nodes):
-            raise GraphError("there is no name in the expression, so nothing to differentiate",
-                             self._text, 0, len(self._text), 'such as "(a*b + c) * f"')  # fmt: skip
+            message = say("there is no name in the expression, so nothing to differentiate")
+            raise GraphError(message, self._text, 0, len(self._text), EXAMPLE_HINT)
         self._name_intermediates(output)
         return ScalarExpression(self._text, tuple(self._nodes), output)
 
@@ -162,39 +176,46 @@ class _Parser:
         except SyntaxError as error:
             raise self._syntax_error(error) from None
         except (ValueError, RecursionError, MemoryError):
-            raise GraphError("this cannot be parsed", self._text, 0, 0, ALLOWED) from None
+            raise GraphError(say("this cannot be parsed"), self._text, 0, 0, ALLOWED) from None
         if not tree.body:
-            raise GraphError("the expression is empty", self._text, 0, 0)
+            raise GraphError(say("the expression is empty"), self._text, 0, 0)
         return tree.body
 
     def _syntax_error(self, error: SyntaxError) -> GraphError:
         text = self._text
         start = max(0, (error.offset or 1) - 1)
-        hint = ""
+        hint: str = ""
         if text.count("(") != text.count(")"):
-            hint = "a parenthesis is missing"
+            hint = say("a parenthesis is missing")
         elif missing := re.search(r"(?<![\w.])\d+(?:\.\d*)?(?=[A-Za-z_])|\)(?=\s*[\w(])", text):
-            hint, start = "write * between two factors", missing.end()
+            hint, start = say("write * between two factors"), missing.end()
         elif re.search(r"\b[A-Za-z_]\w*\s+[A-Za-z_(\d]", text):
-            hint = "write * between two factors"
-        return GraphError("this is not a valid expression", text, start, start + 1, hint)
+            hint = say("write * between two factors")
+        message = say("this is not a valid expression")
+        return GraphError(message, text, start, start + 1, hint)
 
     # ------------------------------------------------------------ nodes
 
     def _assignment(self, target: ast.Name, name: str, value: ast.expr) -> int:
         if name in self._by_name:
             known = self._nodes[self._by_name[name]]
-            message = f"{name} is already used" if known.is_input else f"{name} is assigned twice"
-            raise self._error(message, target, "give every result a name of its own")
+            used = say("{name} is already used", name=name)
+            message = used if known.is_input else say("{name} is assigned twice", name=name)
+            raise self._error(message, target, say("give every result a name of its own"))
         if name in FUNCTIONS:
-            raise self._error(f"{name} is a function", target, "choose another name")
+            raise self._error(
+                say("{name} is a function", name=name), target, say("choose another name")
+            )
         index = self._node(value, 0)
         node = self._nodes[index]
         if not node.is_computed or index not in self._unnamed:
-            raise self._error(f"{name} would be a second name of {node.name}", value,
-                              "assign the result of an operation")  # fmt: skip
+            raise self._error(
+                say("{name} would be a second name of {first}", name=name, first=node.name),
+                value,
+                say("assign the result of an operation"),
+            )
         if name in self._by_name:
-            raise self._error(f"{name} is used before it has a value", target)
+            raise self._error(say("{name} is used before it has a value", name=name), target)
         self._unnamed.remove(index)
         start, _ = self._place(target)
         self._nodes[index] = Node(name, node.operation, node.inputs, 0.0, start, node.end)
@@ -204,7 +225,7 @@ class _Parser:
     def _node(self, node: ast.expr, depth: int) -> int:
         """Add a node and those it is computed from. Returns its index."""
         if depth > MAX_DEPTH:
-            raise self._error("this is nested too deeply", node)
+            raise self._error(say("this is nested too deeply"), node)
         match node:
             case ast.Constant(value=value) if type(value) in (int, float):
                 return self._constant(node, cast(float, value))
@@ -223,28 +244,38 @@ class _Parser:
                 operands = self._node(left, depth + 1), self._node(right, depth + 1)
                 return self._computed(BINARY[type(op)], node, *operands)
             case ast.BinOp(op=ast.BitXor()):
-                raise self._error("^ is not a power here", node, "write ** for a power")
+                raise self._error(say("^ is not a power here"), node, say("write ** for a power"))
             case ast.Call():
                 return self._call(node, depth)
-        raise self._error("this is not supported", node, ALLOWED)
+        raise self._error(say("this is not supported"), node, ALLOWED)
 
     def _call(self, node: ast.Call, depth: int) -> int:
         if not isinstance(node.func, ast.Name):
-            raise self._error("this is not a function", node.func, ALLOWED)
+            raise self._error(say("this is not a function"), node.func, ALLOWED)
         name = node.func.id
         if name not in FUNCTIONS:
-            known = {"sqrt": "write x**0.5", "pow": "write a**b"}
-            hint = known.get(name) or did_you_mean(name, FUNCTIONS)
+            known = {"sqrt": "x**0.5", "pow": "a**b"}
+            hint = _similar(name, FUNCTIONS)
+            if name in known:
+                hint = say("write {formula}", formula=known[name])
             if name in self._by_name:
-                hint = f"write {name} * (…) for a product"
-            raise self._error(f"there is no function {name}", node.func, hint)
+                hint = say("write {name} * (…) for a product", name=name)
+            raise self._error(say("there is no function {name}", name=name), node.func, hint)
         if len(node.args) != 1 or node.keywords or isinstance(node.args[0], ast.Starred):
-            raise self._error(f"{name} takes one value", node, f"such as {name}(a)")
+            raise self._error(
+                say("{name} takes one value", name=name),
+                node,
+                say("such as {example}", example=f"{name}(a)"),
+            )
         return self._computed(name, node, self._node(node.args[0], depth + 1))
 
     def _name(self, node: ast.Name, name: str) -> int:
         if name in FUNCTIONS:
-            raise self._error(f"{name} is a function", node, f"such as {name}(a)")
+            raise self._error(
+                say("{name} is a function", name=name),
+                node,
+                say("such as {example}", example=f"{name}(a)"),
+            )
         if name not in self._by_name:
             self._by_name[name] = self._add(node, Node(name, INPUT))
         return self._by_name[name]
@@ -255,7 +286,7 @@ class _Parser:
         except OverflowError:
             number = math.inf
         if not math.isfinite(number):
-            raise self._error("this number is too large", node)
+            raise self._error(say("this number is too large"), node)
         return self._add(node, Node(f"{number:g}", CONSTANT, constant=number))
 
     def _computed(self, operation: str, node: ast.expr, *inputs: int) -> int:
@@ -265,7 +296,8 @@ class _Parser:
 
     def _add(self, place: ast.expr, node: Node) -> int:
         if len(self._nodes) >= MAX_NODES:
-            raise self._error(f"the graph would have more than {MAX_NODES} nodes", place)
+            message = say("the graph would have more than {count} nodes", count=MAX_NODES)
+            raise self._error(message, place)
         start, end = self._place(place)
         self._nodes.append(Node(node.name, node.operation, node.inputs, node.constant, start, end))
         return len(self._nodes) - 1
@@ -296,8 +328,16 @@ class _Parser:
             len(self._bytes[:stop].decode(errors="ignore")),
         )
 
-    def _error(self, message: str, node: ast.AST, hint: str = "") -> GraphError:
+    def _error(self, message: Message, node: ast.AST, hint: str = "") -> GraphError:
         return GraphError(message, self._text, *self._place(node), hint)
+
+
+def _similar(name: str, known: Sequence[str]) -> Message:
+    """A hint for a name that is unknown."""
+    close = difflib.get_close_matches(name, known, n=1)
+    if close:
+        return say("did you mean {name}?", name=close[0])
+    return say("choose from {names}", names=", ".join(known))
 
 
 def parse_values(given: Sequence[str]) -> dict[str, float]:
@@ -309,13 +349,17 @@ def parse_values(given: Sequence[str]) -> dict[str, float]:
         name, equals, number = part.partition("=")
         name, number, end = name.strip(), number.strip(), at + len(part)
         if not equals or not name.isidentifier():
-            raise GraphError(f"{part} is not a value", text, at, end, "such as --at a=2 b=-3")
+            message = say("{given} is not a value", given=part)
+            raise GraphError(
+                message, text, at, end, say("such as {example}", example="--at a=2 b=-3")
+            )
         if name in values:
-            raise GraphError(f"{name} is given twice", text, at, end)
+            raise GraphError(say("{name} is given twice", name=name), text, at, end)
         try:
             values[name] = float(number)
         except ValueError:
-            message, start = f"{number or 'nothing'} is not a number", end - len(number)
-            raise GraphError(message, text, start, end, f"such as --at {name}=2") from None
+            message = say("{given} is not a number", given=number or say("nothing"))
+            hint = say("such as {example}", example=f"--at {name}=2")
+            raise GraphError(message, text, end - len(number), end, hint) from None
         at = end + 1
     return values

@@ -15,6 +15,7 @@ from typing import Literal
 
 from tui_trainer.learn.scalar.expression import GraphError, Node, ScalarExpression, parse
 from tui_trainer.learn.scalar.operations import OPERATIONS, DomainError
+from tui_trainer.learn.scalar.translation import Message, say
 
 DEFAULT_H = 1e-4
 Difference = Literal["central", "forward"]
@@ -153,15 +154,15 @@ def _value(expression: ScalarExpression, index: int, operands: list[float]) -> f
     try:
         value = OPERATIONS[node.operation].value(*operands)
     except DomainError as error:
-        raise _undefined(expression, index, str(error), operands) from None
+        raise _undefined(expression, index, error.message, operands) from None
     if not math.isfinite(value):
-        what = f"{node.name} is too large for a float64"
+        what = say("{formula} is too large for a float64", formula=node.name)
         raise _undefined(expression, index, what, operands)
     return value
 
 
 def _undefined(
-    expression: ScalarExpression, index: int, message: str, operands: list[float]
+    expression: ScalarExpression, index: int, message: Message, operands: list[float]
 ) -> GraphError:
     node = expression.nodes[index]
     pairs = zip(node.inputs, operands, strict=True)
@@ -170,7 +171,7 @@ def _undefined(
         for i, value in pairs
         if expression.nodes[i].operation != "constant"
     ]
-    hint = f"there {', '.join(named)}" if named else ""
+    hint = say("there {values}", values=", ".join(named)) if named else ""
     return GraphError(message, expression.text, node.start, node.end, hint)
 
 
@@ -274,21 +275,29 @@ def sweep(graph: ScalarGraph, index: int, points: int = 61) -> list[SweepPoint]:
     return [SweepPoint(h, error(h, "central"), error(h, "forward")) for h in hs]
 
 
-def sweep_summary(graph: ScalarGraph, index: int, points: Sequence[SweepPoint]) -> str:
+def sweep_summary(graph: ScalarGraph, index: int, points: Sequence[SweepPoint]) -> Message:
     """Where the error is smallest, and what makes it grow on both sides of it."""
     name, output = graph.nodes[index].name, graph.output_name
     known = [(point.central, point.h) for point in points if point.central is not None]
     if not known:
-        return f"the numerical gradient of {name} is undefined at every h"
+        return say("the numerical gradient of {name} is undefined at every h", name=name)
     least, best = min(known)
     if least > NEVER_AGREES * max(1.0, abs(graph.gradients[index] or 0.0)):
-        return f"they never agree: {output} has a kink at this {name}, and no derivative there"
+        return say(
+            "they never agree: {output} has a kink at this {name}, and no derivative there",
+            output=output,
+            name=name,
+        )
     largest = max((error for error, h in known if h >= 0.1), default=0.0)
     middle = max((error for error, h in known if 1e-3 <= h < 0.1), default=0.0)
     if largest <= 10 * middle or largest <= ROUNDING * max(1.0, abs(graph.values[graph.output])):
         # Rounding alone leaves errors that fall as 1/h up to the largest h.
-        return f"only rounding: {output} is at most quadratic in {name}, so nothing is truncated"
-    return f"best near h = {best:.0e}: left of it rounding, right of it truncation"
+        return say(
+            "only rounding: {output} is at most quadratic in {name}, so nothing is truncated",
+            output=output,
+            name=name,
+        )
+    return say("best near h = {h:.0e}: left of it rounding, right of it truncation", h=best)
 
 
 # ---------------------------------------------------------------- gradient descent
@@ -317,7 +326,7 @@ class Descent:
 
     name: str
     runs: tuple[DescentRun, ...]
-    verdict: str
+    verdict: Message
     """Which way, and what limits how far."""
 
 
@@ -362,7 +371,12 @@ def three_rates(graph: ScalarGraph, name: str) -> Descent:
     gradient = graph.gradients[index] if index is not None else None
     output = graph.output_name
     if not gradient:
-        return Descent(name, (), f"d{output}/d{name} is 0 here: no step of any size moves {name}")
+        still = say(
+            "d{output}/d{name} is 0 here: no step of any size moves {name}",
+            output=output,
+            name=name,
+        )
+        return Descent(name, (), still)
     tried = [descend(graph, name, "", rate) for rate in RATES]
     reached = [
         math.inf if run.left_domain or not math.isfinite(run.outputs[-1]) else run.outputs[-1]
@@ -373,25 +387,31 @@ def three_rates(graph: ScalarGraph, name: str) -> Descent:
     too_large = next(
         (n for n in range(best + 1, len(RATES)) if reached[n] > start + abs(start) * 1e-9), None
     )
-    way = "down" if gradient > 0 else "up"
-    which = f"d{output}/d{name} = {gradient:.4g}: {output} falls as {name} goes {way}"
+    slope = f"d{output}/d{name} = {gradient:.4g}"
+    down = say("{slope}: {output} falls as {name} goes down", slope=slope, output=output, name=name)
+    up = say("{slope}: {output} falls as {name} goes up", slope=slope, output=output, name=name)
+    way = down if gradient > 0 else up
     if math.isinf(reached[best]):
-        return Descent(name, (), f"{which}; every rate leaves what is defined")
+        return Descent(name, (), say("{way}; every rate leaves what is defined", way=way))
     if abs(start - reached[best]) <= abs(start) * 1e-9:
-        return Descent(
-            name, (), f"{which}, but so little that no rate up to {RATES[-1]:g} shows it"
+        flat = say(
+            "{way}, but so little that no rate up to {largest:g} shows it",
+            way=way,
+            largest=RATES[-1],
         )
+        return Descent(name, (), flat)
     if too_large is None:
         rates = (RATES[16], RATES[24], RATES[32])  # 0.01, 0.1, 1
         runs = tuple(
             descend(graph, name, label, rate)
             for label, rate in zip(("small", "larger", "largest"), rates, strict=True)
         )
-        return Descent(name, runs, f"{which}, without a minimum: no rate is too large")
+        endless = say("{way}, without a minimum: no rate is too large", way=way)
+        return Descent(name, runs, endless)
     labelled = (
         ("too small", RATES[best] * TOO_SMALL),
         ("right", RATES[best]),
         ("too large", RATES[too_large]),
     )
     runs = tuple(descend(graph, name, label, rate) for label, rate in labelled)
-    return Descent(name, runs, f"{which}, by lr times that a step")
+    return Descent(name, runs, say("{way}, by lr times that a step", way=way))

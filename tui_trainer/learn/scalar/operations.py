@@ -6,11 +6,17 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tui_trainer.learn.scalar.translation import Message, say
+
 Formulas = tuple[str, ...]
 
 
 class DomainError(ValueError):
     """An operation without a real, finite result, such as a division by zero."""
+
+    def __init__(self, message: Message) -> None:
+        super().__init__(message)
+        self.message = message
 
 
 @dataclass(frozen=True)
@@ -30,21 +36,26 @@ class Operation:
     that is infinite or nan, as in PyTorch."""
 
 
+def _too_large(formula: str) -> Message:
+    return say("{formula} is too large for a float64", formula=formula)
+
+
 def _divide(a: float, b: float) -> float:
     if b == 0:
-        raise DomainError("division by zero")
+        raise DomainError(say("division by zero"))
     return a / b
 
 
 def _power(a: float, b: float) -> float:
     if a == 0 and b < 0:
-        raise DomainError("division by zero: 0 to a negative power")
+        raise DomainError(say("division by zero: 0 to a negative power"))
     try:
         value = a**b
     except OverflowError:
-        raise DomainError(f"{a:g}**{b:g} is too large for a float64") from None
+        raise DomainError(_too_large(f"{a:g}**{b:g}")) from None
     if isinstance(value, complex):
-        raise DomainError(f"({a:g})**{b:g} is not a real number")
+        power = f"({a:g})**{b:g}"
+        raise DomainError(say("{formula} is not a real number", formula=power))
     return float(value)
 
 
@@ -81,14 +92,14 @@ def _exp(x: float) -> float:
     try:
         return math.exp(x)
     except OverflowError:
-        raise DomainError(f"exp({x:g}) is too large for a float64") from None
+        raise DomainError(_too_large(f"exp({x:g})")) from None
 
 
 def _log(x: float) -> float:
     if x == 0:
-        raise DomainError("the logarithm of zero")
+        raise DomainError(say("the logarithm of zero"))
     if x < 0:
-        raise DomainError(f"the logarithm of a negative number, {x:g}")
+        raise DomainError(say("the logarithm of a negative number, {x:g}", x=x))
     return math.log(x)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from tui_trainer.learn.scalar.expression import FUNCTIONS
 from tui_trainer.learn.scalar.graph import BackwardStep, Descent, GradientContribution, ScalarGraph
 from tui_trainer.learn.scalar.operations import OPERATIONS
+from tui_trainer.learn.scalar.translation import say
 
 
 def short(value: float | None) -> str:
@@ -68,7 +69,8 @@ def chain_line(graph: ScalarGraph, step: BackwardStep, each: GradientContributio
     parts = list(dict.fromkeys(parts))
     if each.first:
         return " = ".join(parts)
-    return f"{parts[0]} += {' = '.join(parts[1:])}, now {short(each.total)}"
+    sum_ = f"{parts[0]} += {' = '.join(parts[1:])}"
+    return say("{sum}, now {total}", sum=sum_, total=short(each.total))
 
 
 def _operation(graph: ScalarGraph, index: int) -> str:

@@ -103,11 +103,16 @@ class SweepChart(PlotView):
     def rows(self, size: Size) -> Sequence[Row]:
         graph, index = self.state.graph, self.state.selected
         name = graph.nodes[index].name
-        legend = [("central", "q"), ("forward", "k")]
-        title = self.title_row(size.width, f"error of the numerical d{graph.output_name}/d{name}",
-                               legend)  # fmt: skip
+        say, output = self.state.say, graph.output_name
+        legend = [(say("central"), "q"), (say("forward"), "k")]
+        heading = say("error of the numerical {derivative}", derivative=f"d{output}/d{name}")
+        title = self.title_row(size.width, heading, legend)
         if graph.gradients[index] is None:
-            text = f"{graph.output_name} does not depend on {name}, or {name} is a constant"
+            text = say(
+                "{output} does not depend on {name}, or {name} is a constant",
+                output=output,
+                name=name,
+            )
             return self.message(size, title, text)
         width = max(1, size.width - AXIS_WIDTH)
         points = self.points(max(2, 2 * width))
@@ -116,7 +121,7 @@ class SweepChart(PlotView):
             for values in ([p.central for p in points], [p.forward for p in points])
         )
         known = np.concatenate([v[np.isfinite(v)] for v in (central, forward)])
-        summary = sweep_summary(graph, index, points)
+        summary = self.state.translated(sweep_summary(graph, index, points))
         if not len(known):
             return self.message(size, title, summary)
         scale = fit_scale(float(known.min()), float(known.max()), log=True)
@@ -161,28 +166,48 @@ class DescentChart(PlotView):
         return self._known[2]
 
     def rows(self, size: Size) -> Sequence[Row]:
-        graph, node = self.state.graph, self.state.graph.nodes[self.state.selected]
-        output = graph.output_name
+        node = self.state.graph.nodes[self.state.selected]
         title = self.title_row(size.width, f"{node.name} <- {node.name} - lr*G", [])
         if not node.is_input:
-            text = f"{node.name} is computed: choose an input with the arrow keys to move it"
+            text = self.state.say(
+                "{name} is computed: choose an input with the arrow keys to move it", name=node.name
+            )
             return self.message(size, title, text)
         descent = self.descent(node.name)
         if not descent.runs:
-            return self.message(size, title, descent.verdict)
+            return self.message(size, title, self.state.translated(descent.verdict))
         markers = ASCII_RATE_MARKERS if self.glyphs.ascii else RATE_MARKERS
-        lines = self.wrapped(size.width, descent.verdict)
-        rates = zip(descent.runs, markers, RATE_STYLES, strict=True)
-        for number, (run, marker, style) in enumerate(rates):
-            end = "it is undefined" if run.left_domain else f"{output} = {short(run.outputs[-1])}"
-            lines.append(self.styled([
-                (f" {marker} {run.label:<9} ", style), (update_line(descent, number), "text"),
-                (f"   {len(run.outputs) - 1} steps: {end}", "dim"),
-            ]))  # fmt: skip
+        lines = self.wrapped(size.width, self.state.translated(descent.verdict))
+        lines += self._run_lines(size.width, descent, markers)
         left = Size(size.width, size.height - 1 - len(lines))
         if left.height < 4:
             return [title, *lines]
         return [title, *lines, *self._valley(left, descent, markers)]
+
+    def _run_lines(self, width: int, descent: Descent, markers: str) -> list[Row]:
+        """Of each rate its first update and where it leads, or only the rate where both do not
+        fit."""
+        say, output = self.state.say, self.state.graph.output_name
+        labels = [self.state.translated(run.label) for run in descent.runs]
+        ends = [
+            say("it is undefined") if run.left_domain
+            else say("{count} steps: {output} = {value}", count=len(run.outputs) - 1,
+                     output=output, value=short(run.outputs[-1]))
+            for run in descent.runs
+        ]  # fmt: skip
+        updates = [update_line(descent, number) for number in range(len(descent.runs))]
+        label_width, end_width = max(map(len, labels)), max(map(len, ends))
+        if label_width + max(map(len, updates)) + end_width + 7 > width:
+            updates = [f"lr = {run.learning_rate:.3g}" for run in descent.runs]
+        update_width = max(map(len, updates))
+        rates = zip(labels, updates, ends, markers, RATE_STYLES, strict=True)
+        return [
+            self.styled([
+                (f" {marker} {label:<{label_width}} ", style),
+                (f"{update:<{update_width}}   ", "text"), (end, "dim"),
+            ])
+            for label, update, end, marker, style in rates
+        ]  # fmt: skip
 
     def _valley(self, size: Size, descent: Descent, markers: str) -> list[Row]:
         """The output as a function of the input, with the weights of the three runs on it."""

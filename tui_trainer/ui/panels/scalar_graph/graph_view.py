@@ -9,10 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from textual.geometry import Size
 
-from tui_trainer.learn.scalar.graph import (
-    ScalarGraph,
-)
+from tui_trainer.learn.scalar.graph import ScalarGraph
 from tui_trainer.learn.scalar.layout import Layout, layout
+from tui_trainer.learn.scalar.steps import GraphStep
 from tui_trainer.protocol import formatting
 from tui_trainer.ui.panels.scalar_graph.state import GraphState
 from tui_trainer.ui.widgets.lines import LineView, Row, ScrollingLines
@@ -21,7 +20,9 @@ NORTH, SOUTH, WEST, EAST = 1, 2, 4, 8
 BOX = dict(enumerate(" ╵╷│╴┘┐┤╶└┌├─┴┬┼"))
 """Line characters by the directions in which they lead."""
 MAX_NAME, VALUE_WIDTH = 8, 7
-MAX_GAP = 12
+MAX_GAP = 28
+MAX_PITCH = 4
+STEP_TEXT_ROWS = 4
 SIGNS = {"neg": "-"}
 """Where the sign is not the operation itself."""
 
@@ -58,9 +59,15 @@ def geometry(graph: ScalarGraph, placed: Layout, size: Size) -> Geometry:
         left.append(x)
         channel.append(x - signs[column] - 2)
         x += node_width
-    pitch = 3 if placed.rows * 3 - 1 <= size.height else 2
-    height = round((placed.rows - 1) * pitch) + 2
+    pitches = range(MAX_PITCH, 2, -1)
+    pitch = next((p for p in pitches if graph_height(placed, p) <= size.height), 2)
+    height = graph_height(placed, pitch)
     return Geometry(tuple(left), tuple(channel), node_width, pitch, x, height)
+
+
+def graph_height(placed: Layout, pitch: int = MAX_PITCH) -> int:
+    """Lines of a graph, with `pitch` lines from one row of nodes to the next."""
+    return round((placed.rows - 1) * pitch) + 2
 
 
 class GraphView(ScrollingLines, can_focus=False):
@@ -231,12 +238,19 @@ def joined_spans(characters: Sequence[str], styles: Sequence[str]) -> list[tuple
     return spans
 
 
+def step_title(state: GraphState, step: GraphStep) -> str:
+    """`backward: dL/de = -2`"""
+    if step.backward:
+        return state.say("backward: {title}", title=step.title)
+    return state.say("forward: {title}", title=step.title)
+
+
 class StepText(LineView):
     """The current step, with the chain rule in numbers."""
 
     lessons = ("forward-backward",)
 
-    DEFAULT_CSS = "StepText { width: 1fr; height: 4; }"
+    DEFAULT_CSS = f"StepText {{ width: 1fr; height: {STEP_TEXT_ROWS}; }}"
 
     def __init__(self, state: GraphState, *, id: str | None = None) -> None:
         super().__init__(id=id)
@@ -244,21 +258,58 @@ class StepText(LineView):
 
     def rows(self, size: Size) -> Sequence[Row]:
         """A title, and a line for each operand."""
-        step, output = self.state.current, self.state.graph.output_name
+        step, state = self.state.current, self.state
         if step is None:
-            title = "p computes the first node; space goes to the end and back"
+            title = state.say("p computes the first node; space goes to the end and back")
             lines: Sequence[str] = (
-                "forward: every node gets its value from its operands",
-                f"backward: every node passes d{output}/d(node) on, times the local derivative",
+                state.say("forward: every node gets its value from its operands"),
+                state.say(
+                    "backward: every node passes d{output}/d(node) on, times the local derivative",
+                    output=state.graph.output_name,
+                ),
             )
         else:
-            title = ("backward: " if step.backward else "forward: ") + step.title
-            lines = step.lines
+            title = step_title(state, step)
+            lines = [state.translated(line) for line in step.lines]
         rows = [self.styled([(title, "title"), (f" {self._rule(size.width, title)}", "rule")])]
         return [*rows, *(self.styled([(f" {line}", "text")]) for line in lines)]
 
     def _rule(self, width: int, title: str) -> str:
         return self.glyphs.rule * max(0, width - len(title) - 1)
+
+
+class StepList(ScrollingLines, can_focus=False):
+    """All steps that were made, the newest at the end."""
+
+    lessons = ("forward-backward",)
+
+    DEFAULT_CSS = "StepList { width: 1fr; height: 1fr; }"
+
+    def __init__(self, state: GraphState, *, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self.state = state
+        self._texts: list[tuple[str, str]] = []
+
+    def show(self) -> None:
+        """List the steps again, and show the newest."""
+        state, self._texts = self.state, []
+        for number, step in enumerate(state.steps[: state.position], 1):
+            newest = number == state.position
+            self._texts.append((step_title(state, step), "strong" if newest else "dim"))
+            style = "text" if newest else "dim"
+            self._texts += [(f"  {state.translated(line)}", style) for line in step.lines]
+        self.lines_changed()
+        bottom = max(0, len(self._texts) - self.view_size.height)
+        self.scroll_to(0, bottom, animate=False, force=True)
+
+    def view_resized(self) -> None:
+        self.show()
+
+    def line_count(self) -> int:
+        return len(self._texts)
+
+    def line(self, index: int) -> Row:
+        return self.styled([self._texts[index]])
 
 
 class GraphTitle(LineView):

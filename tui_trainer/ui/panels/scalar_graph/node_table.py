@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
+from textual.binding import Binding, BindingType
 
 from tui_trainer.protocol import formatting
 from tui_trainer.ui.panels.scalar_graph.state import GraphState
@@ -15,25 +18,37 @@ class NodeTable(VirtualTable):
     lessons = ("scalar-tensor", "gradient")
 
     DEFAULT_CSS = "NodeTable { width: 1fr; height: 1fr; }"
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("enter", "activate", "Value", id="graph.edit",
+                tooltip="Change the value of the selected input"),
+    ]  # fmt: skip
 
     def __init__(self, state: GraphState, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self.state = state
         self._gradients: dict[int, float] = {}
         self._values: set[int] = set()
+        self._language = ""
+
+    def _head(self) -> None:
+        """The columns, with headings in the language of the learner."""
+        self._language, say = self.state.language, self.state.say
         self.columns = (
-            TableColumn("name", "node", 6, self._name_of, left=True),
-            TableColumn("operation", "operation", 0, self._operation_of, left=True),
-            TableColumn("value", "value", 8, self._value_of),
-            TableColumn("gradient", "gradient", 8, self._gradient_of, style="norm"),
-            TableColumn("numerical", "numerical", 12, self._numerical_of, _nine_digits),
+            TableColumn("name", say("node"), 6, self._name_of, left=True),
+            TableColumn("operation", say("operation"), 0, self._operation_of, left=True),
+            TableColumn("value", say("value"), 8, self._value_of),
+            TableColumn("gradient", say("gradient"), 8, self._gradient_of, style="norm"),
+            TableColumn("numerical", say("numerical"), 12, self._numerical_of, _nine_digits),
             TableColumn("autograd", "PyTorch", 8, self._autograd_of, style="norm"),
-            TableColumn("error", "error", 8, self._error_of, formatting.scientific),
-            TableColumn("product", "as a product", 22, self._product_of, left=True, style="dim"),
-        )
+            TableColumn("error", say("error"), 8, self._error_of, formatting.scientific),
+            TableColumn("product", say("as a product"), 22, self._product_of, left=True,
+                        style="dim"),
+        )  # fmt: skip
 
     def show(self) -> None:
         """Draw the state again."""
+        if self._language != self.state.language:
+            self._head()
         self._gradients = self.state.known_gradients()
         self._values = self.state.known_values()
         self.set_order(np.arange(len(self.state.graph.nodes)))
@@ -49,7 +64,8 @@ class NodeTable(VirtualTable):
 
     def _operation_of(self, row: int) -> CellValue:
         graph = self.state.graph
-        return Cell(graph.expression.operation_text(row) or graph.nodes[row].operation, "dim")
+        operation = graph.expression.operation_text(row)
+        return Cell(operation or self.state.translated(graph.nodes[row].operation), "dim")
 
     def _value_of(self, row: int) -> CellValue:
         return self.state.graph.values[row] if row in self._values else None

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from tui_trainer.learn.scalar.graph import (
-    DEFAULT_H,
-    ScalarGraph,
-)
+from tui_trainer.learn.page import LANGUAGES
+from tui_trainer.learn.scalar.graph import DEFAULT_H, ScalarGraph
 from tui_trainer.learn.scalar.steps import GraphStep, steps_of
 from tui_trainer.learn.scalar.torch_process import TorchGradients
+from tui_trainer.learn.scalar.translation import say, translated
 
 AGREE = 1e-9
 """Gradients that differ by less than this share are equal but for rounding."""
@@ -30,6 +29,7 @@ class GraphState:
     """None while PyTorch has not answered."""
     no_torch: bool = False
     """PyTorch gave no answer."""
+    language: str = LANGUAGES[0]
     steps: list[GraphStep] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -42,6 +42,14 @@ class GraphState:
         self.position = min(self.position, len(self.steps))
         self.selected = min(self.selected, len(graph.nodes) - 1)
         self.autograd = None
+
+    def say(self, template: str, **values: object) -> str:
+        """A text in the language of the learner."""
+        return self.translated(say(template, **values))
+
+    def translated(self, text: str) -> str:
+        """A text of the graph in the language of the learner."""
+        return translated(text, self.language)
 
     @property
     def current(self) -> GraphStep | None:
@@ -75,19 +83,22 @@ class GraphState:
         """`forward 2 of 3`, `backward 1 of 3`"""
         step, forward = self.current, sum(not each.backward for each in self.steps)
         if step is None:
-            return "before the first step"
+            return self.say("before the first step")
         if not step.backward:
-            return f"forward {self.position} of {forward}"
-        return f"backward {self.position - forward} of {len(self.steps) - forward}"
+            return self.say("forward {number} of {count}", number=self.position, count=forward)
+        number, count = self.position - forward, len(self.steps) - forward
+        return self.say("backward {number} of {count}", number=number, count=count)
 
     def agreement(self) -> str:
         """Whether PyTorch's gradients are those on screen."""
         if self.autograd is None:
-            return "no PyTorch" if self.no_torch else "asking PyTorch"
+            return self.say("no PyTorch") if self.no_torch else self.say("asking PyTorch")
         pairs = zip(self.autograd.gradients, self.graph.gradients, strict=True)
         apart = max((_difference(theirs, ours) for theirs, ours in pairs), default=0.0)
-        word = "agrees" if apart <= AGREE else f"differs by {apart:.0e}"
-        return f"{self.autograd.version} {word}"
+        version = self.autograd.version
+        if apart <= AGREE:
+            return self.say("{version} agrees", version=version)
+        return self.say("{version} differs by {apart:.0e}", version=version, apart=apart)
 
 
 def _difference(theirs: float | None, ours: float | None) -> float:
