@@ -309,9 +309,9 @@ class GraphScreen(FoldingScreen):
         node, graph = self.state.graph.nodes[self.state.selected], self.state.graph
         descent = three_rates(graph, node.name) if node.is_input else None
         if descent is None or not descent.runs:
-            text = say("{name} is not an input", name=node.name)
-            text = descent.verdict if descent is not None else text
-            self.notify(self.state.translated(text), severity="warning", markup=False)
+            computed = say("{name} is not an input", name=node.name)
+            why = descent.verdict if descent is not None else computed
+            self.notify(self.state.translated(why), severity="warning", markup=False)
             return
         run = descent.runs[1]
         try:
