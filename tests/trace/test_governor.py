@@ -13,12 +13,14 @@ from tests.trace.support import KeepingRecorder, SmallGpt, gpt_loop, mlp, plain_
 from tui_trainer.probes import PROBES
 from tui_trainer.probes.attention.heads import AttentionHeads
 from tui_trainer.probes.update_ratio import NEVER
-from tui_trainer.trace.active_probe import NEVER_STRETCHED, WATCHED_LIMIT, ActiveProbe
 from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.governor import (
     EARLIEST,
+    NEVER_STRETCHED,
     WARM_UP,
+    WATCHED_LIMIT,
     WINDOW,
+    ActiveProbe,
     Governor,
 )
 from tui_trainer.trace.probe import Probe, ProbeOptions, Readings

@@ -26,6 +26,7 @@ from tui_trainer.history.records import Floats, SkipRecord, StepRecord
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.events import (
     Artifact,
+    Event,
     Finding,
     Level,
     LogLine,
@@ -425,13 +426,11 @@ class Recorder:
         self._status = msgspec.structs.replace(self._status, step=step)
         step_ms = self._step_ms(record)
         self.throughput.add(record.step, record.time, step_ms, record.own_ms, excluded_s)
-        if (clipped := self._clipped(record)) is not None:
+        clipped = record.clip is not None and record.clip.scale < 1.0
+        if clipped or any(self._info.tables[n].name == schema.CLIP for n, _ in record.rows):
             self.throughput.add_clip(clipped)
         self._out.append(StepRecorded(record))
-        for event in self._events.add_step(record):
-            self._out.append(event)
-            if self._first_nonfinite is None and isinstance(event, NonFinite):
-                self._first_nonfinite = event
+        self._add_events(self._events.add_step(record))
         if self._engine is not None:
             self._add_findings(self._engine.step(record))
 
@@ -463,12 +462,15 @@ class Recorder:
 
     def _add_skip(self, record: SkipRecord) -> None:
         self._send_info()
-        for event in self._events.add_skip(record):
+        self._add_events(self._events.add_skip(record))
+        if self._engine is not None:
+            self._add_findings(self._engine.skipped(record))
+
+    def _add_events(self, events: Sequence[Event]) -> None:
+        for event in events:
             self._out.append(event)
             if self._first_nonfinite is None and isinstance(event, NonFinite):
                 self._first_nonfinite = event
-        if self._engine is not None:
-            self._add_findings(self._engine.skipped(record))
 
     def _add_findings(self, findings: Sequence[Finding]) -> None:
         for finding in findings:
@@ -481,13 +483,6 @@ class Recorder:
                 since_start_ms = (record.time - self._info.started_at) * 1e3
                 return min(float(values[schema.STEP_INDEX["step_ms"]]), since_start_ms)
         return 0.0
-
-    def _clipped(self, record: StepRecord) -> bool | None:
-        """Whether the step's gradient was scaled down; None when no clipping was in force."""
-        if record.clip is not None and record.clip.scale < 1.0:
-            return True
-        in_force = any(self._info.tables[table].name == schema.CLIP for table, _ in record.rows)
-        return False if in_force else None
 
     def _add_row(self, row: RowRecorded) -> None:
         self._send_info()
@@ -568,21 +563,9 @@ class Recorder:
 
     def _status_at(self, live: dict[str, Any]) -> Status:
         now = self._clock() if self._ended_at is None else self._ended_at
-        info, throughput, step = self._info, self.throughput, self._status.step
-        speed = throughput.steps_per_second(None if self._ended_at else now)
-        left = info.total_steps - step if info.total_steps is not None else None
-        cost_share = self._status.cost_share
-        return msgspec.structs.replace(
-            self._status,
-            epoch=step / info.steps_per_epoch if info.steps_per_epoch else 0.0,
-            steps_per_second=speed,
-            items_per_second=speed * info.items_per_step if speed and info.items_per_step else None,
-            elapsed_s=throughput.elapsed_s(now),
-            remaining_s=throughput.remaining_s(left, now) if left and left > 0 else left and 0.0,
-            cost_share=throughput.cost_share() if cost_share is None else cost_share,
-            clipped_share=throughput.clipped_share(),
-            **live,
-        )
+        ended = self._ended_at is not None
+        status = self.throughput.complete(self._status, self._info, now, ended)
+        return msgspec.structs.replace(status, **live)
 
     # ------------------------------------------------------------ faults and forks
 

@@ -6,6 +6,11 @@ from collections import deque
 from dataclasses import dataclass
 from itertools import islice
 
+import msgspec
+
+from tui_trainer.protocol.messages import Status
+from tui_trainer.protocol.schema import RunInfo
+
 WINDOW_S = 10.0
 """Speed is a mean over this much training time …"""
 WINDOW_STEPS = 5
@@ -141,3 +146,18 @@ class Throughput:
     def clipped_share(self) -> float | None:
         """Share of clipped steps of the last CLIP_WINDOW with clipping in force; None without."""
         return sum(self._clipped) / len(self._clipped) if self._clipped else None
+
+    def complete(self, status: Status, info: RunInfo, now: float, ended: bool) -> Status:
+        """`status` with the fields that follow from the throughput so far."""
+        speed = self.steps_per_second(None if ended else now)
+        left = info.total_steps - status.step if info.total_steps is not None else None
+        return msgspec.structs.replace(
+            status,
+            epoch=status.step / info.steps_per_epoch if info.steps_per_epoch else 0.0,
+            steps_per_second=speed,
+            items_per_second=speed * info.items_per_step if speed and info.items_per_step else None,
+            elapsed_s=self.elapsed_s(now),
+            remaining_s=self.remaining_s(left, now) if left and left > 0 else left and 0.0,
+            cost_share=self.cost_share() if status.cost_share is None else status.cost_share,
+            clipped_share=self.clipped_share(),
+        )

@@ -21,6 +21,7 @@ import msgspec
 
 from tui_trainer import __version__
 from tui_trainer.config.run_spec import find_socket
+from tui_trainer.history.ranks import rank_row
 from tui_trainer.protocol import PROTOCOL_VERSION
 from tui_trainer.protocol.events import LogLine, NonFinite, Notice
 from tui_trainer.protocol.framing import ConnectionClosed, ProtocolError, encode, read_as
@@ -42,7 +43,6 @@ from tui_trainer.protocol.ranks import (
 )
 from tui_trainer.protocol.schema import Table
 from tui_trainer.record.events import InfoChanged, Item, StepRecorded
-from tui_trainer.record.rank_row import rank_row
 from tui_trainer.runs.errors import RunError
 from tui_trainer.runs.security import connect_unix
 

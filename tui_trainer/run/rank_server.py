@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from tui_trainer.config.ranks import Rank
+from tui_trainer.history.ranks import rank_row
 from tui_trainer.history.records import Floats
 from tui_trainer.protocol import PHASES, Phase, schema
 from tui_trainer.protocol.framing import ConnectionClosed, ProtocolError, encode, read_as
@@ -47,7 +48,6 @@ from tui_trainer.protocol.ranks import (
 from tui_trainer.protocol.schema import ProcessInfo, ProcessState, Table
 from tui_trainer.protocol.text import single_line
 from tui_trainer.record.events import InfoChanged, Item, StepRecorded
-from tui_trainer.record.rank_row import rank_row
 from tui_trainer.record.recorder import Recorder
 
 MAX_PROCESSES = 1024

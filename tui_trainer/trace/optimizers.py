@@ -11,7 +11,7 @@ import torch
 
 from tui_trainer.protocol.events import Level
 from tui_trainer.protocol.schema import ParameterInfo, Table
-from tui_trainer.trace.active_probe import ActiveProbe
+from tui_trainer.trace.governor import ActiveProbe
 from tui_trainer.trace.module_calls import RootModules
 from tui_trainer.trace.optimizer_slot import OptimizerSlot, shapes_of
 from tui_trainer.trace.parameters import Names, TrackedParameters, parameters_of, track_parameters

@@ -14,8 +14,7 @@ import torch
 from tui_trainer.history.records import Floats
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.schema import Table
-from tui_trainer.trace.active_probe import ActiveProbe
-from tui_trainer.trace.governor import Governor, OnChange
+from tui_trainer.trace.governor import ActiveProbe, Governor, OnChange
 from tui_trainer.trace.optimizer_slot import OptimizerSlot
 from tui_trainer.trace.parameters import TrackedParameters
 from tui_trainer.trace.probe import (

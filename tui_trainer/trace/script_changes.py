@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from tui_trainer.trace.step import Returned
-from tui_trainer.trace.torch_private import version_of
+from tui_trainer.trace.torch_private import local, version_of
 
 SAMPLED_GRADIENTS = 8
 """Gradients that are looked at before a backward, to see after it whether it has changed any."""
@@ -231,7 +231,7 @@ class WeightWatch:
         self._samples = [
             (p, _first_elements(p).clone(), _first_gradients(p))
             for p in self._parameters
-            if p.numel()
+            if local(p).numel()
         ]
 
     def changed(self) -> bool:
@@ -289,7 +289,8 @@ def _same(values: torch.Tensor, others: torch.Tensor) -> bool:
 
 
 def _first_elements(parameter: torch.Tensor) -> torch.Tensor:
-    return parameter.detach().reshape(-1)[:SAMPLED]
+    """Of a sharded parameter those of this process's shard."""
+    return local(parameter.detach()).reshape(-1)[:SAMPLED]
 
 
 def _first_gradients(parameter: torch.Tensor) -> torch.Tensor | None:

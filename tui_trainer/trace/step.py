@@ -37,7 +37,7 @@ from tui_trainer.protocol import formatting
 from tui_trainer.protocol.absent import Absent, absent, why_absent
 from tui_trainer.protocol.events import ClipKind, SkipReason
 from tui_trainer.trace import torch_private
-from tui_trainer.trace.active_probe import ActiveProbe
+from tui_trainer.trace.governor import ActiveProbe
 from tui_trainer.trace.nonfinite_origin import merged
 from tui_trainer.trace.phases import PhaseTimes
 from tui_trainer.trace.probe import (

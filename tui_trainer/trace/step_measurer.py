@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from tui_trainer.history.records import Sign
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.absent import Absent
-from tui_trainer.trace.active_probe import ActiveProbe
-from tui_trainer.trace.governor import OnChange
+from tui_trainer.trace.governor import ActiveProbe, OnChange
 from tui_trainer.trace.norms import (
     Norms,
     close,
