@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from tests.findings.synthetic import Run
 from tui_trainer.findings.document import PAGE, page
 from tui_trainer.findings.finding_order import newest_findings
+from tui_trainer.findings.observation import Observation
 from tui_trainer.findings.rule import Found, Rule
 from tui_trainer.findings.rule_settings import SettingsError, parse_settings
 from tui_trainer.findings.rules import RULES
@@ -59,6 +62,21 @@ def test_rule_that_fails_is_switched_off_and_said_once():
         run.step(signs=["kept_gradients"])
     assert run.faults == ["rule failing is switched off: ZeroDivisionError: 3"]
     assert set(run.found) == {"failing", "gradients-kept"}
+
+
+def test_rules_read_what_observations_have():
+    fields = {field.name for field in dataclasses.fields(Observation)}
+    assert {rule.reads for rule in RULES} - {""} <= fields
+
+
+def test_steps_without_any_sign_end_a_streak():
+    run = Run()
+    for number in range(1, 40):
+        run.step(signs=["eval_mode"] if number % 3 else [])  # two in a row, and three are reported
+    assert not run.found
+    for _ in range(3):
+        run.step(signs=["eval_mode"])
+    assert run.found["eval-mode"].onset == 40
 
 
 def test_new_parameters_start_over():

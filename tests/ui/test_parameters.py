@@ -160,6 +160,22 @@ async def test_the_cursor_stays_on_its_parameter_while_values_change() -> None:
         assert table.current_row == before
 
 
+async def test_a_key_that_sorts_builds_the_rows_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    app = app_on("parameters", fake_gpt())
+    built = []
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot)
+        table = app.screen.query_one(ParameterTable)
+        await pilot.press("end")  # so that the key scrolls
+        await settle(pilot)
+        rows = ParameterTable.rows
+        monkeypatch.setattr(
+            ParameterTable, "rows", lambda self, size: built.append(size) or rows(self, size)
+        )
+        app.screen.action_order(1)  # type: ignore[attr-defined]
+        assert (table.cursor, table.top, len(built)) == (0, 0, 1)
+
+
 async def test_non_finite_values_are_named_with_their_step() -> None:
     app = app_on("parameters", fake_non_finite(steps=203))
     async with app.run_test(size=(120, 40)) as pilot:

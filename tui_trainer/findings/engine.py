@@ -28,6 +28,10 @@ MAX_UPDATES = 5
 """How many times a finding may be updated."""
 
 
+NOTHING: tuple[object, ...] = (None, (), frozenset())
+"""Values of an attribute of `Observation` that is not known of a step, or empty."""
+
+
 def _ignore(text: str) -> None:
     pass
 
@@ -40,6 +44,7 @@ class _OptimizerRules:
         self.steps = 0
         self.rules = list(rules)
         self.on_step = [rule for rule in rules if type(rule).step is not Rule.step]
+        self.reads = {rule.reads for rule in self.on_step if rule.reads}
         self.on_skip = [rule for rule in rules if type(rule).skipped is not Rule.skipped]
         self.on_evaluation = [
             rule for rule in rules if type(rule).evaluation is not Rule.evaluation
@@ -106,8 +111,17 @@ class FindingsEngine:
         if seen.loss is not None:
             active.trend.add(seen.step, seen.loss)
         reports: list[tuple[Rule, Found]] = []
+        missing = {name for name in active.reads if getattr(seen, name) in NOTHING}
         for rule in tuple(active.on_step):
-            self._ask(rule, rule.step, reports, seen)
+            if rule.reads in missing:
+                continue
+            try:
+                found = list(rule.step(seen))
+            except Exception as error:
+                self._switch_off(rule, error)
+            else:
+                if found:
+                    reports += [(rule, each) for each in found]
         return self._publish(reports, record.step, record.time, record.optimizer) if reports else []
 
     def skipped(self, record: SkipRecord) -> list[Finding]:
@@ -184,11 +198,14 @@ class FindingsEngine:
         try:
             reports += [(rule, found) for found in question(*arguments)]
         except Exception as error:
-            self._failed.add(rule.name)
-            for active in self._by_optimizer.values():
-                for each in [each for each in active.rules if each.name == rule.name]:
-                    active.drop(each)
-            self._on_fault(f"rule {rule.name} is switched off: {type(error).__name__}: {error}")
+            self._switch_off(rule, error)
+
+    def _switch_off(self, rule: Rule, error: Exception) -> None:
+        self._failed.add(rule.name)
+        for active in self._by_optimizer.values():
+            for each in [each for each in active.rules if each.name == rule.name]:
+                active.drop(each)
+        self._on_fault(f"rule {rule.name} is switched off: {type(error).__name__}: {error}")
 
     # ------------------------------------------------------------ findings
 

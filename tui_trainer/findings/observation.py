@@ -51,7 +51,10 @@ class TableRow:
 
     @cached_property
     def any_absent(self) -> bool:
-        return bool(self.absent.any())
+        # Where the sum is finite, each of them is: faster than the mask.
+        return not math.isfinite(np.add.reduce(self.values, dtype=np.float64)) and bool(
+            self.absent.any()
+        )
 
     def reasons(self) -> NDArray[np.uint32]:
         """The `Absent` code of each value, 0 where it is present."""

@@ -58,6 +58,8 @@ class Rule:
     source: ClassVar[str]
     """Where the test and its thresholds come from."""
     thresholds: ClassVar[tuple[RuleThreshold, ...]] = ()
+    reads: str = ""
+    """Attribute of `Observation`: `step` is not called for steps of which it is None or empty."""
     unconditional: ClassVar[bool] = False
     """Whether it runs with `--rules off` too, until it is switched off by its name."""
     explained_by: ClassVar[tuple[str, ...]] = ()
@@ -145,6 +147,8 @@ class SignRule(Rule):
     """Name of the evidence: what the steps have in common."""
     phase: ClassVar[Phase]
 
+    reads = "signs"
+
     def start(self) -> None:
         self._streak = Streak()
         self._reported = False
@@ -153,6 +157,7 @@ class SignRule(Rule):
         if self._reported:
             return
         count = self._streak.add(self.sign in seen.signs, seen.step)
+        self.reads = "" if count else "signs"  # a step without any sign ends a streak
         if count < self.limits["steps"]:
             return
         self._reported = True
@@ -167,6 +172,8 @@ class SignRule(Rule):
 
 class BatchRule(Rule):
     """Base class of rules on what the model and the loss function receive, which report once."""
+
+    reads = "batch"
 
     def start(self) -> None:
         self.streak = Streak()

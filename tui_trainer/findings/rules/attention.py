@@ -110,6 +110,7 @@ class AttentionLogits(_PerLayer):
 class AttentionEntropy(_PerLayer):
     """The entropy of attention collapses."""
 
+    reads = "health"
     name = "attention-entropy"
     title = "attention collapses to one position"
     needs = "two samples of the attention's entropy"

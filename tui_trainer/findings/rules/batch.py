@@ -257,6 +257,7 @@ class BatchesRepeat(BatchRule):
 class BadBatchRule(Rule):
     """One batch has a loss far above all before it."""
 
+    reads = "bad_batch"
     name = "bad-batch"
     title = "one batch stands out"
     level = "info"

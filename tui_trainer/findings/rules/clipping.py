@@ -35,6 +35,7 @@ class ClippedAfterStep(SignRule):
 class ClippedToNothing(Rule):
     """Clipping leaves almost nothing of the gradients."""
 
+    reads = "clip"
     name = "clipped-to-nothing"
     title = "clipping leaves almost nothing"
     needs = "100 steps with clipping"
@@ -92,6 +93,7 @@ class ClippedToNothing(Rule):
 class AlwaysClipped(Rule):
     """The gradient is clipped at every step."""
 
+    reads = "clip"
     name = "always-clipped"
     title = "every step is clipped"
     level = "info"

@@ -15,6 +15,7 @@ from tui_trainer.protocol.formatting import counted, percent
 class NotInOptimizer(Rule):
     """Parameters with a gradient that no optimizer holds."""
 
+    reads = "gradients"
     name = "not-in-optimizer"
     title = "parameters that no optimizer updates"
     needs = "the gradient norms of two steps"
@@ -103,6 +104,7 @@ class NotInOptimizer(Rule):
 class NeverReached(Rule):
     """Parameters of an optimizer that never get a gradient."""
 
+    reads = "gradients"
     name = "never-reached"
     title = "parameters that backward never reaches"
     needs = "the gradients of ten steps"
@@ -174,6 +176,7 @@ class NeverReached(Rule):
 class ZeroGradients(Rule):
     """Parameters whose gradient is exactly zero."""
 
+    reads = "gradients"
     name = "zero-gradients"
     title = "gradients are exactly zero"
     needs = "the gradients of twenty steps"
@@ -243,6 +246,7 @@ class ZeroGradients(Rule):
 class NoGradients(Rule):
     """The optimizer steps, and none of its parameters has a gradient."""
 
+    reads = "gradients"
     name = "no-gradients"
     title = "the optimizer has no gradients"
     level = "error"
@@ -344,6 +348,7 @@ class MostlyFrozen(Rule):
 class FrozenLate(Rule):
     """Parameters that were trained first and frozen then."""
 
+    reads = "gradients"
     name = "frozen-late"
     title = "parameters are frozen after they were trained"
     level = "info"
@@ -377,7 +382,11 @@ class FrozenLate(Rule):
         if row.names is not self._names:
             self._names, self._trained = row.names, np.zeros(len(row.names), np.int64)
             self._streak = Streak()
-        frozen = row.reasons() == Absent.FROZEN if row.any_absent else row.absent
+        if not row.any_absent:
+            self._trained += 1
+            self._streak.add(False, seen.step)
+            return
+        frozen = row.reasons() == Absent.FROZEN
         if not self._trained.any() and frozen.any():
             self._done = True  # a part was frozen from the start: what follows is a schedule
             return

@@ -12,6 +12,7 @@ from tui_trainer.findings.rule import Found, Rule, RuleThreshold, evidence, name
 class ConstantWeights(Rule):
     """All units of a layer start with the same weights."""
 
+    reads = "initial"
     name = "constant-weights"
     title = "all units of a layer start equal"
     needs = "the weights before the first step"
@@ -49,6 +50,7 @@ class ConstantWeights(Rule):
 class InitialScale(Rule):
     """Initial weights whose scale is far from what their number of inputs calls for."""
 
+    reads = "initial"
     name = "initial-scale"
     title = "the scale of initial weights"
     needs = "the weights before the first step"
@@ -106,6 +108,7 @@ class InitialScale(Rule):
 class UntiedWeights(Rule):
     """An embedding and an output layer that are equal, and two parameters."""
 
+    reads = "initial"
     name = "untied-weights"
     title = "weights that were tied are not"
     needs = "the weights before the first step"

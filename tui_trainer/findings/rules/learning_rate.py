@@ -206,6 +206,7 @@ class NoWarmUp(Rule):
 class AdamEpsilon(Rule):
     """`eps` of Adam is too small for the numbers that it is added to."""
 
+    reads = "epsilon"
     name = "adam-epsilon"
     title = "Adam's eps is very small"
     level = "info"

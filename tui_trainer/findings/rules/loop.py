@@ -265,6 +265,7 @@ class ScheduleEnds(Rule):
 class TrainModeEvaluation(Rule):
     """The model is evaluated in `train()` mode."""
 
+    reads = "signs"
     name = "train-mode-evaluation"
     title = "the model is evaluated in train() mode"
     needs = "an evaluation between two steps"

@@ -69,6 +69,7 @@ class InitialLoss(Rule):
 class SoftmaxTwice(Rule):
     """Softmax is applied before cross-entropy."""
 
+    reads = "signs"
     name = "softmax-before-cross-entropy"
     title = "softmax before cross-entropy"
     needs = "the autograd graph of the loss in two of the first five steps"

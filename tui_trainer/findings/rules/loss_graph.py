@@ -13,6 +13,7 @@ NEEDS = "the autograd graph of the first loss, which a compiled model does not s
 
 
 class _OfFirstGraph(Rule):
+    reads = "loss_graph"
     needs = NEEDS
 
     def start(self) -> None:

@@ -200,6 +200,7 @@ class EvaluationExpensive(Rule):
 class MemoryGrowth(Rule):
     """Memory grows steadily."""
 
+    reads = "memory"
     name = "memory-growth"
     title = "memory grows"
     needs = "memory over two minutes and 100 steps"

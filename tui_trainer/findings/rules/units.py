@@ -17,6 +17,7 @@ STEPS_OF_WINDOW = 50
 class _StuckUnits(Rule):
     """Reports the layers with the largest shares of units that did not change."""
 
+    reads = "units"
     kinds: tuple[str, ...] = ()
     thresholds = (
         RuleThreshold("share", 0.9, "share of a layer's units, for a warning"),
@@ -128,6 +129,7 @@ class SaturatedUnits(_StuckUnits):
 class SignalVanishes(Rule):
     """What the last layer is given hardly depends on the example."""
 
+    reads = "units"
     name = "signal-vanishes"
     title = "the signal vanishes on its way forward"
     needs = "what the first and the last layer are given in two steps, 25 apart, and the losses"

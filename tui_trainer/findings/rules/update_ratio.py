@@ -223,6 +223,7 @@ class UpdateRatioLow(UpdateRatios):
 class UpdatesSmall(UpdateRatios):
     """Updates are small from the start, and the loss stands still."""
 
+    reads = "updates"
     name = "updates-small"
     title = "updates are small, and the loss stands still"
     level = "info"
@@ -292,6 +293,7 @@ SPACING = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
 class UpdatesRounded(UpdateRatios):
     """Updates are smaller than what the type of the weights can represent."""
 
+    reads = "updates"
     name = "updates-rounded"
     title = "updates are lost when they are rounded"
     needs = "three update ratios, and weights in bfloat16 or float16"
@@ -351,6 +353,7 @@ class UpdatesRounded(UpdateRatios):
 class UpdatesUndone(Rule):
     """Something writes the old weights back after the step."""
 
+    reads = "kept_update"
     name = "updates-undone"
     title = "updates are undone"
     needs = "the first six steps"
@@ -397,6 +400,7 @@ class UpdatesUndone(Rule):
 class WeightsShrink(Rule):
     """Decay or a penalty removes the weights faster than they learn."""
 
+    reads = "weights"
     name = "weights-shrink"
     title = "the weights shrink"
     needs = "the weight norms of the first 200 steps"

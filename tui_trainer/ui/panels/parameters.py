@@ -284,14 +284,14 @@ class ParameterTable(VirtualTable):
         self.element_count = sum(parameter.numel for parameter in self._parameters)
         self._matching = None
 
-    def rearrange(self) -> None:
-        """Filter and sort the parameters again."""
+    def rearrange(self, to_top: bool = False) -> None:
+        """Filter and sort the parameters again; `to_top`: the cursor goes to the first."""
         order = self._matching_parameters()
         if self.sorted_by != MODEL_ORDER and len(order):
             order = order[_argsort(self._sort_values(order), self.descending)]
         elif not self.descending:
             order = order[::-1]
-        self.set_order(order)
+        self.set_order(order, to_top)
 
     def _matching_parameters(self) -> RowIds:
         """The parameters whose name contains every word of the filter."""

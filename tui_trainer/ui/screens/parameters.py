@@ -153,8 +153,8 @@ class ParametersScreen(DetailScreen):
                 self.table.move_cursor(int(places[0]))
         self._wanted = ""
 
-    def _sort_rows(self) -> None:
-        self.table.rearrange()
+    def _sort_rows(self, to_top: bool = False) -> None:
+        self.table.rearrange(to_top)
         self._sorted_at = time.monotonic()
 
     def _show_summary(self) -> None:
@@ -263,9 +263,7 @@ class ParametersScreen(DetailScreen):
         """Draw after the filter or the order was changed by the user."""
         if self.values.info is None:
             return
-        self._sort_rows()
-        if to_top:
-            self.table.move_cursor(0)
+        self._sort_rows(to_top)
         self.table.update_rows()
         self._show_summary()
         self._show_selected()

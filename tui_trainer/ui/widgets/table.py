@@ -113,6 +113,8 @@ class VirtualTable(LineView, can_focus=True, inherit_bindings=False):
         self.placeholder = ""
         """Shown while there are no rows."""
         self.sorted_by = ""
+        self._reordering = False
+        """Whether the order is about to be drawn by what has changed it."""
         self.descending = True
         self.header_height = 0
         """Rows that a subclass draws above the column titles."""
@@ -148,18 +150,29 @@ class VirtualTable(LineView, can_focus=True, inherit_bindings=False):
             style = "error"
         return Segment(column.format(value, width), self.style(style))
 
-    def set_order(self, order: RowIds) -> None:
-        """Show other rows, or in another order. The cursor stays on its row if that is still shown,
-        and is kept in view if the table has the focus."""
-        current = self.current_row
+    def set_order(self, order: RowIds, to_top: bool = False) -> None:
+        """Show other rows, or in another order; `update_rows` draws them. The cursor stays on its
+        row if that is still shown, and is kept in view if the table has the focus; `to_top`: it
+        goes to the first row."""
+        current = None if to_top else self.current_row
         self.order = order
         found = np.flatnonzero(order == current) if current is not None else order[:0]
-        self.cursor = int(found[0]) if len(found) else min(self.cursor, max(0, len(order) - 1))
+        last = 0 if to_top else max(0, len(order) - 1)
+        self.cursor = int(found[0]) if len(found) else min(self.cursor, last)
         virtual_size = Size(0, self.header_height + 1 + len(order))
         if virtual_size != self.virtual_size:
             self.virtual_size = virtual_size
-        if self.has_focus:
-            self._scroll_to_cursor()
+        if self.has_focus or to_top:
+            self._reordering = True  # rows are built once, by the caller
+            try:
+                self._scroll_to_cursor()
+            finally:
+                self._reordering = False
+
+    def update_rows(self) -> None:
+        """Build the rows and refresh what differs from those on screen."""
+        if not self._reordering:
+            super().update_rows()
 
     @property
     def current_row(self) -> int | None:
