@@ -51,7 +51,7 @@ BLOCKS, BLOCK_WIDTH = 20, 2048
 """A transformer of a billion parameters: 20 times 12·2048²."""
 TOKENS, TRIED_TOKENS = 2048, 64
 IN_TURNS = (schema.UPDATE_RATIO, schema.ATTENTION_SPECTRUM)
-"""Tables that are measured in parts: a step pays for 64 MiB of weights, or one matrix, for any
+"""Tables that are measured in parts: a step pays for 64 MB of weights, or one matrix, for any
 number of tensors."""
 
 

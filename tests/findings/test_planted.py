@@ -202,7 +202,7 @@ def test_rows_that_are_not_finite_are_named():
     assert "the batch has values that are not finite" in found["non-finite"].text
 
 
-# ------------------------------------------------------------------------------ the loop
+# ---------------------------------------------------------------- the loop
 
 
 def loop(steps=40, twice=False, schedule="after", accumulate=1):
@@ -277,7 +277,7 @@ def test_evaluation_in_train_mode_is_named():
     assert not names_of(lambda: evaluating("eval"))
 
 
-# ------------------------------------------------------------------------------ weights
+# ---------------------------------------------------------------- weights
 
 
 class Language(nn.Module):
@@ -310,7 +310,7 @@ def test_weights_that_were_tied_are_named():
         assert "untied-weights" not in [rule for rule, _ in found]
 
 
-# ------------------------------------------------------------------------------ workers
+# ---------------------------------------------------------------- workers
 
 
 class Stream(IterableDataset):

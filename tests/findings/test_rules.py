@@ -684,7 +684,7 @@ def test_rule_can_be_switched_off(rule):
     assert not run.found
 
 
-# ------------------------------------------------------------------------------ single rules
+# ---------------------------------------------------------------- single rules
 
 
 @pytest.mark.parametrize(

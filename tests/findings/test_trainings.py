@@ -142,7 +142,7 @@ def test_gradient_that_is_not_finite_names_the_parameter_nearest_to_the_loss():
     assert finding.parameters[0] == "head.bias"
 
 
-# ------------------------------------------------------------------------------ unusual and right
+# ---------------------------------------------------------------- unusual and right
 
 
 def accumulation():

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from tui_trainer.inspector.errors import InspectionError
 from tui_trainer.inspector.update_formulas import (
-    Explained,
-    Inputs,
+    ExplainedUpdate,
+    UpdateInputs,
     explain,
     formula_of,
     is_decoupled,
@@ -26,7 +26,7 @@ IMPLEMENTATIONS = st.sampled_from([{"foreach": False}, {"foreach": True}])
 
 def steps_of(
     kind: type[torch.optim.Optimizer], options: dict[str, Any], seed: int, steps: int = 4
-) -> list[tuple[Explained, torch.Tensor, torch.Tensor]]:
+) -> list[tuple[ExplainedUpdate, torch.Tensor, torch.Tensor]]:
     """(explained, old weight, new weight) of the first steps."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.nn.Parameter(torch.randn(5, 3, generator=generator))
@@ -35,7 +35,7 @@ def steps_of(
     for _ in range(steps):
         weight.grad = torch.randn(5, 3, generator=generator) * 0.3
         group = optimizer.param_groups[0]
-        inputs = Inputs(
+        inputs = UpdateInputs(
             group,
             weight.detach().clone(),
             weight.grad.clone(),
@@ -48,7 +48,7 @@ def steps_of(
     return found
 
 
-def assert_agrees(found: list[tuple[Explained, torch.Tensor, torch.Tensor]]) -> None:
+def assert_agrees(found: list[tuple[ExplainedUpdate, torch.Tensor, torch.Tensor]]) -> None:
     """To a few units in the last place of the weight, or of its update."""
     for explained, old, new in found:
         size = torch.maximum(old.abs(), new.abs())
@@ -105,7 +105,7 @@ def test_the_numbers_of_a_single_entry_stand_in_the_formula():
     weight.grad = torch.tensor(-0.5)
     optimizer = torch.optim.AdamW([weight], lr=0.1, weight_decay=0.01)
     group = optimizer.param_groups[0]
-    inputs = Inputs(group, weight.detach(), weight.grad, {}, is_decoupled(optimizer, group))
+    inputs = UpdateInputs(group, weight.detach(), weight.grad, {}, is_decoupled(optimizer, group))
     lines = [(t.name, t.formula, t.numbers) for t in explain(optimizer, inputs, True).terms]
     assert lines == [
         ("g", "gradient", ""),

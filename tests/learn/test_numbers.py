@@ -367,7 +367,7 @@ def _(v: dict[str, Value]) -> None:
     block = 12 * width**2 + 13 * width  # matrices, biases and two norms of GPT-2
     gpt2 = (vocabulary + positions) * width + layers * block + 2 * width
     assert v["gpt2_parameters"] == gpt2 == 124_439_808
-    assert v["gpt2_mebibytes"] == near(4 * gpt2 / 2**20)
+    assert v["gpt2_megabytes"] == near(4 * gpt2 / 2**20)
     assert v["gpt2_stored"] == 0
 
 

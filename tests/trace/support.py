@@ -68,7 +68,7 @@ class KeepingRecorder:
     def watched(self) -> frozenset[str]:
         return self.topics
 
-    # ---------------------------------------------------------------- reading back
+    # ------------------------------------------------------------ reading back
 
     def notices_of(self, kind: str) -> list[str]:
         return [text for found, text in self.notices if found == kind]

@@ -64,7 +64,7 @@ RANK_QUANTITIES = {
 }
 """What `rank(1).` can be followed by, and the column that it is in."""
 WITH_RANKS = ("step", "loss", "grad_norm", "learning_rate", "lr", "step_ms")
-"""Quantities that can stand in one condition with those of ranks: they are known for past steps."""
+"""Quantities that one condition can use with those of ranks: they are known for past steps."""
 EMA, ABS, MINIMUM, MAXIMUM = "ema", "abs", "min", "max"
 FUNCTIONS = {
     FINDING: "a new finding, by (part of) the name of its rule",

@@ -50,7 +50,7 @@ def picture(summary: RunSummary, console: Console) -> RenderableType:
         lines.append(Text(summary.recording, "red"))
     bars = BARS if (console.encoding or "").lower().startswith("utf") else PLAIN_BARS
     values = _values(summary, bars)
-    # The chart of the loss stands under its line; the lines below it keep the same columns.
+    # The chart of the loss is under its line; the lines below it keep the same columns.
     least = [max(cell_len(row[i]) for row in values) for i in range(2)]
     lines += _value_lines(values[:1], least)
     marker = "braille" if bars is BARS else "*"

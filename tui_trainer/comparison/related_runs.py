@@ -17,7 +17,7 @@ from tui_trainer.runs.registry import list_runs
 from tui_trainer.store.schema import StoreError
 
 MAX_RELATED = 4
-"""Other runs on the charts of one: more cannot be told apart."""
+"""Other runs on the charts of one: more cannot be distinguished."""
 
 
 @dataclass(frozen=True)

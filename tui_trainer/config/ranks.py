@@ -83,7 +83,7 @@ def _note_path(launch: str, runs_dir: str | os.PathLike[str] | None) -> Path:
 def leave_note(
     rank: Rank, directory: str | os.PathLike[str], runs_dir: str | os.PathLike[str] | None = None
 ) -> Path:
-    """Tell the other ranks of this launch where the run is. Raises OSError."""
+    """Let the other ranks of this launch know where the run is. Raises OSError."""
     path = _note_path(rank.launch, runs_dir)
     path.parent.mkdir(mode=0o700, exist_ok=True)
     note = LaunchNote(os.fspath(directory), os.getpid(), process_identity(os.getpid()))

@@ -40,7 +40,7 @@ SLOW_SHARE, SLOW_MS = 0.1, 1.0
 STANDS_OUT = 3.0
 """A gradient norm stands out that is this many times the median of the others, or a part of it."""
 WAITS_S = 1.0
-"""A process that has not come to its next phase for this long may be waiting for another."""
+"""A process that has not reached its next phase for this long may be waiting for another."""
 MAY_WAIT = ("backward", "clip", "step")
 """Phases that contain collectives of data-parallel trainings: a long one does not mean that the
 process is slow."""

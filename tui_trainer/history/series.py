@@ -155,7 +155,7 @@ class SeriesReader(ABC):
         return pieces
 
 
-# ------------------------------------------------------------------------------ rings
+# ---------------------------------------------------------------- rings
 
 
 class Ring:
@@ -287,7 +287,7 @@ def _join(array: NDArray[T], slots: list[slice]) -> NDArray[T]:
     return np.concatenate([array[s] for s in slots]) if slots else array[:0]
 
 
-# ------------------------------------------------------------------------------ in memory
+# ---------------------------------------------------------------- in memory
 
 MAX_ENTRIES = 8_192
 MIN_ENTRIES = 64

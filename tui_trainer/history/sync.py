@@ -24,7 +24,7 @@ MAX_MESSAGE_BYTES = 8 * 2**20
 MAX_STEP = 2**48
 """Larger numbers are not steps: nothing counts that far."""
 
-# ------------------------------------------------------------------------------ sending
+# ---------------------------------------------------------------- sending
 
 
 def rows_since(series: SeriesReader, row: int, budget: int) -> Rows:
@@ -83,7 +83,7 @@ def _bytes(array: NDArray[Any]) -> bytes:
     return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
 
 
-# ------------------------------------------------------------------------------ receiving
+# ---------------------------------------------------------------- receiving
 
 
 def apply_rows(series: MemorySeries, rows: Rows) -> None:

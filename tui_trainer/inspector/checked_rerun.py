@@ -264,7 +264,7 @@ class CheckedRerun:
     """
 
     def __init__(self, tracer: Tracer, reruns: int) -> None:
-        """`reruns`: at most so many in a run."""
+        """`reruns`: the most in a run."""
         self._tracer = weakref.ref(tracer)
         self._left = reruns
         self._calls: list[SeenCall] = []
@@ -296,7 +296,7 @@ class CheckedRerun:
         )
 
     def backward_began(self) -> None:
-        """The calls so far belong to this backward; the next one begins anew."""
+        """The calls so far belong to this backward; the next one starts over."""
         self._complete = True
 
     def stepped(self) -> None:

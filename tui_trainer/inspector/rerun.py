@@ -1,7 +1,7 @@
 """Re-runs the forward pass of the current step with the same batch and random numbers.
 `StepCapture` keeps the arguments of the model's last call, only while the run is paused, steps or
 has breakpoints, and for some steps after a request. The re-run happens on the training thread while
-it stands at a boundary. Afterwards everything is as it was: random generators, buffers and other
+it is paused at a boundary. Afterwards everything is as it was: random generators, buffers and other
 tensors of the modules, their attributes, gradients and the mode of autocast. Nothing is restored by
 writing into a tensor of the model: during the re-run the modules have copies of their buffers.
 """

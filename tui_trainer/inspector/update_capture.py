@@ -18,7 +18,7 @@ from tui_trainer.inspector.errors import InspectionError
 from tui_trainer.inspector.parameter_groups import scalar_of
 from tui_trainer.inspector.tensor_catalog import TensorCatalog, info_of
 from tui_trainer.inspector.tensor_reading import readable
-from tui_trainer.inspector.update_formulas import Inputs, explain, formula_of, is_decoupled
+from tui_trainer.inspector.update_formulas import UpdateInputs, explain, formula_of, is_decoupled
 from tui_trainer.protocol.inspection import (
     NOT_OBSERVED,
     ExplainUpdate,
@@ -42,7 +42,7 @@ class _Step:
 
     number: int
     """The step of the run."""
-    inputs: Inputs
+    inputs: UpdateInputs
     new: torch.Tensor | None = None
 
 
@@ -128,7 +128,7 @@ class UpdateCapture:
         inputs = self._inputs(optimizer, parameter, scale)
         return self._explanation(optimizer, parameter, inputs, None, tuple(notes))
 
-    def _inputs(self, optimizer: Optimizer, parameter: torch.Tensor, scale: float) -> Inputs:
+    def _inputs(self, optimizer: Optimizer, parameter: torch.Tensor, scale: float) -> UpdateInputs:
         group = _group_of(optimizer, parameter)[1]
         gradient = parameter.grad
         assert gradient is not None
@@ -148,7 +148,7 @@ class UpdateCapture:
             if key != "params"
         }
         decoupled = is_decoupled(optimizer, group)
-        return Inputs(settings, self._cut(parameter), g, state, decoupled)
+        return UpdateInputs(settings, self._cut(parameter), g, state, decoupled)
 
     def _cut(self, tensor: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -159,7 +159,7 @@ class UpdateCapture:
         self,
         optimizer: Optimizer,
         parameter: torch.Tensor,
-        inputs: Inputs,
+        inputs: UpdateInputs,
         new: torch.Tensor | None,
         notes: tuple[str, ...],
     ) -> UpdateExplanation:

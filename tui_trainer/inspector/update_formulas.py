@@ -29,7 +29,7 @@ class Term:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class UpdateInputs:
     """The inputs of an update: the state before the step."""
 
     settings: Mapping[str, Any]
@@ -41,10 +41,10 @@ class Inputs:
     decoupled: bool = False
     """Whether weight decay is that of AdamW."""
 
-    def setting(self, name: str, otherwise: float = 0.0) -> float:
+    def setting(self, name: str, default: float = 0.0) -> float:
         """A number; learning rates and betas may be tensors."""
-        value = self.settings.get(name, otherwise)
-        return float(otherwise if value is None else value)
+        value = self.settings.get(name, default)
+        return float(default if value is None else value)
 
     @property
     def betas(self) -> tuple[float, float]:
@@ -57,14 +57,14 @@ class Inputs:
         step = self.state.get("step")
         return int(step) + 1 if step is not None else 1
 
-    def kept(self, name: str) -> torch.Tensor:
+    def state_of(self, name: str) -> torch.Tensor:
         """A tensor of the state: zeros before the first step."""
         found = self.state.get(name)
         return torch.zeros_like(self.weight) if found is None else found
 
 
 @dataclass
-class Explained:
+class ExplainedUpdate:
     """The terms of an update, and the weight that it leads to."""
 
     single: bool
@@ -73,7 +73,7 @@ class Explained:
     new: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
     def add(self, name: str, formula: str, values: torch.Tensor, *numbers: object) -> torch.Tensor:
-        """Append a line; `numbers` are the parts of the formula in which numbers stand."""
+        """Append a line; `numbers` are its parts, with numbers in place of symbols."""
         shown = "".join(map(self._text, numbers)) if self.single else ""
         self.terms.append(Term(name, formula, values, shown))
         return values
@@ -87,7 +87,7 @@ class Explained:
         return f"({text})" if value < 0 else text
 
 
-def _gradient(inputs: Inputs, out: Explained) -> torch.Tensor:
+def _gradient(inputs: UpdateInputs, out: ExplainedUpdate) -> torch.Tensor:
     """The gradient with its sign, including coupled decay."""
     w, g = inputs.weight, inputs.gradient
     out.add("g", "gradient", g)
@@ -100,7 +100,7 @@ def _gradient(inputs: Inputs, out: Explained) -> torch.Tensor:
 
 
 def _apply(
-    inputs: Inputs, out: Explained, formula: str, update: torch.Tensor, *numbers: object
+    inputs: UpdateInputs, out: ExplainedUpdate, formula: str, update: torch.Tensor, *numbers: object
 ) -> None:
     """The last two lines: the update and the new weight."""
     update = out.add("Δw", formula, update, *numbers)
@@ -108,7 +108,7 @@ def _apply(
     out.new = out.add("w", "w + Δw", w + update, w, " + ", update)
 
 
-def sgd(inputs: Inputs, out: Explained) -> None:
+def sgd(inputs: UpdateInputs, out: ExplainedUpdate) -> None:
     """SGD with momentum `μ`, dampening `τ` and Nesterov's step."""
     lr, momentum = inputs.setting("lr"), inputs.setting("momentum")
     g = direction = _gradient(inputs, out)
@@ -129,20 +129,20 @@ def sgd(inputs: Inputs, out: Explained) -> None:
     _apply(inputs, out, f"−η·{symbol}", direction * -lr, "−", lr, "·", direction)
 
 
-def adam(inputs: Inputs, out: Explained) -> None:
+def adam(inputs: UpdateInputs, out: ExplainedUpdate) -> None:
     """Adam and AdamW with bias correction; amsgrad keeps the largest `v`."""
     beta1, beta2 = inputs.betas
     lr, eps, decay = inputs.setting("lr"), inputs.setting("eps"), inputs.setting("weight_decay")
     t = inputs.count
     g = _gradient(inputs, out)
-    m, v = inputs.kept("exp_avg"), inputs.kept("exp_avg_sq")
+    m, v = inputs.state_of("exp_avg"), inputs.state_of("exp_avg_sq")
     values = m.lerp(g, 1 - beta1)
     m = out.add("m", "β₁·m + (1−β₁)·g", values, beta1, "·", m, " + ", 1 - beta1, "·", g)
     values = v.mul(beta2).addcmul(g, g, value=1 - beta2)
     v = out.add("v", "β₂·v + (1−β₂)·g²", values, beta2, "·", v, " + ", 1 - beta2, "·", g, "²")
     correction1, correction2 = 1 - beta1**t, 1 - beta2**t
     if inputs.settings.get("amsgrad"):
-        largest = inputs.kept("max_exp_avg_sq")
+        largest = inputs.state_of("max_exp_avg_sq")
         v = out.add("v", "max(v_max, v) (amsgrad)", torch.maximum(largest, v),
                     "max(", largest, ", ", v, ")")  # fmt: skip
     m_hat = out.add("m'", "m / (1−β₁ᵗ)", m / correction1, m, " / ", correction1)
@@ -152,22 +152,22 @@ def adam(inputs: Inputs, out: Explained) -> None:
         w = inputs.weight
         shrunk = w * (1 - lr * decay)
         shrunk = out.add("w", "(1 − η·λ)·w (decoupled decay)", shrunk, 1 - lr * decay, "·", w)
-        inputs = Inputs(inputs.settings, shrunk, inputs.gradient, inputs.state, True)
+        inputs = UpdateInputs(inputs.settings, shrunk, inputs.gradient, inputs.state, True)
     update = m.div(root + eps) * (-lr / correction1)
     parts = ("−", lr, "·", m_hat, " / (", root, " + ", eps, ")")
     _apply(inputs, out, "−η·m' / (√v' + ε)", update, *parts)
 
 
-def rmsprop(inputs: Inputs, out: Explained) -> None:
+def rmsprop(inputs: UpdateInputs, out: ExplainedUpdate) -> None:
     """RMSprop, centered or not, with momentum `μ`."""
     lr, alpha, eps = inputs.setting("lr"), inputs.setting("alpha"), inputs.setting("eps")
     momentum = inputs.setting("momentum")
     g = _gradient(inputs, out)
-    s = inputs.kept("square_avg")
+    s = inputs.state_of("square_avg")
     values = s.mul(alpha).addcmul(g, g, value=1 - alpha)
     s = out.add("s", "α·s + (1−α)·g²", values, alpha, "·", s, " + ", 1 - alpha, "·", g, "²")
     if inputs.settings.get("centered"):
-        a = inputs.kept("grad_avg")
+        a = inputs.state_of("grad_avg")
         values = a.lerp(g, 1 - alpha)
         a = out.add("a", "α·a + (1−α)·g", values, alpha, "·", a, " + ", 1 - alpha, "·", g)
         values = s.addcmul(a, a, value=-1).sqrt()
@@ -175,7 +175,7 @@ def rmsprop(inputs: Inputs, out: Explained) -> None:
     else:
         root = out.add("r", "√s", s.sqrt(), "√", s)
     if momentum > 0:
-        b = inputs.kept("momentum_buffer")
+        b = inputs.state_of("momentum_buffer")
         values = b.mul(momentum).addcdiv(g, root + eps)
         parts = (momentum, "·", b, " + ", g, " / (", root, " + ", eps, ")")
         b = out.add("b", "μ·b + g / (r + ε)", values, *parts)
@@ -187,7 +187,7 @@ def rmsprop(inputs: Inputs, out: Explained) -> None:
         )
 
 
-FORMULAS: dict[type[Optimizer], Callable[[Inputs, Explained], None]] = {
+FORMULAS: dict[type[Optimizer], Callable[[UpdateInputs, ExplainedUpdate], None]] = {
     torch.optim.AdamW: adam,
     torch.optim.Adam: adam,
     torch.optim.SGD: sgd,
@@ -195,7 +195,7 @@ FORMULAS: dict[type[Optimizer], Callable[[Inputs, Explained], None]] = {
 }
 
 
-def formula_of(optimizer: Optimizer) -> Callable[[Inputs, Explained], None]:
+def formula_of(optimizer: Optimizer) -> Callable[[UpdateInputs, ExplainedUpdate], None]:
     """The formula of an optimizer. Raises InspectionError where it is not known."""
     for cls in type(optimizer).__mro__:
         if cls in FORMULAS:
@@ -214,8 +214,8 @@ def is_decoupled(optimizer: Optimizer, settings: Mapping[str, Any]) -> bool:
     return bool(settings.get("decoupled_weight_decay", own) or own)
 
 
-def explain(optimizer: Optimizer, inputs: Inputs, single: bool) -> Explained:
+def explain(optimizer: Optimizer, inputs: UpdateInputs, single: bool) -> ExplainedUpdate:
     """The terms of an update. Raises InspectionError for an optimizer that is not known."""
-    out = Explained(single)
+    out = ExplainedUpdate(single)
     formula_of(optimizer)(inputs, out)
     return out

@@ -106,7 +106,7 @@ class ResidualStream(msgspec.Struct, frozen=True, array_like=True):
     """The stream before the final norm as the sum of what was added to it."""
 
     contributions: tuple[Contribution, ...]
-    """In order. Heads and biases stand before the attention that they sum to."""
+    """In order. Heads and biases come before the attention that they sum to."""
     norm: float
     """Of the stream."""
     difference: float

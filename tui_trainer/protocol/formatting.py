@@ -114,7 +114,7 @@ def count(value: float | None, width: int = 7) -> str:
 
 
 def bytes_(value: float | None, width: int = 9) -> str:
-    """`611.2 MB`, powers of 1024."""
+    """`611.2 MB`: as everywhere here, a MB is 1024² bytes."""
     if value is None or not math.isfinite(value):
         return _no_number(value, width)
     for unit in ("B", "KB", "MB", "GB", "TB"):

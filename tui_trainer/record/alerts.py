@@ -73,7 +73,7 @@ class Alert(msgspec.Struct, frozen=True, kw_only=True):
     time: float = 0.0
 
 
-# ------------------------------------------------------------------------------ in the run
+# ---------------------------------------------------------------- in the run
 
 
 class AlertSink:
@@ -212,7 +212,7 @@ def start_sender(targets: Sequence[str], info: RunInfo) -> int:
     return write
 
 
-# ------------------------------------------------------------------------------ in the process
+# ---------------------------------------------------------------- in the process
 
 
 AlertQueue = queue.Queue[tuple[Alert, bytes] | None]

@@ -124,7 +124,13 @@ class Host:
         self.travel: TimeTravel | None = None
         self.inspections = Inspections(self.gate)
         self.inspections.others = RankInspections(self.ranks)
-        self.server = Server(spec.name, self.recorder, control, self._serve_rank, self.inspections)
+        self.server = Server(
+            spec.name,
+            self.recorder,
+            control,
+            serve_rank=self._serve_rank,
+            inspections=self.inspections,
+        )
         self._saver: CheckpointSaver | None = None
         self._script_started = False
         self._at_end: list[Callable[[], None]] = []

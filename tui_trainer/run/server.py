@@ -51,6 +51,12 @@ IDLE_TIMEOUT_S = 300.0
 """A viewer that polls less often is disconnected; the app polls at least once a minute, and
 reconnects when it has been suspended for longer."""
 VIEWER_NAME_CHARACTERS = 80
+MAX_CONNECTIONS = 64
+"""Viewers and training processes."""
+CHECK_SOCKET_EVERY_S = 1.0
+"""How often the server checks that its socket still exists."""
+MAX_REPORTED_DROPS, REPORTED_DROPS_PERIOD_S = 20, 600.0
+"""Dropped viewers that get a line of their own within a period; the rest is only counted."""
 
 
 class ViewerTimeout(Exception):
@@ -67,6 +73,7 @@ class ViewerConnection:
         run_name: str,
         recorder: Recorder,
         control: CommandHandler,
+        *,
         idle_timeout_s: float | None = None,
         serve_rank: Callable[[socket.socket, Join], None] | None = None,
         inspections: Inspections | None = None,
@@ -238,14 +245,6 @@ class ViewerConnection:
         return data
 
 
-MAX_CONNECTIONS = 64
-"""Viewers and training processes."""
-CHECK_SOCKET_EVERY_S = 1.0
-"""How often the server checks that its socket still exists."""
-MAX_REPORTED_DROPS, REPORTED_DROPS_PERIOD_S = 20, 600.0
-"""Dropped viewers that get a line of their own within a period; the rest is only counted."""
-
-
 class Server:
     """Accepts viewers until it is closed."""
 
@@ -254,6 +253,7 @@ class Server:
         run_name: str,
         recorder: Recorder,
         control: CommandHandler,
+        *,
         serve_rank: Callable[[socket.socket, Join], None] | None = None,
         inspections: Inspections | None = None,
     ) -> None:
@@ -292,9 +292,9 @@ class Server:
             self._run_name,
             self._recorder,
             self._control,
-            idle_timeout_s,
-            self._serve_rank,
-            self._inspections,
+            idle_timeout_s=idle_timeout_s,
+            serve_rank=self._serve_rank,
+            inspections=self._inspections,
         )
         with self._lock:
             self._connections[viewer_id] = connection

@@ -49,7 +49,7 @@ _LEVEL = 1
 _rows_decoder = msgspec.msgpack.Decoder(Rows)
 _pair_decoder = msgspec.msgpack.Decoder(tuple[bytes, bytes])
 
-# ------------------------------------------------------------------------------ arrays
+# ---------------------------------------------------------------- arrays
 
 
 def pack(array: NDArray[Any]) -> bytes:
@@ -161,7 +161,7 @@ def unpack_step_times(data: bytes) -> StepTimes:
     return StepTimes(seq, step, microseconds / 1e6, own_ms)
 
 
-# ------------------------------------------------------------------------------ messages
+# ---------------------------------------------------------------- messages
 
 
 _JSON_TYPES: dict[Any, Any] = {

@@ -58,7 +58,7 @@ class Store:
         """Note that some of `what` (EVENTS, TABLES, …) cannot be read."""
         self._unreadable[what] = None
 
-    # -------------------------------------------------------------------- queries
+    # ------------------------------------------------------------ queries
 
     def stream(self, query: str, *values: object) -> Iterator[tuple[Any, ...]]:
         """Rows of an SQL query, one at a time; in a damaged database those before the damage."""
@@ -105,7 +105,7 @@ class Store:
     def close(self) -> None:
         self.connection.close()
 
-    # -------------------------------------------------------------------- cache
+    # ------------------------------------------------------------ cache
 
     def cached(self, key: tuple[Any, ...], size: int, read: Callable[[], T | None]) -> T | None:
         """What `read` returned for this key, about `size` bytes; None is not kept."""
@@ -128,7 +128,7 @@ class Store:
         self._cache.clear()
         self._cached_bytes = 0
 
-    # -------------------------------------------------------------------- the run
+    # ------------------------------------------------------------ the run
 
     def info(self) -> RunInfo | None:
         """The newest description of the run that can be read."""

@@ -31,7 +31,7 @@ MAX_WAITING = 100_000
 MAX_MARKED = 200_000
 """Most events that `places` reads, from the first one on."""
 
-# ------------------------------------------------------------------------------ writing
+# ---------------------------------------------------------------- writing
 
 SqlStatement = tuple[str, tuple[object, ...]]
 
@@ -120,7 +120,7 @@ def _insert(seq: int, item: Event | LogLine | Artifact) -> SqlStatement:
             )
 
 
-# ------------------------------------------------------------------------------ reading
+# ---------------------------------------------------------------- reading
 
 
 class StoredEvents:
@@ -205,7 +205,7 @@ class StoredEvents:
 
         return self._store.decoded(what, pair, self._store.stream(query))
 
-    # -------------------------------------------------------------------- jumping
+    # ------------------------------------------------------------ jumping
 
     def next_event(self, kind: EventKind, step: int, backwards: bool = False) -> int | None:
         """Step of the next event of a kind (`clip`, `nonfinite`, `mark`, …) after a step, or of the

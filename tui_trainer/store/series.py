@@ -32,7 +32,7 @@ from tui_trainer.store.database import MEASUREMENTS, Store
 
 T = TypeVar("T", bound=np.generic)
 
-# ------------------------------------------------------------------------------ writing
+# ---------------------------------------------------------------- writing
 
 
 class SeriesWriter:
@@ -190,7 +190,7 @@ class SeriesWriter:
         )
 
 
-# ------------------------------------------------------------------------------ reading
+# ---------------------------------------------------------------- reading
 
 
 class RowBlock(NamedTuple):

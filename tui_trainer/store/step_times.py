@@ -13,7 +13,7 @@ from tui_trainer.store import codec
 from tui_trainer.store.codec import CHUNK, StepTimes
 from tui_trainer.store.database import TIMES, Store
 
-# ------------------------------------------------------------------------------ writing
+# ---------------------------------------------------------------- writing
 
 
 class StepTimesWriter:
@@ -70,7 +70,7 @@ def _last_step(piece: StepTimes) -> tuple[int, float]:
     return int(piece.step[at]), float(piece.time[at])
 
 
-# ------------------------------------------------------------------------------ reading
+# ---------------------------------------------------------------- reading
 
 MAX_PIECES = 512
 """Pieces read at once by `StepTimesReader.times`."""

@@ -208,7 +208,7 @@ class StoreWriter:
         self._set_problem("; ".join(text for text in (self._damaged, self._dropped()) if text))
         return True
 
-    # -------------------------------------------------------------------- items
+    # ------------------------------------------------------------ items
 
     def _take(self, item: Item) -> None:
         seq = self._next_seq
@@ -265,7 +265,7 @@ class StoreWriter:
         parts = [counted(count, name) for name, count in counts if count]
         return f"{', '.join(parts)} could not be recorded" if parts else ""
 
-    # -------------------------------------------------------------------- the disk
+    # ------------------------------------------------------------ the disk
 
     def _connect(self) -> None:
         self._connection = open_for_writing(self._directory)

@@ -63,7 +63,7 @@ OnResult = Callable[[int, "dict[str, torch.Tensor | float]"], None]
 HELD_OUT = ("val", "dev", "eval", "held", "test")
 """Beginnings of the names of data that is not trained on: the first found is that of *the* loss."""
 MAX_EVALUATIONS = 4
-"""Evaluations in a row that are told apart."""
+"""Evaluations in a row that are distinguished."""
 
 _Key = tuple[tuple[Any, int], str]
 """(place, label) of a loss."""
@@ -172,7 +172,7 @@ class EvaluationLosses:
         """The same at the last loss."""
         self._count = 0
         self._mixed = False
-        """Whether its losses cannot be told apart by when they are computed."""
+        """Whether its losses cannot be distinguished by when they are computed."""
         self._clear_with_gradients()
 
     def _clear_with_gradients(self) -> None:

@@ -66,7 +66,7 @@ def guarded(
     """Count our own time, and keep our exceptions away from the training.
 
     Only `StopTraining` and other non-`Exception`s pass. A fault ends the measurement of the current
-    step: until its end only methods that are `always` called do anything. A method that tells
+    step: until its end only methods that are `always` called do anything. A method that returns
     whether a phase begins returns False then.
     """
 
@@ -74,7 +74,7 @@ def guarded(
     def wrapper(self: S, *args: P.args, **kwargs: P.kwargs) -> R:
         faults = self.faults
         if faults.given_up and not always:
-            return False  # type: ignore[return-value] # "no phase" for those that tell
+            return False  # type: ignore[return-value] # "no phase" for those that return a bool
         gate = faults.gate
         began, idle = perf_counter(), gate.idle_s
         try:

@@ -192,7 +192,7 @@ def norm_of(values: NDArray[np.float64]) -> float:
     return largest * math.sqrt(float(np.sum(np.square(values / largest))))
 
 
-# ------------------------------------------------------------ comparing norms
+# ---------------------------------------------------------------- comparing norms
 
 
 def is_zero(gradient: torch.Tensor) -> bool:

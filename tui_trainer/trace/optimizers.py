@@ -527,7 +527,7 @@ class OptimizerRegistry:
             self._infos[position] = info
         return position
 
-    # ------------------------------------------------------------ telling the recorder
+    # ------------------------------------------------------------ for the recorder
 
     def update_trainable(self, measurer: StepMeasurer) -> None:
         """Parameters were frozen or unfrozen."""

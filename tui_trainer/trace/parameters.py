@@ -137,7 +137,7 @@ class Names:
     """Names of parameters and modules over all models of a run.
 
     The names of a model that is the only one are its own. Those of several models (a GAN's
-    networks, a head beside its backbone) begin with the variable that holds their model, or with
+    networks, a head next to its backbone) begin with the variable that holds their model, or with
     its class; those of a first model that was alone at first stay as they are.
     """
 

@@ -198,7 +198,7 @@ class GradientMarks:
         self._used = self._known or self._nothing
 
     def _current(self) -> Marks:
-        """Called several times in every step, hence without a loop of its own where it can be."""
+        """Called several times in every step, so without a loop of its own where it can be."""
         gradients = list(map(_gradient_of, self._watched))
         ids = list(map(id, gradients))
         if NO_GRADIENT not in ids:

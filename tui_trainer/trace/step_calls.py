@@ -24,7 +24,7 @@ OTHERS = frozenset(("torch", "numpy", "tui_trainer", *sys.stdlib_module_names)) 
 def may_be_stepped(optimizer: Optimizer) -> bool:
     """Whether any code within reach of the training loop calls a `step` that may be this
     optimizer's: that of the functions on the stack, of their modules and of what these import, and
-    of the optimizer's own class. True where that cannot be told."""
+    of the optimizer's own class. True where that cannot be determined."""
     try:
         return _finds_call(optimizer)
     except Exception:  # of an object of the script that raises where it is looked at

@@ -71,7 +71,7 @@ def function_modes() -> int | None:
 
 
 def remove_function_mode(mode: Any) -> None:
-    """Remove a mode from those of this thread, wherever it stands; the others stay in their
+    """Remove a mode from those of this thread, wherever it is; the others stay in their
     order."""
     above = []
     while torch._C._len_torch_function_stack():

@@ -1,7 +1,7 @@
 """Moves one step's readings to the host in one copy per device.
 
 On the CPU they are there at once. On an accelerator the copy goes into pinned memory without
-waiting, and an event tells later that it has arrived.
+waiting, and an event later signals that it has arrived.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class HostTransfer:
         if device.type == "cpu":
             return vector.clone()
         if device.type != "cuda":
-            return vector.cpu()  # other devices have no events to tell that a copy has arrived
+            return vector.cpu()  # other devices have no events that signal when a copy has arrived
         with torch.cuda.device(device):
             host = torch.empty(vector.shape, dtype=vector.dtype, device="cpu", pin_memory=True)
             pinned = host.numpy()

@@ -219,7 +219,7 @@ class TimeTravel:
         if repeated and step_s and repeated * step_s > LONG_S and not confirmed:
             raise Refusal(
                 f"going to step {step:,} repeats {text}, which takes {took}",
-                "tui-trainer back --yes confirms it, in the app enter on the timeline (T)",
+                "tui-trainer back --yes confirms it, in the app enter on the timeline",
             )
         gate.call_soon(lambda: self._leave_loop(step), mid_step=True).add_done_callback(
             lambda done: self._report_failure(done.exception())

@@ -2,7 +2,7 @@
 
 Textual draws at most 60 times a second by default. A key first moves a cursor and then changes what
 depends on its row, so the second change would wait for 17 ms. Textual reads the setting when it is
-imported, hence it is made here, before any module of this package imports Textual.
+imported, so it is made here, before any module of this package imports Textual.
 """
 
 from __future__ import annotations

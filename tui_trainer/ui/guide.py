@@ -207,7 +207,7 @@ class DemoDialog(SnapshotDialog):
         super().__init__()
         self.demo = demo
         self._wanted = False
-        """Whether enter was pressed before the run could be told."""
+        """Whether enter was pressed before it was known which run is meant."""
 
     def compose(self) -> ComposeResult:
         language = app_context(self).language
@@ -233,7 +233,7 @@ class DemoDialog(SnapshotDialog):
             self.dismiss()
 
     def action_start(self) -> None:
-        """Start the training as soon as the run can be told."""
+        """Start the training as soon as it is known which run is meant."""
         self._wanted = True
         self.show(app_context(self).snapshot)
 

@@ -1,5 +1,5 @@
 """The ranges in which values are healthy: values outside are coloured, and the range is given in
-words beside them."""
+words next to them."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ _ATTRIBUTES = re.compile(rb"\x1b\[\?([\d;]*)c")
 SIXEL = b"4"
 """Among the attributes of DA1."""
 WITH_PLACEHOLDERS = ("kitty", "ghostty")
-"""Terminals that draw the cells of a picture where its placeholder characters stand, which is what
+"""Terminals that draw the cells of a picture where its placeholder characters are, which is what
 an app that redraws lines needs. Others that answer kitty's query would show the characters."""
 DEFAULT_CELL = (10, 20)
 NO_QUERIES = ("dumb", "linux")
@@ -169,7 +169,7 @@ def _size_from_window(fd: int) -> tuple[int, int]:
     return width // columns, height // rows
 
 
-# -------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- pictures
 
 
 def enlarged(image: Pixels, width: int, height: int) -> Pixels:
@@ -190,7 +190,7 @@ def padded(image: Pixels, columns: int, rows: int, cell: tuple[int, int], color:
 
 def kitty(image: Pixels, columns: int, rows: int, number: int = 0) -> str:
     """The picture in `columns` × `rows` characters: at the cursor, or with a `number` wherever its
-    placeholders stand. A picture of the same number is replaced."""
+    placeholders are. A picture of the same number is replaced."""
     height, width, _ = image.shape
     data = base64.standard_b64encode(zlib.compress(image.tobytes(), 1)).decode()
     place = f"i={number},U=1," if number else ""

@@ -42,7 +42,7 @@ try:
 except ImportError:  # pragma: no cover - there is none on Windows
     termios = None  # type: ignore[assignment]
 
-# -------------------------------------------------------------------- only the cells that changed
+# ---------------------------------------------------------------- only the cells that changed
 
 RESET = "\x1b[0m"
 _VISIBLE_ON_SPACES = frozenset(("4", "7", "9", "21", "51", "52", "53"))
@@ -209,7 +209,7 @@ def use_256_colors(console: Console) -> None:
         console._color_system = ColorSystem.EIGHT_BIT
 
 
-# -------------------------------------------------------------------- the driver's output
+# ---------------------------------------------------------------- the driver's output
 
 CLOSE_TIMEOUT_S = 1.0
 """How long closing waits for a terminal that reads nothing before it discards output."""
@@ -280,7 +280,7 @@ def pending_writes(driver: Driver | None) -> int:
     return queue.qsize() if queue is not None else 0
 
 
-# -------------------------------------------------------------------- bindings
+# ---------------------------------------------------------------- bindings
 
 
 def bindings_of(node: DOMNode, key: str) -> list[Binding]:
@@ -288,7 +288,7 @@ def bindings_of(node: DOMNode, key: str) -> list[Binding]:
     return node._bindings.key_to_bindings.get(key, [])
 
 
-# -------------------------------------------------------------------- the terminal's background
+# ---------------------------------------------------------------- the terminal's background
 
 BACKGROUND_QUERY = "\x1b]11;?\x1b\\"
 """Asks an xterm-like terminal for its background colour; others ignore it."""

@@ -169,7 +169,7 @@ class Palette:
     faint: Style
     """Axes, tracks and other marks that are not text."""
     rule: Style
-    """Rules beside titles, which carry no information."""
+    """Rules next to titles, which carry no information."""
     title: Style
     accent: Style
     """Keys, the current phase, and other things that can be acted on."""

@@ -64,7 +64,7 @@ found = {"version": torch.__version__, "threads": torch.get_num_threads(), "devi
 if torch.cuda.is_available():
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
-        found["devices"].append(f"cuda:{i}: {p.name}, {p.total_memory / 2**30:.1f} GiB")
+        found["devices"].append(f"cuda:{i}: {p.name}, {p.total_memory / 2**30:.1f} GB")
 if torch.backends.mps.is_available():
     found["devices"].append("mps")
 if hasattr(torch, "xpu") and torch.xpu.is_available():

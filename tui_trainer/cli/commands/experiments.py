@@ -160,7 +160,7 @@ def _announce(name: str, cost: ExperimentCost, yes: bool) -> None:
 
 
 def _places(curve: Curve, x_name: str) -> list[int]:
-    """Where the points stand: steps at their numbers, others at their rows in the table."""
+    """Where the points are: steps at their numbers, others at their rows in the table."""
     if x_name == "step":
         return [int(x) for x in curve.x]
     return list(range(len(curve.x)))

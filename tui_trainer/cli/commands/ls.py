@@ -120,7 +120,7 @@ def overview_of(run: RunEntry) -> RunOverview:
 
 def table(runs: list[RunEntry], now: float) -> Table:
     """One line for each run under a line of headings, with numbers aligned to the right. The runs
-    that continue another one stand below it, indented."""
+    that continue another one are below it, indented."""
     found = new_table(HEADINGS, right=NUMBERS)
     for depth, run in as_tree(runs):
         name, state, *rest = _cells(run, now)

@@ -1,7 +1,7 @@
 """Guided runs: short trainings with one fault each, and what to see in them.
 
-Each script trains on handwritten digits; with `--cured` it does so without the fault. What is said
-about them is in `pages/en/demos.toml` and in those of the other languages.
+Each script trains on handwritten digits; with `--cured` it does so without the fault. The texts
+about them are in `pages/en/demos.toml` and in those of the other languages.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ DEMOS = (
 
 @dataclass(frozen=True)
 class DemoText:
-    """What is said about a guided run, in one language."""
+    """The texts about a guided run, in one language."""
 
     title: str
     happens: str

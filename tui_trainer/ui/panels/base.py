@@ -135,7 +135,7 @@ def placeholder_message(snapshot: Snapshot, default: str, *quantities: str) -> t
 
 
 def provisional_row(snapshot: Snapshot, series: SeriesReader) -> NDArray[np.float32] | None:
-    """The values (columns,) of the unfinished step that a paused run stands in; they become final
+    """The values (columns,) of the unfinished step that a paused run is in; they become final
     with the step."""
     report = snapshot.report
     if report is None or snapshot.status.state != "paused":

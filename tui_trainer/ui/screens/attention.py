@@ -35,9 +35,9 @@ from tui_trainer.ui.widgets.tabs import TabLine
 CHART_SIZE = (39, 9)
 """Cells that a chart needs for a readable axis, including the gap to the next one."""
 MIN_WIDTH_BESIDE = 150
-"""Width from which layers and heads stand beside each other."""
+"""Width from which layers and heads are side by side."""
 MIN_HEIGHT_BOTH = 32
-"""Height from which heads stand below the layers; else one of the two is shown."""
+"""Height from which heads are below the layers; else one of the two is shown."""
 ENTER = "enter: what it attends to"
 FIXED_ROWS = 6
 """Rows of the header, the statistics' names, the explanation, the layer's line, and the keys."""

@@ -40,9 +40,9 @@ from tui_trainer.ui.widgets.tabs import TabLine
 TABS = ("map", "input", "query", "heads", "residual")
 TAB_NAMES = ("Map", "Text or image", "Query by keys", "Heads", "Residual stream")
 MIN_WIDTH_TOGETHER = 112
-"""Width from which the map, the text and the query stand beside each other."""
+"""Width from which the map, the text and the query are side by side."""
 ROOMY_WIDTH = 140
-"""Width from which there is room for bars beside the weights."""
+"""Width from which there is room for bars next to the weights."""
 SPECTRA_ROWS = 9
 MIN_INTERVAL_S = 1.0
 COST_SHARE = 0.05

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from textual import events
 from textual.binding import Binding, BindingType
@@ -25,10 +25,20 @@ from tui_trainer.ui.widgets.search import SearchInput
 from tui_trainer.ui.widgets.table import VirtualTable
 
 MIN_WIDTH_BESIDE, MIN_HEIGHT_BELOW = 104, 30
-"""From which the details stand beside the graph, or else below it."""
+"""Size from which the details are shown next to the graph, or else below it."""
+MIN_WIDTH_WIDE = 160
+"""Width from which more of it is left to the details."""
 MAX_RETRIES = 5
 READING = "running the forward pass of this step again …"
 NO_GRAPH = "no graph was read yet"
+
+
+class _Moment(NamedTuple):
+    """What a graph belongs to."""
+
+    step: int
+    phase: str
+    rank: int
 
 
 class AutogradScreen(DetailScreen):
@@ -63,8 +73,8 @@ class AutogradScreen(DetailScreen):
     def __init__(self) -> None:
         super().__init__()
         self.graph: AutogradGraph | None = None
-        self._moment: tuple[int, str, int] | None = None
-        """Step, phase and rank of the last request."""
+        self._moment: _Moment | None = None
+        """Of the last request."""
         self._read_at, self._took_ms = "", 0.0
         self._error = ("", "")
         self._requests = 0
@@ -95,15 +105,15 @@ class AutogradScreen(DetailScreen):
         live = not status.ended and snapshot.link.state in ("live", "replay")
         if live and not self._pending:
             stopped = status.state == "paused" and self._now() != self._moment
-            other = self._moment is None or self._moment[2] != self.context.inspected_rank
+            other = self._moment is None or self._moment.rank != self.context.inspected_rank
             if stopped or (other and status.step > 0):
                 self._retries = 0
                 self._ask()
         self._draw(snapshot)
 
-    def _now(self) -> tuple[int, str, int]:
+    def _now(self) -> _Moment:
         status = self.context.snapshot.status
-        return status.step, status.phase, self.context.inspected_rank
+        return _Moment(status.step, status.phase, self.context.inspected_rank)
 
     def _ask(self) -> None:
         self._moment = self._now()
@@ -239,5 +249,5 @@ class AutogradScreen(DetailScreen):
         super().on_resize(event)
         beside = event.size.width >= MIN_WIDTH_BESIDE
         self.set_class(beside, "-beside")
-        self.set_class(event.size.width >= 160, "-wide")
+        self.set_class(event.size.width >= MIN_WIDTH_WIDE, "-wide")
         self.set_class(not beside and event.size.height >= MIN_HEIGHT_BELOW, "-below")

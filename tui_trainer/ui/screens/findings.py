@@ -33,7 +33,7 @@ SCREEN_OF_TABLE = {
 
 
 class FindingsTable(VirtualTable):
-    """One row a finding; effects stand below their cause."""
+    """One row a finding; effects are below their cause."""
 
     DEFAULT_CSS = "FindingsTable { height: 4; margin: 0 1; }"
     BINDINGS: ClassVar[list[BindingType]] = [

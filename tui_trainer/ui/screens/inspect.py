@@ -58,9 +58,9 @@ from tui_trainer.ui.widgets.caption import Caption, Placeholder
 from tui_trainer.ui.widgets.lines import Span
 
 MIN_WIDTH_BESIDE = 76
-"""Width from which heat map and numbers stand beside each other."""
+"""Width from which heat map and numbers are side by side."""
 MIN_WIDTH_FOR_UPDATE = 110
-"""Width from which heat map and update stand beside each other."""
+"""Width from which heat map and update are side by side."""
 MIN_WIDTH_FOR_ALL = 170
 """Width from which the numbers stay next to the update or the check."""
 MIN_INTERVAL_S = 1.0
@@ -588,7 +588,7 @@ class InspectScreen(DetailScreen):
         self.call_after_refresh(self._show)
 
     def on_resize(self, event: events.Resize) -> None:
-        """Show heat map and numbers beside each other where both fit."""
+        """Show heat map and numbers side by side where both fit."""
         super().on_resize(event)
         self.set_class(event.size.width >= MIN_WIDTH_BESIDE, "-beside")
         self.set_class(event.size.width >= MIN_WIDTH_FOR_UPDATE, "-room-for-update")

@@ -3,7 +3,6 @@ runs."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from functools import partial
 from typing import ClassVar
@@ -13,6 +12,7 @@ from textual import events
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
+from textual.message import Message
 from textual.timer import Timer
 
 from tui_trainer.client.api import Snapshot
@@ -43,7 +43,7 @@ RELEASE_AFTER_S = 60.0
 MAX_TEXT_WIDTH = 84
 """Cells in which a text is easy to read."""
 MIN_WIDTH_BESIDE = 140
-"""Width from which the list stands beside the page."""
+"""Width from which the list is next to the page."""
 MARKS: dict[PageState, tuple[str, str]] = {
     "new": ("·", "dim"),
     "read": ("○", "accent"),
@@ -162,6 +162,14 @@ class LearnScreen(RunScreen):
                 tooltip="To the list of pages, or to the screen before"),
     ]  # fmt: skip
 
+    class Measured(Message):
+        """The values of a page, or why it has none."""
+
+        def __init__(self, page: str, result: PageMeasurement | MeasurementError) -> None:
+            super().__init__()
+            self.page = page
+            self.result = result
+
     def __init__(self) -> None:
         super().__init__()
         self.measurements = MeasurementProcess()
@@ -179,7 +187,6 @@ class LearnScreen(RunScreen):
         """The measurement in progress and its seed."""
         self._wanted: tuple[str, int] | None = None
         """The one to run after it."""
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._release_timer: Timer | None = None
 
     # ------------------------------------------------------------ layout
@@ -196,7 +203,6 @@ class LearnScreen(RunScreen):
         yield KeyLine()
 
     def on_mount(self) -> None:
-        self._loop = asyncio.get_running_loop()
         self.query_one(PageList).focus()
         self._show_all()
         self._open_wanted()
@@ -218,7 +224,7 @@ class LearnScreen(RunScreen):
         self.measurements.close()
 
     def on_resize(self, event: events.Resize) -> None:
-        """Show list and page beside each other where there is room."""
+        """Show list and page side by side where there is room."""
         width, height = event.size
         self.set_class(width < MIN_SIZE[0] or height < MIN_SIZE[1], "-too-small")
         self.set_class(self._beside, "-beside")
@@ -267,7 +273,7 @@ class LearnScreen(RunScreen):
         self.query_one(PageView).focus()
 
     def _preview(self, row: int) -> None:
-        """Show a page beside the list, which keeps the keys."""
+        """Show a page next to the list, which keeps the keys."""
         if ENTRIES[row] != HEADING:
             self._show_page(ENTRIES[row])
 
@@ -281,7 +287,7 @@ class LearnScreen(RunScreen):
         self._show_all()
 
     def on_virtual_table_highlighted(self, message: VirtualTable.Highlighted) -> None:
-        """Show the page under the cursor where there is room beside the list."""
+        """Show the page under the cursor where there is room next to the list."""
         message.stop()
         if self._beside and not self._reading:
             self._preview(message.row)
@@ -398,11 +404,12 @@ class LearnScreen(RunScreen):
             result: PageMeasurement | MeasurementError = self.measurements.measure(name, seed)
         except MeasurementError as error:
             result = error
-        assert self._loop is not None
         with contextlib.suppress(RuntimeError):  # the app has left
-            self._loop.call_soon_threadsafe(self.call_next, self._arrived, name, result)
+            self.post_message(self.Measured(name, result))
 
-    def _arrived(self, name: str, result: PageMeasurement | MeasurementError) -> None:
+    def on_learn_screen_measured(self, message: LearnScreen.Measured) -> None:
+        """Show the values, and measure the page that was asked for meanwhile."""
+        name, result = message.page, message.result
         self._measurement = None
         if isinstance(result, PageMeasurement):
             self._measured[name] = [*self._measured.get(name, []), result][-2:]

@@ -27,7 +27,7 @@ from tui_trainer.ui.widgets.table import VirtualTable
 
 MIN_WIDTH_BESIDE, MIN_WIDTH_FOR_WIDE_GROUPS = 112, 160
 ROWS_KEPT = 12
-"""For all but the groups, where they stand above the parameters."""
+"""For all but the groups, where they are above the parameters."""
 MAX_RETRIES = 5
 READING = "running the forward and backward pass of this step again …"
 
@@ -152,7 +152,7 @@ class ParameterGroupsScreen(DetailScreen):
         return placeholder_message(snapshot, READING)
 
     def _lay_out(self) -> None:
-        """Beside each other where both fit; else the groups take what they need, if the table keeps
+        """Side by side where both fit; else the groups take what they need, if the table keeps
         some rows."""
         beside = self.app.size.width >= MIN_WIDTH_BESIDE
         self.set_class(beside, "-beside")

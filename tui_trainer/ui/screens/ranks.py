@@ -1,4 +1,4 @@
-"""The training processes of a run: one line each, with what stands out."""
+"""The training processes of a run: one line each, with what is unusual."""
 
 from __future__ import annotations
 

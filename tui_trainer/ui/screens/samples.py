@@ -29,7 +29,7 @@ from tui_trainer.ui.widgets.chart import ChartCurve, SeriesChart
 from tui_trainer.ui.widgets.table import VirtualTable
 
 MIN_WIDTH_BESIDE = 100
-"""Width from which images and confusion matrix stand beside each other."""
+"""Width from which images and confusion matrix are side by side."""
 
 SampleT = TypeVar("SampleT", TextSample, ImageSample, ConfusionMatrix)
 

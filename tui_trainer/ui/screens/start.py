@@ -173,7 +173,7 @@ def _script_error(path: str) -> ConfigurationError | None:
 
 
 MIN_WIDTH_BESIDE = 110
-"""Width from which the groups stand beside the common options, expanded."""
+"""Width from which the groups are next to the common options, expanded."""
 EMPTY_MEANS: Mapping[str, str] = {"data": "built in"}
 """Meaning of an empty field, where it is not `automatic`."""
 
@@ -387,7 +387,7 @@ class StartScreen(RunScreen):
         return self.app.size.width >= MIN_WIDTH_BESIDE
 
     def on_resize(self, event: events.Resize) -> None:
-        """Show options and groups beside each other where there is room."""
+        """Show options and groups side by side where there is room."""
         self.set_class(self._wide, "-beside")
 
     def on_descendant_focus(self, event: events.DescendantFocus) -> None:

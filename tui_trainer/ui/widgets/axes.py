@@ -79,7 +79,7 @@ def fit_layers(
     kept = _without(numbers, hidden)
     if by_itself and _spans_thousands(kept, limits, previous):
         log, hidden = True, []
-    elif len(kept):  # beside outliers that are shown, those on the other side may be small
+    elif len(kept):  # next to outliers that are shown, those on the other side may be small
         far = OUTLIER_DISTANCE * float(kept.max() - kept.min())
         hidden = [each for each in hidden if abs(each.extreme - each.edge) > far]
         numbers = _without(numbers, hidden)

@@ -64,7 +64,7 @@ class Label:
 
     style: Style
     column: int
-    """Dot column of the curve's end; the name stands right of it."""
+    """Dot column of the curve's end; the name is right of it."""
     value: float
     text: str
 

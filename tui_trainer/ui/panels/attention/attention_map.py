@@ -23,7 +23,7 @@ from tui_trainer.ui.panels.tensor import HeatMapView, at_most, colored
 from tui_trainer.ui.widgets.lines import Row
 
 LABEL_WIDTH = 8
-"""Cells for the tokens beside the map, at most."""
+"""Cells for the tokens next to the map, at most."""
 CAPTION_ROWS = 2
 """Title, and the tokens of the keys."""
 MAX_CELL = 8
@@ -31,7 +31,7 @@ MAX_CELL = 8
 
 
 class AttentionMapView(HeatMapView):
-    """Queries down, keys across, with the tokens beside them and a mark at the query."""
+    """Queries down, keys across, with the tokens next to them and a mark at the query."""
 
     lessons = ("attention-scores",)
 
@@ -92,7 +92,7 @@ class AttentionMapView(HeatMapView):
 
     def _enlargement(self, heat: HeatMap, width: int, height: int) -> tuple[int, int]:
         """Dots for one query down and for one key across: about square, and whole characters where
-        there is room for them, to stand beside the tokens."""
+        there is room for them, to be next to the tokens."""
         cell = self._cell
         across = min(max(1, width // heat.columns), MAX_CELL * cell.width)
         down = min(max(1, height // heat.rows), MAX_CELL // 2 * cell.height)

@@ -109,7 +109,7 @@ class InputView(ExaminationView):
         return Segment(text, Style(color=ink, bgcolor=ground))
 
     def _image(self, grid: PatchGrid, query: int, weights: Floats, size: Size) -> list[Row]:
-        """The image, and beside it the weight of each of its patches; the query's is marked."""
+        """The image, and next to it the weight of each of its patches; the query's is marked."""
         patches = weights[grid.first : grid.first + grid.rows * grid.columns]
         largest = float(weights.max(initial=0.0)) or 1.0
         cells = patches.reshape(grid.rows, grid.columns) / largest
