@@ -151,6 +151,8 @@ class Governor:
         """Cadences from before anything was watched."""
         self._windows_over = 0
         self._reported = False
+        self._reported_slower: set[str] = set()
+        """Probes of which the log says that they are measured less often."""
 
     def step(
         self,
@@ -239,14 +241,21 @@ class Governor:
                 ):
                     total -= probe.mean_ms() - probe.mean_ms(2 * probe.now)
                     probe.now *= 2
-        for probe in probes:
-            if probe.now != before[probe]:
-                text = (
-                    f"{probe.name} is now measured {cadence(probe.now)}: it costs "
-                    f"{probe.cost_ms:.2f} ms of a {step_ms:.1f} ms step, and the budget is "
-                    f"{percent(self.budget, 0)}"
-                )
-                self._on_change([probe], text, "info")
+        slowed = [
+            probe
+            for probe in probes
+            if probe.now != before[probe] and probe.name not in self._reported_slower
+        ]
+        if slowed:
+            self._reported_slower |= {probe.name for probe in slowed}
+            costs = ", ".join(
+                f"{probe.name} {cadence(probe.now)} ({probe.cost_ms:.2f} ms)" for probe in slowed
+            )
+            text = (
+                f"measured less often from here, for the budget of {percent(self.budget, 0)} of a "
+                f"{step_ms:.1f} ms step: {costs}; the help lists how often now"
+            )
+            self._on_change(slowed, text, "info")
 
     def _would_be_rare(self, every: int) -> bool:
         """Whether a cadence leaves less than MIN_MEASUREMENTS among as many steps as have passed:
@@ -260,8 +269,10 @@ class Governor:
                 faster = max(probe.unstretched, probe.now // 2)
                 if total + probe.mean_ms(faster) - probe.mean_ms() <= room:
                     probe.now = faster
-                    text = f"{probe.name} is measured {cadence(faster)} again"
-                    self._on_change([probe], f"{text}: the budget allows it", "info")
+                    if faster == probe.unstretched and probe.name in self._reported_slower:
+                        self._reported_slower.discard(probe.name)
+                        text = f"{probe.name} is measured {cadence(faster)} again"
+                        self._on_change([probe], f"{text}: the budget allows it", "info")
                     return
 
     def _report_if_exceeded(self, fixed: float, rest: float, step_ms: float) -> None:
