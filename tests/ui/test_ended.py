@@ -104,6 +104,16 @@ def test_resuming_where_a_checkpoint_is_left(tmp_path: Path, task, saved, offere
     assert found == ([(task, "--resume", str(tmp_path))] if offered else [])
 
 
+@pytest.mark.parametrize(
+    "command", ["run --name r train.py --name r", "run --name=r train.py --name r"]
+)
+def test_starting_again_leaves_out_the_name_that_is_taken(tmp_path: Path, command: str) -> None:
+    words = ("tui-trainer", *command.split())
+    info = RunInfo("r", "script", directory=str(tmp_path), command=words)
+    (again,) = (step.command for step in next_steps(info, True) if step.title == "Start again")
+    assert again == ("run", "train.py", "--name", "r")
+
+
 async def test_help_of_a_replay_is_about_the_replay(tmp_path: Path) -> None:
     record_run(tmp_path, steps=20)
     app = ReplayApp(ReplaySession(tmp_path), frames_per_second=0.01)

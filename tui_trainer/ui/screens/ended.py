@@ -61,10 +61,20 @@ def next_steps(info: RunInfo, replayed: bool) -> list[NextStep]:
         for other in _others(info)
     ]
     steps.append(NextStep("Report", "write one HTML page about it", ("report", directory)))
-    again = info.command
+    again = _without_name(info.command, info.name)
     if again and Path(again[0]).name == "tui-trainer" and len(again) > 1:
         steps.append(NextStep("Start again", " ".join(again), again[1:]))
     return steps
+
+
+def _without_name(command: Sequence[str], name: str) -> tuple[str, ...]:
+    """A command without `--name NAME`, which two runs cannot share. A later one is the script's."""
+    for place, word in enumerate(command):
+        if word == f"--name={name}":
+            return (*command[:place], *command[place + 1 :])
+        if word == "--name" and command[place + 1 : place + 2] == (name,):
+            return (*command[:place], *command[place + 2 :])
+    return tuple(command)
 
 
 def _others(info: RunInfo) -> list[RunEntry]:
