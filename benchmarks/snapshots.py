@@ -1,5 +1,8 @@
 """What taking and restoring a snapshot costs, as a ratio to a plain copy of as many bytes.
 
+Also of one after which nothing has changed, and where seven of eight layers are frozen: what the
+snapshots share of their memory.
+
 And the cost of a step with the room `travel` unused, and with as many snapshots as it takes.
 
     python benchmarks/snapshots.py [--parameters 20e6] [--repeat 7]
@@ -24,7 +27,12 @@ from tui_trainer.run.environment import initial_info
 from tui_trainer.settings.edits import LiveEdits
 from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.tracer import Tracer
-from tui_trainer.travel.snapshots import TrainingParts, TrainingState
+from tui_trainer.travel.snapshots import (
+    SnapshotRing,
+    TrainingParts,
+    TrainingSnapshot,
+    TrainingState,
+)
 from tui_trainer.travel.time_travel import TimeTravel
 
 
@@ -59,13 +67,25 @@ def copies(parameters: float, repeat: int) -> dict[str, float]:
     plain = [tensor.clone() for tensor in state.tensors]
     for _, states in state.optimizers:
         plain += [each.clone() for held in states for each in held.values()]
-    taking, restoring, copying = [], [], []
+    taking, again, restoring, copying = [], [], [], []
     for _ in range(repeat):
         copying.append(seconds(lambda: [tensor.clone() for tensor in plain]))
         taking.append(seconds(lambda: TrainingState.take(parts)))
         restoring.append(seconds(state.restore))
+        same = TrainingState.take(parts, state)  # after restoring: versions differ, it is copied
+        again.append(seconds(lambda same=same: TrainingState.take(parts, same)))
     gigabytes = state.nbytes / 1e9
     copy, take, restore = map(statistics.median, (copying, taking, restoring))
+    for layer in list(model.children())[:-1]:  # one layer of eight is trained
+        layer.requires_grad_(False)
+    optimizer.zero_grad()
+    tuned = TrainingState.take(parts)
+    tuning, ring = [], SnapshotRing(1 << 40)
+    for number in range(repeat):
+        step(model, optimizer)
+        tuning.append(seconds(lambda tuned=tuned: TrainingState.take(parts, tuned)))
+        tuned = TrainingState.take(parts, tuned)
+        ring.add(TrainingSnapshot(number, tuned, None))
     return {
         "megabytes": gigabytes * 1e3,
         "copy_gb_s": gigabytes / copy,
@@ -73,6 +93,9 @@ def copies(parameters: float, repeat: int) -> dict[str, float]:
         "restore_gb_s": gigabytes / restore,
         "take_ratio": take / copy,
         "restore_ratio": restore / copy,
+        "unchanged_ratio": statistics.median(again) / copy,
+        "frozen_ratio": statistics.median(tuning) / copy,
+        "frozen_memory_share": ring.nbytes / repeat / state.nbytes,
     }
 
 

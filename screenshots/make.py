@@ -201,9 +201,10 @@ TUTORIAL_STOP = "step == 300 at backward"
 
 async def make_tutorial(runs: Path) -> None:
     """The session of docs/tutorial.md, key by key: five pictures of one run."""
-    name, directory = create_run_directory(TUTORIAL_SCRIPT.stem, runs)
+    directory = runs / "before"
+    directory.mkdir(mode=0o700)
     spec = RunSpec(
-        name=name, directory=str(directory), task=SCRIPT, script=str(TUTORIAL_SCRIPT),
+        name="before", directory=str(directory), task=SCRIPT, script=str(TUTORIAL_SCRIPT),
         snapshots=100 << 20, breakpoints=(Breakpoint(1, TUTORIAL_STOP, once=True),),
     )  # fmt: skip
     launched = launch(spec)
@@ -239,7 +240,8 @@ async def make_tutorial(runs: Path) -> None:
             await press("escape", "E", *"weight_decay[1]=0.01")
             await take("settings")
             await press("enter", "escape", "1", "n", *["backspace"] * 3, *"300", "enter")
-            await until(pilot, app, lambda: status()[1] == 600)
+            await until(pilot, app, lambda: status()[1] == 600 and bool(app.snapshot.related))
+            await pilot.pause(5.0)
             await take("mended")
     finally:
         launched.process.terminate()

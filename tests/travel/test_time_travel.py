@@ -17,7 +17,12 @@ from tui_trainer.protocol.settings import SettingChange
 from tui_trainer.run.breakpoints import RunBreakpoints
 from tui_trainer.run.control import CommandHandler, Viewer
 from tui_trainer.trace.gate import Refusal
-from tui_trainer.travel.snapshots import TrainingParts, TrainingState
+from tui_trainer.travel.snapshots import (
+    SnapshotRing,
+    TrainingParts,
+    TrainingSnapshot,
+    TrainingState,
+)
 from tui_trainer.travel.time_travel import TimeTravel
 
 
@@ -206,6 +211,63 @@ def test_a_script_gets_weights_optimizer_scheduler_and_generators_back(tmp_path)
     assert same(weights(parts[0]), weights(model))
     assert same(parts[1].state_dict(), optimizer.state_dict())
     assert same(parts[2].state_dict(), scheduler.state_dict())
+
+
+def test_snapshots_share_what_has_not_changed_and_only_that():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(8, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 8)
+    )
+    model[0].requires_grad_(False)
+    model[2].weight.data[0, 0] = float("nan")
+    optimizer = torch.optim.Adam(model.parameters())
+    parts = TrainingParts([model], [optimizer])
+
+    def step():
+        optimizer.zero_grad()
+        model(torch.randn(4, 8)).nan_to_num().square().mean().backward()
+        optimizer.step()
+
+    step()
+    first = TrainingState.take(parts)
+    ring = SnapshotRing(1 << 20)
+    ring.add(TrainingSnapshot(1, first, None))
+    assert ring.nbytes == first.nbytes
+    model[2].requires_grad_(False)
+    model[2].weight.grad = model[2].bias.grad = None
+    model.eval()
+    step()
+    second = TrainingState.take(parts, first)
+    ring.add(TrainingSnapshot(2, second, None))
+    names = [name for name, _ in itertools.chain(model.named_parameters(), model.named_buffers())]
+    kept = zip(names, first.tensors, second.tensors, strict=True)
+    changed = [name for name, a, b in kept if a is not b]
+    assert changed == ["1.weight", "1.bias"]
+    states = [[state and id(state["exp_avg"]) for state in each.optimizers[0][1]]
+              for each in (first, second)]  # fmt: skip
+    assert [a == b for a, b in zip(*states, strict=True)] == [True, True, False, False, True, True]
+    assert ring.nbytes < 1.5 * first.nbytes
+    assert second.nbytes == first.nbytes
+    # Neither is noticed by the counter of versions, the second not by a comparison of values.
+    model[0].weight.data[3, 3] += 1
+    model[0].bias.data.zero_()
+    third = TrainingState.take(parts, second)
+    model[0].bias.data.copy_(torch.tensor(-0.0))
+    fourth = TrainingState.take(parts, third)
+    for state in (first, second, third):
+        ring.add(TrainingSnapshot(3, state, None))
+    kept = [fourth.tensors[names.index("0.bias")], third.tensors[names.index("0.weight")]]
+    assert not any(each is a for each in kept for a in (*second.tensors, *third.tensors[1:]))
+    third.restore()
+    assert torch.equal(model[0].bias.signbit(), torch.zeros(8, dtype=torch.bool))
+    first.restore()
+    assert same_bits(model.state_dict(), dict(zip(names, first.tensors, strict=True)))
+    ring.forget_after(0)
+    assert ring.nbytes == 0
+
+
+def same_bits(state, saved):
+    return all(state[name].numpy().tobytes() == saved[name].numpy().tobytes() for name in state)
 
 
 class Unrestorable:

@@ -17,6 +17,7 @@ from tui_trainer.config.errors import ConfigurationError, did_you_mean
 from tui_trainer.config.live_settings import parse_changes
 from tui_trainer.config.options import parse_size
 from tui_trainer.config.run_spec import (
+    RUN_NAME,
     SPEC_FILE,
     RunSpec,
     create_run_directory,
@@ -33,8 +34,6 @@ from tui_trainer.runs.checkpoints import ResumePoint
 from tui_trainer.runs.errors import RunError
 from tui_trainer.runs.security import check_directory
 
-_NAME = re.compile(r"[\w][\w.+-]{0,99}")
-
 
 def check_options(options: RunOptions) -> None:
     """Raise UsageError for options that cannot work, before anything is created."""
@@ -44,7 +43,7 @@ def check_options(options: RunOptions) -> None:
         raise UsageError(
             "--detach shows nothing and outlives this terminal", "leave out the other option"
         )
-    if options.name is not None and not _NAME.fullmatch(options.name):
+    if options.name is not None and not RUN_NAME.fullmatch(options.name):
         raise UsageError(f"--name cannot be {options.name!r}", "use letters, digits and . _ + -")
     if options.attention_pattern is not None:
         _check_pattern(options.attention_pattern)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -30,6 +31,10 @@ SOCKET_DIRECTORY_PREFIX = "tui-trainer-"
 MAX_SOCKET_PATH_BYTES = 100
 """sun_path holds 108 bytes on Linux and 104 on macOS, including the final NUL."""
 RUNS_DIR_VARIABLE = "TUI_TRAINER_RUNS_DIR"
+
+
+RUN_NAME = re.compile(r"[\w][\w.+-]{0,99}")
+"""What a user may call a run."""
 
 
 class RunSpec(msgspec.Struct, frozen=True, kw_only=True):

@@ -343,6 +343,15 @@ class Recorder:
             self._sinks.append(thread)
         return thread
 
+    def unsubscribe(self, thread: SinkThread) -> None:
+        """Hand a sink nothing more. It is closed, on its own thread, once it has taken all that
+        was recorded before."""
+        with self._lock:
+            self._drain()
+            if thread in self._sinks:
+                self._sinks.remove(thread)
+        thread.close(0.0)
+
     def end(self, state: EndState, reason: str = "", hint: str = "", refused: bool = False) -> None:
         """Record the end of the run; only the first call counts. `refused` as in `Status`."""
         with self._lock:

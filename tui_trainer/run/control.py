@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from tui_trainer.breakpoints.breakpoint_list import BreakpointError
 from tui_trainer.breakpoints.expression import ExpressionError
+from tui_trainer.protocol import PHASES
 from tui_trainer.protocol.actions import (
     Action,
     AddBreakpoint,
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
 MAX_STEPS = 10**12
 MIN_STEPS_PER_SECOND, MAX_STEPS_PER_SECOND = 1e-3, 1e6
 MARK_CHARACTERS = 500
+AT_STEP = re.compile(rf"step == (\d{{1,15}})((?: at (?:{'|'.join(PHASES)}))?)")
+"""The condition of a breakpoint at one step."""
 LOGGED = (Mark, ChangeSettings, UndoSettings)
 """Commands that add a notice of their own."""
 MOVES = (Resume, Step, StepPhase, RunToEpochEnd, Back)
@@ -243,10 +247,7 @@ class CommandHandler:
         if not action.break_at or self._breakpoints is None:
             return travel.back(action.step, action.confirmed)
         if travel.task is None:
-            raise Refusal(
-                "a script's steps are numbered on: a breakpoint at an earlier step is never met",
-                "go back without it, and step from there",
-            )
+            return self._go_back_in_script(travel, action, self._breakpoints)
         breakpoints = self._breakpoints.all
         added = breakpoints.add(action.break_at, once=True)
         try:
@@ -256,6 +257,22 @@ class CommandHandler:
             raise
         self._breakpoints.save()
         return f"{text}; {breakpoint_text(added)}"
+
+    def _go_back_in_script(
+        self, travel: TimeTravel, action: Back, breakpoints: RunBreakpoints
+    ) -> str:
+        """The steps of a script are numbered on, so that the step of the condition comes later."""
+        matched = AT_STEP.fullmatch(action.break_at)
+        if matched is None:
+            raise Refusal("a script's steps are numbered on: the condition has to name a step")
+
+        def arrived(shift: int) -> None:
+            step = int(matched[1]) + shift
+            added = breakpoints.all.add(f"step == {step}{matched[2]}", once=True)
+            breakpoints.save()
+            self._recorder.notice("command", breakpoint_text(added), step=self._gate.completed)
+
+        return travel.back(action.step, action.confirmed, arrived)
 
     def _change_breakpoints(
         self, action: AddBreakpoint | ChangeBreakpoint | DeleteBreakpoint

@@ -52,6 +52,7 @@ from tui_trainer.run.rank_control import RankControl
 from tui_trainer.run.rank_inspection import RankInspections
 from tui_trainer.run.rank_server import FAILURE_WAIT_S, LEAVE_S, RankServer
 from tui_trainer.run.scalars import activated
+from tui_trainer.run.script_branches import ScriptBranches
 from tui_trainer.run.server import Server
 from tui_trainer.run.signals import StopHandler
 from tui_trainer.runs.checkpoints import checkpoint_steps
@@ -131,6 +132,7 @@ class Host:
             serve_rank=self._serve_rank,
             inspections=self.inspections,
         )
+        self._branches = ScriptBranches(spec, self.recorder, self._store_problem)
         self._saver: CheckpointSaver | None = None
         self._script_started = False
         self._at_end: list[Callable[[], None]] = []
@@ -290,6 +292,8 @@ class Host:
 
     def edit_with(self, edits: LiveEdits, travel: TimeTravel) -> None:
         self.edits, self.travel = edits, travel
+        if self.spec.is_script and self.recording:
+            travel.went_back = self._branches.begin
         self.inspections.edits, self.inspections.travel = edits, travel
 
     def at_end(self, call: Callable[[], None]) -> None:
@@ -359,10 +363,7 @@ class Host:
     def _start_branch(self, asked: Branch) -> str:
         """Write a checkpoint, and start a run from it in a process of its own. Raises Refusal."""
         if self.spec.is_script:
-            raise Refusal(
-                f"{self.spec.name} trains a script, which resumes by its own means",
-                "tui-trainer back RUN --to STEP continues from an earlier state in the same run",
-            )
+            return self._branch_in_script(asked)
         if self.edits is None:
             raise Refusal("the training has not begun yet")
         name = asked.name or free_name(Path(self.spec.directory))
@@ -370,6 +371,36 @@ class Host:
         made = (asked, name, self._save_soon())
         threading.Thread(target=self._make_branch, args=made, daemon=True).start()
         return f"branch {name} is being started"
+
+    def _branch_in_script(self, asked: Branch) -> str:
+        """Record what the script does from the end of the current step on as a branch, with other
+        settings. Raises Refusal."""
+        from tui_trainer.settings.edits import SettingEdit
+
+        travel, edits, gate = self._time_travel(), self._live_edits(), self.gate
+        edits.require_possible(asked.changes)
+        directory = self._branches.new_directory(asked.name)
+        changes = " ".join(change.text for change in asked.changes)
+
+        def begin() -> None:
+            if travel.failed:
+                raise Refusal("it could not be taken back")
+            self._branches.begin(gate.completed, travel.state_step, directory, changes)
+            if asked.changes:
+                edits.apply(SettingEdit(0, asked.changes))
+            if asked.paused:
+                gate.pause()
+            else:
+                gate.resume()
+
+        def report(done: Future[None]) -> None:
+            error = None if done.cancelled() else done.exception()
+            if error is not None:
+                text = f"branch {directory.name} could not be started: {error}"
+                self.recorder.notice("branch", text, "error", gate.completed)
+
+        gate.call_soon(begin).add_done_callback(report)
+        return f"branch {directory.name} is being started"
 
     def _make_branch(self, asked: Branch, name: str, saved: Future[int]) -> None:
         """On a thread of its own; a notice reports its result."""

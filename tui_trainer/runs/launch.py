@@ -3,12 +3,13 @@ continue from a checkpoint of another run."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -121,12 +122,10 @@ def _ending(exit_status: int) -> str:
         return f"killed by signal {-exit_status}"
 
 
-def free_name(directory: Path) -> str:
+def free_name(directory: Path, taken: Collection[str] = ()) -> str:
     """A name for a branch of the run in `directory`: its own and a number."""
-    number = 2
-    while (directory.parent / f"{directory.name}-{number}").exists():
-        number += 1
-    return f"{directory.name}-{number}"
+    names = (f"{directory.name}-{number}" for number in itertools.count(2))
+    return next(n for n in names if n not in taken and not directory.with_name(n).exists())
 
 
 def start_branch(

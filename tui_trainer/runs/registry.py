@@ -113,6 +113,24 @@ def newest(runs: Sequence[RunEntry], live: bool = True) -> RunEntry:
     raise RunError("no run is live", f"the newest, {last.name}, has {_ended_as(last.state)}")
 
 
+def one_of_each_process(runs: Sequence[RunEntry]) -> list[RunEntry]:
+    """The runs without those live ones that are recorded beside an older one, by its process: the
+    branches of a script."""
+    oldest: dict[tuple[str, int, str], RunEntry] = {}
+    for run in sorted(runs, key=lambda run: run.reported.started_at):
+        if run.live:
+            oldest.setdefault(_process(run), run)
+    return [run for run in runs if not run.live or oldest[_process(run)] is run]
+
+
+def _process(run: RunEntry) -> tuple[str, int, str]:
+    """What distinguishes the process of a run."""
+    reported = run.reported
+    if not reported.process:
+        return str(run.directory), 0, ""
+    return reported.machine, reported.pid, reported.process
+
+
 def live_socket(run: RunEntry) -> Path:
     """The socket a live run listens on. Raises RunGone when it has ended and NotListening when it
     has no socket."""

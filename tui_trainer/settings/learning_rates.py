@@ -22,12 +22,15 @@ from tui_trainer.protocol.settings import setting_text
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.optimizers import unwrapped_optimizer
+from tui_trainer.trace.script_frames import objects_of_script
 from tui_trainer.trace.tracer import Tracer
 
 Group = dict[str, Any]
 Undo = Callable[[], None]
 BASE_RATES = ("base_lrs", "max_lrs")
 """Lists of schedulers with a rate for each group, from which they compute."""
+SEARCH_EVERY = 64
+"""Snapshots after which all objects are searched for schedulers again."""
 GROUP_RATES = ("initial_lr", "max_lr", "min_lr")
 """The same in the groups themselves (OneCycleLR)."""
 
@@ -174,10 +177,42 @@ def set_rate(group: Group, value: float) -> None:
         group["lr"] = value
 
 
+class KnownSchedulers:
+    """The schedulers of a script's optimizers, for snapshots of them.
+
+    Looking at all objects of the process for them takes tens of milliseconds: that is done at the
+    first snapshot, the second, the fourth and so on, and where optimizers are new. Those that
+    variables of the script hold are always found.
+    """
+
+    def __init__(self) -> None:
+        self._found: list[weakref.ref[Any]] = []
+        self._optimizers: frozenset[int] = frozenset()
+        self._count = 0
+
+    def of(self, optimizers: Sequence[Optimizer]) -> list[Any]:
+        self._count += 1
+        wanted = frozenset(map(id, optimizers))
+        power_of_two = not self._count & (self._count - 1)
+        if wanted != self._optimizers or power_of_two or not self._count % SEARCH_EVERY:
+            self._optimizers = wanted
+            searched = [each for optimizer in optimizers for each in schedulers_of(optimizer)]
+            self._found = [weakref.ref(each) for each in searched]
+        known = [each for ref in self._found if (each := ref()) is not None]
+        held = [*known, *objects_of_script(LRScheduler)]
+        found = {id(s): s for optimizer in optimizers for s in _belonging(held, optimizer)}
+        return list(found.values())
+
+
 def schedulers_of(optimizer: Optimizer) -> list[Any]:
     """The schedulers of torch that set this optimizer's rate: the objects that refer to it."""
+    return _belonging(list(_referring(optimizer)), optimizer)
+
+
+def _belonging(schedulers: Sequence[Any], optimizer: Optimizer) -> list[Any]:
+    """Those of `schedulers`, and of those inside them, that set this optimizer's rate."""
     found: dict[int, Any] = {}
-    for scheduler in _with_inner(list(_referring(optimizer))):
+    for scheduler in _with_inner(schedulers):
         owner = getattr(scheduler, "optimizer", None)
         if isinstance(owner, Optimizer) and unwrapped_optimizer(owner) is optimizer:
             found.setdefault(id(scheduler), scheduler)

@@ -4,6 +4,9 @@ present and sparser further back.
 A copy holds parameters and buffers of the models, the state of the optimizers, schedulers, scalers
 and other objects with a `state_dict`, and the random generators. Restored values are written into
 the existing tensors, so that what refers to them (a compiled step, a fused optimizer) stays valid.
+
+A copy shares with an earlier one what has not changed since, bit for bit: frozen parameters,
+buffers, and the optimizer's state of parameters without a gradient.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import copy
 import math
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -24,6 +28,8 @@ from tui_trainer.trace.torch_private import local
 MAX_SHARE = 0.02
 """Largest share of the time of a step that taking snapshots may cost: it sets their cadence."""
 MAX_INTERVAL = 1000
+MAX_KEPT = 1000
+"""Snapshots that share most of their tensors take little memory each."""
 """Most steps between two snapshots."""
 
 
@@ -73,21 +79,36 @@ class TrainingState:
     """For each optimizer the settings of its groups, and the state of each of its parameters."""
     others: list[dict[str, Any]]
     random: dict[str, Any]
+    versions: list[int] = field(default_factory=list)
+    """`_version` of each of the original `tensors`."""
     nbytes: int = field(default=0)
 
     @classmethod
-    def take(cls, parts: TrainingParts) -> TrainingState:
-        """Copy the present state to the host."""
+    def take(cls, parts: TrainingParts, earlier: TrainingState | None = None) -> TrainingState:
+        """Copy the present state to the host; what is as it was in `earlier` is shared with it."""
+        if earlier is not None and len(earlier.optimizers) != len(parts.optimizers):
+            earlier = None
         with torch.no_grad():
+            live = [local(tensor.detach()) for tensor in parts.tensors()]
+            versions = [tensor._version for tensor in live]
             state = cls(
                 parts,
-                [_copied(tensor) for tensor in parts.tensors()],
-                [_optimizer_state(optimizer) for optimizer in parts.optimizers],
+                _tensors(live, versions, earlier),
+                [
+                    _optimizer_state(optimizer, earlier.optimizers[number] if earlier else None)
+                    for number, optimizer in enumerate(parts.optimizers)
+                ],
                 [_copied(copy.copy(each.state_dict())) for each in parts.others],
                 random_state(),
+                versions,
             )
         state.nbytes = _nbytes([state.tensors, state.optimizers])
         return state
+
+    def held(self) -> Iterator[torch.Tensor]:
+        """The tensors of the copy, some of which other copies may share."""
+        yield from self.tensors
+        yield from _tensors_in(self.optimizers)
 
     def restore(self) -> None:
         """Restore it. Gradients are dropped, as before the first backward of a step."""
@@ -107,14 +128,36 @@ def _parameters(optimizer: Optimizer) -> list[torch.Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _optimizer_state(optimizer: Optimizer) -> tuple[list[dict[str, Any]], list[Any]]:
+def _tensors(
+    live: Sequence[torch.Tensor], versions: Sequence[int], earlier: TrainingState | None
+) -> list[torch.Tensor]:
+    """Copies of parameters and buffers. One whose version has changed is copied at once; an equal
+    version alone does not prove that nothing was written, since writing through `.data` leaves
+    it."""
+    if earlier is None or len(earlier.tensors) != len(live):
+        return [_copied(tensor) for tensor in live]
+    return [
+        _copied(tensor, before if version == old else None)
+        for tensor, version, before, old in zip(
+            live, versions, earlier.tensors, earlier.versions, strict=True
+        )
+    ]
+
+
+def _optimizer_state(
+    optimizer: Optimizer, earlier: tuple[list[dict[str, Any]], list[Any]] | None
+) -> tuple[list[dict[str, Any]], list[Any]]:
     groups = [
         {key: _copied(value) for key, value in group.items() if key != "params"}
         for group in optimizer.param_groups
     ]
+    parameters = _parameters(optimizer)
+    before = earlier[1] if earlier and len(earlier[1]) == len(parameters) else None
     states = [
-        _copied(optimizer.state[p]) if p in optimizer.state else None
-        for p in _parameters(optimizer)
+        _copied(optimizer.state[p], before[number] if before else None)
+        if p in optimizer.state
+        else None
+        for number, p in enumerate(parameters)
     ]
     return groups, states
 
@@ -162,19 +205,54 @@ def _restored(present: Any, saved: Any, parameter: torch.Tensor | None) -> Any:
             return copy.deepcopy(saved)
 
 
-def _copied(value: Any) -> Any:
-    """A copy on the host that shares nothing with `value`."""
+def _copied(value: Any, earlier: Any = None) -> Any:
+    """A copy on the host that shares nothing with `value`, and with an `earlier` copy the tensors
+    that have not changed."""
     match value:
         case torch.Tensor():
-            return local(value.detach()).to("cpu", copy=True)
+            present = local(value.detach())
+            if not isinstance(earlier, torch.Tensor):
+                return present.to("cpu", copy=True)
+            on_host = present if present.device.type == "cpu" else present.to("cpu")
+            if _same_bits(on_host, earlier):
+                return earlier
+            return on_host.clone() if on_host is present else on_host
         case dict():
-            return {key: _copied(part) for key, part in value.items()}
+            before = earlier if isinstance(earlier, dict) else {}
+            return {key: _copied(part, before.get(key)) for key, part in value.items()}
         case list():
             return [_copied(part) for part in value]
         case tuple() if type(value) is tuple:
             return tuple(_copied(part) for part in value)
         case _:
             return copy.deepcopy(value)
+
+
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers as large as an element: nan equals itself then, and 0 does not equal -0."""
+
+
+def _same_bits(some: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors on the host are equal to the last bit. Where they are not, that is found
+    at the first difference."""
+    bits = BITS.get(some.element_size())
+    if bits is None or some.is_quantized or some.layout is not torch.strided:
+        return False
+    if some.dtype != other.dtype or some.shape != other.shape or some.stride() != other.stride():
+        return False
+    return torch.equal(some.view(bits), other.view(bits))
+
+
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    match value:
+        case torch.Tensor():
+            yield value
+        case dict():
+            for part in value.values():
+                yield from _tensors_in(part)
+        case list() | tuple():
+            for part in value:
+                yield from _tensors_in(part)
 
 
 def _nbytes(value: Any) -> int:
@@ -205,22 +283,37 @@ class SnapshotRing:
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
+        self.nbytes = 0
+        """Memory that the snapshots take: a tensor that several of them share counts once."""
         self._kept: list[TrainingSnapshot] = []
+        self._holders: Counter[int] = Counter()
+        """id of a tensor → how many snapshots hold it."""
 
     @property
     def steps(self) -> tuple[int, ...]:
         return tuple(each.step for each in self._kept)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(each.state.nbytes for each in self._kept)
-
     def add(self, snapshot: TrainingSnapshot) -> None:
         """Keep a snapshot, and drop those whose neighbours cover their steps best."""
-        self._kept = [each for each in self._kept if each.step != snapshot.step]
+        steps = self.steps
+        if snapshot.step in steps:
+            self._drop(steps.index(snapshot.step))
         self._kept.insert(bisect_right(self.steps, snapshot.step), snapshot)
-        while len(self._kept) > 2 and self.nbytes > self.budget_bytes:
-            del self._kept[self._least_needed(snapshot.step)]
+        for tensor in snapshot.state.held():
+            self._holders[id(tensor)] += 1
+            if self._holders[id(tensor)] == 1:
+                self.nbytes += tensor.nbytes
+        while len(self._kept) > 2 and (
+            self.nbytes > self.budget_bytes or len(self._kept) > MAX_KEPT
+        ):
+            self._drop(self._least_needed(snapshot.step))
+
+    def _drop(self, index: int) -> None:
+        for tensor in self._kept.pop(index).state.held():
+            self._holders[id(tensor)] -= 1
+            if not self._holders[id(tensor)]:
+                del self._holders[id(tensor)]
+                self.nbytes -= tensor.nbytes
 
     def _least_needed(self, now: int) -> int:
         """The snapshot whose loss costs the fewest repeated steps, in proportion to its distance
@@ -239,7 +332,8 @@ class SnapshotRing:
 
     def forget_after(self, step: int) -> None:
         """Drop the snapshots of later steps, which this training will not repeat."""
-        self._kept = [each for each in self._kept if each.step <= step]
+        while self._kept and self._kept[-1].step > step:
+            self._drop(-1)
 
 
 def interval(copy_s: float, step_s: float) -> int:

@@ -39,7 +39,7 @@ from tui_trainer.protocol.travel import (
 )
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.settings.edits import LiveEdits, SettingEdit
-from tui_trainer.settings.learning_rates import schedulers_of
+from tui_trainer.settings.learning_rates import KnownSchedulers
 from tui_trainer.tasks.definition import Training
 from tui_trainer.trace.gate import Gate, Refusal
 from tui_trainer.trace.optimizers import Optimizer
@@ -148,10 +148,18 @@ class TimeTravel:
         self._copy_s = 0.0
         self._last = 0.0
         self._last_step = 0
+        self._schedulers = KnownSchedulers()
         self._announced = 0
         """Bytes of a snapshot that were announced."""
         self._edit_history: list[SettingEdit] = []
         """All changes of settings up to the newest step."""
+        self.went_back: Callable[[int, int], str] | None = None
+        """Called with the step at which a script was taken back and the one whose state it has
+        now; returns the name of the branch that its next steps are."""
+        self.restored: tuple[int, int] = (-1, -1)
+        """The same two steps, of the last time."""
+        self.failed = False
+        """Whether a script could not be taken back, the last time."""
         self._target: int | None = None
         """The step up to which steps are being repeated."""
         if budget_bytes:
@@ -188,9 +196,22 @@ class TimeTravel:
         many = f", {bytes_(each, 0)} each: up to {budget_bytes // each:,}" if each else ""
         return f"snapshots are kept in at most {bytes_(budget_bytes, 0)}{many}"
 
-    def back(self, step: int | None = None, confirmed: bool = False) -> str:
+    @property
+    def state_step(self) -> int:
+        """The step whose state the training has, at the end of a step."""
+        at, restored = self.restored
+        return restored if at == self._gate.completed else self._gate.completed
+
+    def back(
+        self,
+        step: int | None = None,
+        confirmed: bool = False,
+        arrived: Callable[[int], None] = lambda shift: None,
+    ) -> str:
         """Go to the end of `step`, by default one step back, and pause there; returns a text about
-        it. Raises Refusal, also where that takes long and is not `confirmed`."""
+        it. Raises Refusal, also where that takes long and is not `confirmed`. `arrived`, of a
+        script: called there with the number of steps by which it counts further than the state
+        that was restored."""
         gate = self._gate
         if step is None:
             within = gate.mode == "paused" and gate.phase not in ("", "step")
@@ -203,7 +224,7 @@ class TimeTravel:
                 f"its newest step is {self.newest:,}; tui-trainer step RUN continues it",
             )
         if self.task is None:
-            return self._back_in_script(step)
+            return self._back_in_script(step, arrived)
         nearest = self._nearest(step)
         if nearest is None:
             earliest = min([*self.ring.steps, *self._saved_steps()], default=None)
@@ -380,12 +401,14 @@ class TimeTravel:
 
     def _take(self, step: int) -> None:
         """Take a snapshot between two steps."""
-        began = time.perf_counter()
         parts = self._parts()
         if not self._announce(parts.nbytes()):
             return
+        began = time.perf_counter()
+        before = self.ring.before(step)
         with self._recorder.excluded():
-            self.ring.add(TrainingSnapshot(step, TrainingState.take(parts), self._edits.snapshot()))
+            state = TrainingState.take(parts, before.state if before is not None else None)
+            self.ring.add(TrainingSnapshot(step, state, self._edits.snapshot()))
         self._copy_s = time.perf_counter() - began
         self._gate.due_after(self._after_step, step + (self.every or 1))
 
@@ -413,8 +436,9 @@ class TimeTravel:
             others = [each for each in stateful if not isinstance(each, Optimizer)]
             return TrainingParts([self.task.model], optimizers, others)
         optimizers = [optimizer for _, optimizer in self._tracer.registry.existing()]
-        schedulers = {id(s): s for optimizer in optimizers for s in schedulers_of(optimizer)}
-        found: list[Stateful] = [*schedulers.values(), *objects_of_script(GradScaler)]
+        found: list[Stateful] = [
+            *self._schedulers.of(optimizers), *objects_of_script(GradScaler),
+        ]  # fmt: skip
         return TrainingParts(list(self._tracer.roots), optimizers, found)
 
     # ------------------------------------------------------------ a task
@@ -527,7 +551,7 @@ class TimeTravel:
 
     # ------------------------------------------------------------ a script
 
-    def _back_in_script(self, step: int) -> str:
+    def _back_in_script(self, step: int, arrived: Callable[[int], None]) -> str:
         snapshot = self.ring.before(step)
         if snapshot is None:
             raise Refusal(NO_SNAPSHOTS, HOW_TO_KEEP)
@@ -536,27 +560,34 @@ class TimeTravel:
         def restore() -> None:
             self._restore_script(snapshot)
             gate.pause()
+            arrived(gate.completed - snapshot.step)
 
         gate.call_soon(restore).add_done_callback(
             lambda done: self._report_failure(done.exception())
         )
         within = gate.phase not in ("", "step")
         when = f"at the end of step {gate.step_in_progress:,} " if within else ""
-        return f"{when}to the state of step {snapshot.step:,}: {SCRIPT_STATE}"
+        return f"back {when}to the state of step {snapshot.step:,}: {SCRIPT_STATE}"
 
     def _restore_script(self, snapshot: TrainingSnapshot) -> None:
         """Raises Refusal, without changing anything, where the snapshot no longer fits."""
         rescue, edits = TrainingState.take(snapshot.state.parts), self._edits.snapshot()
+        self.failed = False
         try:
             snapshot.state.restore()
             self._edits.restore(snapshot.edits)
         except Exception as error:
+            self.failed = True
             rescue.restore()
             self._edits.restore(edits)
             text = f"step {snapshot.step:,} could not be restored: {_reason(error)}"
             raise Refusal(text) from error
+        now = self._gate.completed
         text = f"back to the state of step {snapshot.step:,}: {SCRIPT_STATE}"
-        self._recorder.notice("edit", text, step=self._gate.completed)
+        if self.went_back is not None:
+            text += f"; what follows is branch {self.went_back(now, snapshot.step)}"
+        self.restored = now, snapshot.step
+        self._recorder.notice("edit", text, step=now)
 
 
 def _reason(error: Exception) -> str:

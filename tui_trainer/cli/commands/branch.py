@@ -13,9 +13,11 @@ from tui_trainer.cli.errors import CommandError, UsageError
 from tui_trainer.client.connection import RunClient
 from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.config.live_settings import parse_changes
+from tui_trainer.config.run_spec import read_spec
 from tui_trainer.protocol.actions import Back, Branch
 from tui_trainer.protocol.events import Notice
 from tui_trainer.protocol.messages import Ack
+from tui_trainer.protocol.schema import SCRIPT
 from tui_trainer.runs.liveness import RunEntry
 
 POLL_EVERY_S = 0.05
@@ -82,7 +84,9 @@ def _start(run: RunEntry, to: int | None, asked: Branch) -> tuple[int, str]:
             pass
         if to is not None:
             _accepted(run, client.command_in_control(Back(to, confirmed=True)))
-            _wait_until_at(client, to)
+            info = client.snapshot.info
+            if info is None or info.task != SCRIPT:  # a script's steps are numbered on
+                _wait_until_at(client, to)
         begun = _accepted(run, client.command_in_control(asked))
         name = begun.message.split()[1]
         while True:
@@ -91,10 +95,18 @@ def _start(run: RunEntry, to: int | None, asked: Branch) -> tuple[int, str]:
                 if isinstance(event, Notice) and event.kind == "branch":
                     if event.level == "error":
                         raise CommandError(event.text)
-                    return event.step or 0, name
+                    return _branch_step(run, name, event.step), name
             if update.status.ended:
                 raise CommandError(f"{run.name} has ended")
             time.sleep(POLL_EVERY_S)
+
+
+def _branch_step(run: RunEntry, name: str, at: int) -> int:
+    """The step that the branch continues from; `at` where that cannot be read."""
+    try:
+        return read_spec(run.directory.with_name(name)).branch_step or 0
+    except (OSError, ValueError):
+        return at
 
 
 def _accepted(run: RunEntry, ack: Ack) -> Ack:

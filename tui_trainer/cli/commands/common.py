@@ -12,7 +12,7 @@ from cyclopts import Parameter, validators
 from tui_trainer.cli.errors import CommandError
 from tui_trainer.runs.errors import RunError
 from tui_trainer.runs.liveness import RunEntry
-from tui_trainer.runs.registry import list_runs, newest, resolve
+from tui_trainer.runs.registry import list_runs, newest, one_of_each_process, resolve
 from tui_trainer.store.schema import StoreError
 
 NAMED = "the run: its name, a prefix of it, or its directory"
@@ -74,7 +74,7 @@ def choose_run_by_name(run: str | None, runs_dir: Path | None, live: bool = True
     """The named run, or the newest live one (the newest of all if none is and `live` is False)."""
     if run is not None:
         return resolve(run, runs_dir)
-    runs = list_runs(runs_dir)
+    runs = one_of_each_process(list_runs(runs_dir))
     if live or any(each.live for each in runs):
         return newest(runs)
     return newest(runs, live=False)
@@ -84,7 +84,7 @@ def require_single_run(run: str | None, runs_dir: Path | None) -> RunEntry:
     """The named run, or the only live one. Raises RunError if there are several."""
     if run is not None:
         return resolve(run, runs_dir)
-    runs = list_runs(runs_dir)
+    runs = one_of_each_process(list_runs(runs_dir))
     live = [each for each in runs if each.live]
     if len(live) > 1:
         names = ", ".join(each.name for each in live[:8])

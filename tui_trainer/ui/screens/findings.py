@@ -165,12 +165,11 @@ class FindingsScreen(DetailScreen):
 
     def action_break_before(self) -> None:
         """Go to the step before the finding under the cursor, with a breakpoint at the finding."""
-        finding, info = self.table.current, self.context.snapshot.info
+        finding = self.table.current
         if finding is None:
             return
         place = f" at {finding.phase}" if finding.phase else ""
-        is_script = info is not None and info.is_script
-        condition = "" if is_script else f"step == {finding.onset}{place}"
+        condition = f"step == {finding.onset}{place}"
         self.context.command(Back(max(0, finding.onset - 1), break_at=condition))
 
     def _summary(self) -> list[Span]:

@@ -24,7 +24,10 @@ from tui_trainer.ui.screens.dialogs import SnapshotDialog
 
 KEYS = "left, right: one step, enter: go there, tab: step or memory, escape: close"
 NOTHING = "nothing is kept yet: enter an amount of memory for snapshots, such as 512MB"
-SCRIPT = "a script gets the state of a snapshot; its own data order and counters continue"
+SCRIPT = (
+    "a script gets the state of a snapshot, and what follows is a branch; its own data order and "
+    "counters go on"
+)
 
 
 class TimelineList(OptionList):
