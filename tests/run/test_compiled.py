@@ -43,7 +43,8 @@ SCRIPT = """
             return self.linear(x)
     BREAK = "break" in os.environ["HOW"]
     first = Block() if BREAK else Layer()
-    model = torch.nn.Sequential(first, torch.nn.GELU(), torch.nn.Linear(16, 3))
+    between = torch.nn.GELU() if BREAK else torch.nn.Identity()
+    model = torch.nn.Sequential(first, between, torch.nn.Linear(16, 3))
     if ranks > 1:
         model = torch.nn.parallel.DistributedDataParallel(model)
     compiled = torch.compile(model, backend=os.environ["BACKEND"])
