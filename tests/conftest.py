@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         path = item.path.relative_to(here)
         if path.parts[0] in SLOW or path.as_posix() in SLOW:
             item.add_marker("slow")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Iterator[None]:
+    """Take back the variables that libraries set as they are imported, as scikit-learn does: where
+    they differ, all processes of the tests that follow would import PyTorch anew."""
+    before = processes.read_at_start(os.environ)
+    try:
+        return (yield)
+    finally:
+        for name in processes.read_at_start(os.environ).keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def pytest_sessionfinish() -> None:

@@ -197,6 +197,8 @@ def leave(ending: BaseException | None) -> NoReturn:
         if not isinstance(ending.code, int | None):
             print(ending.code, file=sys.stderr)
     elif ending is not None:
+        sys.last_type, sys.last_value = type(ending), ending
+        sys.last_traceback = ending.__traceback__
         sys.excepthook(type(ending), ending, ending.__traceback__)
         status = 1
     threading._shutdown()  # type: ignore[attr-defined]

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import termios
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,15 @@ WITH_TORCH = (
     *("textual.app", "torch", "torch._dynamo"),
 )
 PR_SET_CHILD_SUBREAPER = 36
+
+
+def read_at_start(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that a process which is forked would heed too late."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if name.startswith(READ_AT_START) and name not in UNDERSTOOD
+    }
 
 
 class _Server:
@@ -74,12 +84,7 @@ class _Server:
 
     def takes(self, environment: dict[str, str]) -> bool:
         """Whether a process with that environment is the same when it is forked."""
-        names = {*environment, *self.environment}
-        return all(
-            environment.get(name) == self.environment.get(name)
-            for name in names
-            if name.startswith(READ_AT_START) and name not in UNDERSTOOD
-        )
+        return read_at_start(environment) == read_at_start(self.environment)
 
     def fork(self, request: dict[str, Any], streams: list[int]) -> int:
         """The number of a new child of this process."""

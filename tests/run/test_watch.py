@@ -238,14 +238,12 @@ def loop(tmp_path):
 
     def start(*arguments):
         command = [sys.executable, "loop.py", *arguments]
-        # An uncaught exception is noticed as the interpreter ends, which a forked one does not.
         process = processes.Popen(
             command,
             cwd=tmp_path,
             env=environment,
             stderr=subprocess.PIPE,
             text=True,
-            cold=arguments == ("crash",),
         )
         started.append(process)
         return process

@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tests import processes
+from tui_trainer.client.connection import RunClient
 from tui_trainer.config.run_spec import LOG_FILE, RunSpec, find_socket, write_spec
 from tui_trainer.config.run_state import RunState, read_state
+from tui_trainer.protocol.actions import Throttle
+from tui_trainer.runs.liveness import inspect_run
 from tui_trainer.store.reader import StoredHistory
 from tui_trainer.store.schema import StoreError
 
@@ -44,6 +47,14 @@ def stored_step(directory: Path) -> int:
         return 0
     with contextlib.closing(history):
         return history.last_step
+
+
+def slow_down(directory: Path, steps_per_second: float = 20.0) -> None:
+    """Make a run that is only to be alive leave the processor to others."""
+    run = inspect_run(directory)
+    assert run is not None
+    with RunClient.connect(run, "test", read_only=False) as client:
+        assert client.command_in_control(Throttle(steps_per_second)).ok
 
 
 class Runs:

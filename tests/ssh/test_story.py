@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.runs.starting import last_step, until
+from tests.runs.starting import last_step, slow_down, until
 from tests.ssh.sshd import our_ssh
 from tests.terminal.harness import Terminal
 
@@ -68,8 +68,9 @@ def test_a_run_outlives_its_terminals_and_its_links(host, runs, terminal, tmp_pa
     started = runs.call("gpt", "--detach", *alert, *endless)
     assert started.returncode == 0, started.stderr
     name = started.stdout.strip()
-    until(lambda: runs.reported(name).step > 5, "it trains")
+    until(lambda: runs.reported(name).step > 110, "it trains, and has a checkpoint")
     process = runs.reported(name).pid
+    slow_down(runs.directory / name)
     try:
         here = terminal("attach", name)
         here.wait_for("running")

@@ -40,7 +40,7 @@ def train(tmp_path: Path) -> Path:
         "    loss = model(torch.ones(2, 4)).pow(2).mean()\n"
         "    loss.backward()\n"
         "    optimizer.step()\n"
-        "    time.sleep(0.005)\n"
+        "    time.sleep(0.02)\n"
         "    # then\n"
     )
     return path

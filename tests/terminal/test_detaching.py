@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.runs.starting import Runs, last_step, until
+from tests.runs.starting import Runs, last_step, slow_down, until
 from tests.terminal.harness import Terminal
 
 GPT = ("--threads", "1", "--steps", "100000", "--eval-batches", "1", "--sample-length", "8")
@@ -67,6 +67,7 @@ def test_hang_up_leaves_the_run_going(runs, terminal):
     until(lambda: runs.reported("gpt-kept").step > 5, "it trains")
     first.hang_up()
     first.wait_for_exit()
+    slow_down(runs.directory / "gpt-kept")
     before = runs.reported("gpt-kept").step
     until(lambda: runs.reported("gpt-kept").step > before + 20, "it trains on")
     assert runs.ls()["gpt-kept"]["state"] == "live"

@@ -98,6 +98,10 @@ def test_a_slow_line_is_sent_little_and_keys_show_at_once(runs: Path) -> None:
     with Terminal([*GPT, "--slow-link"], 120, 40) as terminal:
         wait_for_step(terminal, 5)
         terminal.wait_for("slow link")
+        terminal.press("t")  # it need not take a core
+        terminal.wait_for("Steps per second, at most")
+        terminal.press("2", "0", "enter")
+        terminal.wait_for("at most 20 steps/s")
         terminal.settle(2.0)
         before, since = len(terminal.output), time.monotonic()
         wait_for_step(terminal, (step_on(terminal.text()) or 0) + 1)
