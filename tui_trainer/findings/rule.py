@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
 
 from tui_trainer.findings.observation import LossTrend, Observation, RunFacts, SkippedStep, TableRow
 from tui_trainer.history.records import BatchRecord
@@ -192,6 +196,16 @@ class BatchRule(Rule):
         `thresholds["steps"]` of them in a row."""
         self.done = self.streak.add(wrong, step) >= self.limits["steps"]
         return self.done
+
+
+def median_of(values: ArrayLike) -> float:
+    """As `np.median`, which imports numpy.ma and takes ten times as long for a few numbers; NaN of
+    none."""
+    ordered = np.sort(values)
+    middle = len(ordered) // 2
+    if not len(ordered):
+        return math.nan
+    return float(ordered[middle] if len(ordered) % 2 else ordered[middle - 1 : middle + 1].mean())
 
 
 def named(names: Iterable[str], most: int = 3) -> str:

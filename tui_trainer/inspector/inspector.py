@@ -5,22 +5,15 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from msgspec import structs
 
-from tui_trainer.inspector.activations import list_activations, with_activation
-from tui_trainer.inspector.attention.examine import examine_attention
-from tui_trainer.inspector.autograd_graph import describe_graph
 from tui_trainer.inspector.errors import InspectionError
-from tui_trainer.inspector.gradient_check import check_gradient
-from tui_trainer.inspector.heat_map import heat_map
-from tui_trainer.inspector.parameter_groups import parameter_use
 from tui_trainer.inspector.rerun import StepCapture
-from tui_trainer.inspector.statistics import statistics_of
 from tui_trainer.inspector.tensor_catalog import TensorCatalog, info_of
 from tui_trainer.inspector.tensor_reading import readable
-from tui_trainer.inspector.update_capture import UpdateCapture
 from tui_trainer.protocol.attention import ExamineAttention
 from tui_trainer.protocol.autograd import CheckGradient, DescribeGraph
 from tui_trainer.protocol.formatting import bytes_
@@ -52,6 +45,9 @@ from tui_trainer.protocol.travel import (
 )
 from tui_trainer.trace.tracer import Tracer
 
+if TYPE_CHECKING:
+    from tui_trainer.inspector.update_capture import UpdateCapture
+
 MAX_COPY_BYTES = 2 << 30
 """Largest tensor that is sent as a whole: it is copied to the host first."""
 PART_BYTES = 4 << 20
@@ -72,6 +68,12 @@ class Inspector:
 
     def answer(self, request: InspectionRequest) -> InspectionResult | TensorCopy:
         """Raises InspectionError, or whatever torch raises on an unusual tensor."""
+        # With the first request: most runs get none, and their first step need not wait.
+        from tui_trainer.inspector.activations import list_activations, with_activation
+        from tui_trainer.inspector.attention.examine import examine_attention
+        from tui_trainer.inspector.autograd_graph import describe_graph
+        from tui_trainer.inspector.gradient_check import check_gradient
+
         tracer = self._tracer()
         if tracer is None:
             raise InspectionError("the training has ended")
@@ -114,6 +116,9 @@ class Inspector:
 
     def _use(self, tracer: Tracer, catalog: TensorCatalog) -> ParameterUse:
         """With what the graph of the step's loss holds and reaches, where it can be had again."""
+        from tui_trainer.inspector.autograd_graph import describe_graph
+        from tui_trainer.inspector.parameter_groups import parameter_use
+
         use = parameter_use(tracer, catalog)
         try:
             graph = describe_graph(tracer, catalog, self.capture)
@@ -136,12 +141,17 @@ class Inspector:
             or self._watch.request != request
             or tracer.observers.updates is None
         ):
+            from tui_trainer.inspector.update_capture import UpdateCapture
+
             self._watch = UpdateCapture(tracer, request)
             tracer.observers.updates = self._watch
         return self._watch.explain()
 
 
 def _summary(request: Summarize, found: torch.Tensor, note: str = "") -> TensorSummary:
+    from tui_trainer.inspector.heat_map import heat_map
+    from tui_trainer.inspector.statistics import statistics_of
+
     tensor = readable(found)
     entries = min(max(request.entries, 0), MAX_ENTRIES)
     empty = not tensor.numel()

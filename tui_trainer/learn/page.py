@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -83,7 +82,7 @@ def titles(language: str) -> dict[str, str]:
 @cache
 def words(language: str) -> dict[str, str]:
     """The texts of the screen around the pages."""
-    return dict(tomllib.loads((TEXTS / language / "words.toml").read_text(encoding="utf-8")))
+    return _texts_in(TEXTS / language / "words.toml")
 
 
 def key_labels(language: str) -> dict[str, str]:
@@ -99,14 +98,20 @@ def key_labels(language: str) -> dict[str, str]:
 def help_texts(language: str) -> dict[str, str]:
     """The texts of the help by those in English; what is missing stays English."""
     file = TEXTS / language / "help.toml"
-    return dict(tomllib.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    return _texts_in(file) if file.is_file() else {}
 
 
 @cache
 def graph_texts(language: str) -> dict[str, str]:
     """The texts of the scalar graph by those in English, which need none."""
     file = TEXTS / language / "graph.toml"
-    return dict(tomllib.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    return _texts_in(file) if file.is_file() else {}
+
+
+def _texts_in(file: Path) -> dict[str, str]:
+    import tomllib  # commands that show no text of these start without it
+
+    return dict(tomllib.loads(file.read_text(encoding="utf-8")))
 
 
 def language_of(environment: Mapping[str, str] = os.environ) -> str:

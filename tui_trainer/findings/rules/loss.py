@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from tui_trainer.findings.observation import FIRST_LOSSES, Observation
-from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence
+from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence, median_of
 from tui_trainer.history.records import LabelCounts
 from tui_trainer.protocol.formatting import percent
 
@@ -260,7 +260,7 @@ class NoBetterThanPrior(Rule):
         if rate > 1.001 * self._highest_rate:
             self._highest_rate, self._rose_at = rate, seen.step
         if seen.updates is not None and seen.updates.finite.any():
-            self._ratio = float(np.median(seen.updates.values[seen.updates.finite]))
+            self._ratio = median_of(seen.updates.values[seen.updates.finite])
         if seen.batch is not None and seen.batch.labels is not None:
             self._labels = seen.batch.labels
         labels, trend = self._labels, self.trend

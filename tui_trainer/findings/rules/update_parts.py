@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from tui_trainer.findings.observation import Observation
-from tui_trainer.findings.rule import Found, RuleThreshold, Streak, evidence, named
+from tui_trainer.findings.rule import Found, RuleThreshold, Streak, evidence, median_of, named
 from tui_trainer.findings.rules.update_ratio import HEALTHY_HIGH, HEALTHY_LOW, SOURCE, UpdateRatios
 
 
@@ -47,7 +47,7 @@ class PartNotUpdated(UpdateRatios):
         ratios, names = self.ratios(updates)
         norms = [gradients.get(name) or 0.0 for name in names]
         # Where gradients vanish, another rule reports it.
-        least = self.limits["gradient"] * float(np.median(norms)) if norms else 0.0
+        least = self.limits["gradient"] * median_of(norms) if norms else 0.0
         still = frozenset(
             name
             for name, ratio, norm in zip(names, ratios.tolist(), norms, strict=True)
@@ -140,7 +140,7 @@ class PartUpdatedTooMuch(UpdateRatios):
         self._done = True
         listed = sorted(both, key=lambda name: self.facts.order.get(name, 0))
         largest = float(ratios[high].max())
-        others = float(np.median(ratios[~high]))
+        others = median_of(ratios[~high])
         yield Found(
             self._streak.onset,
             f"each step changes {named(listed)} by up to {largest:.2g} of their size, the other "

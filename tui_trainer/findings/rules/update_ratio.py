@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tui_trainer.findings.observation import Observation, TableRow
-from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence
+from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence, median_of
 from tui_trainer.protocol.formatting import percent
 from tui_trainer.protocol.schema import HEALTHY_UPDATE_RATIO
 
@@ -106,7 +106,7 @@ class UpdateRatioHigh(UpdateRatios):
     def _look(self, seen: Observation, ratios: NDArray[np.float32], names: list[str]) -> None:
         if not len(ratios):
             return
-        median = float(np.median(ratios))
+        median = median_of(ratios)
         count = self._streak.add(median > self.limits["ratio"], seen.step)
         if count == 1:
             self._loss_before, self._noise = self.trend.fast, self.trend.noise
@@ -196,7 +196,7 @@ class UpdateRatioLow(UpdateRatios):
         ratios, names = self.ratios(seen.updates)
         if not len(ratios):
             return
-        median = float(np.median(ratios))
+        median = median_of(ratios)
         full_rate = (seen.learning_rate or 0.0) >= 0.3 * self._highest_rate
         count = self._streak.add(median < self.limits["ratio"] and full_rate, seen.step)
         if count == 1:
@@ -258,7 +258,7 @@ class UpdatesSmall(UpdateRatios):
         if not len(ratios) or seen.step > self.LAST:
             self._done = self._done or seen.step > self.LAST
             return
-        median = float(np.median(ratios))
+        median = median_of(ratios)
         slow = 0 < median < self.limits["ratio"] and rate <= 1.001 * before
         if not slow:
             self._streak.add(False, seen.step)
@@ -330,12 +330,12 @@ class UpdatesRounded(UpdateRatios):
         if not spacings or not all(spacings):
             self._done = True
             return
-        share = float(np.median(ratios / np.array(spacings)))
+        share = median_of(ratios / np.array(spacings))
         if self._streak.add(share < self.limits["share"], seen.step) < self.limits["steps"]:
             return
         self._done = True
         kind = infos[0].dtype if infos[0] is not None else ""
-        median = float(np.median(ratios))
+        median = median_of(ratios)
         yield Found(
             self._streak.onset,
             f"the weights are {kind}, whose neighbouring numbers are {percent(spacings[0], 0, 1)} "
