@@ -180,7 +180,7 @@ def _snapshot_bytes(options: RunOptions) -> int:
 
 
 def _breakpoints(options: RunOptions, resume_point: ResumePoint | None) -> tuple[Breakpoint, ...]:
-    """Those of the options; without any, those of the run that is continued."""
+    """The breakpoints of the options; without any, those of the run that is continued."""
     conditions = list(options.breakpoints)
     if options.break_on_finding is not None:
         conditions.append(f'finding(level="{options.break_on_finding}")')

@@ -83,13 +83,13 @@ class RunSummary:
 
     run: RunOverview
     loss_curve: SummaryCurve = SummaryCurve()
-    """Of several optimizers that of the first, as the curve of the norm."""
+    """Losses of the first optimizer, and so is the curve of the norm."""
     grad_norm_curve: SummaryCurve = SummaryCurve()
     grad_norm_preclip: float | None = None
-    """Of the last step, whichever optimizer made it, as the loss, the rate and the times."""
+    """Norm of the last step of any optimizer; so are the loss, the rate and the times."""
     learning_rate: float | None = None
     optimizers: tuple[OptimizerSummary, ...] = ()
-    """Those that have made a step, in the order of their first one."""
+    """The optimizers that have stepped, in the order of their first step."""
     validation: dict[str, float | None] = field(default_factory=dict)
     clipped_share: float | None = None
     phase_ms: dict[str, float | None] = field(default_factory=dict)
@@ -223,7 +223,7 @@ def _overview(run: RunEntry, info: RunInfo, status: Status, loss: float | None) 
 
 
 def _last_of(history: History, name: str, step: int) -> SeriesReader | None:
-    """Of the optimizers' tables of that name the one with the last row until `step`."""
+    """The table of that name, of any optimizer, that has the last row until `step`."""
     rows = [
         (found[0], n)
         for n, t in history.tables.items()

@@ -153,7 +153,7 @@ COMPARED_COLUMNS = {
     schema.RANKS: ("loss", "grad_norm_preclip"),
     schema.PHASE_MS: PHASES,
 }
-"""Of tables that also hold durations and memory, which differ between any two runs."""
+"""Columns that are compared of tables with durations and memory, which always differ."""
 NOT_COMPARED = (schema.OVERHEAD, schema.MEMORY, schema.REPLICA)
 ROW_SCALED = (
     schema.GRAD_NORM,

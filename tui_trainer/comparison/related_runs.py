@@ -80,7 +80,7 @@ def find_related(info: RunInfo) -> list[RunEntry]:
 def open_related(
     entries: Sequence[RunEntry], known: Sequence[RelatedRecording]
 ) -> tuple[RelatedRecording, ...]:
-    """Those runs, of which some are open already; the others that are open are closed."""
+    """Open the recordings of these runs, reusing `known` ones, and close all others."""
     by_directory = {each.run.directory: each for each in known}
     opened = []
     for entry in entries:

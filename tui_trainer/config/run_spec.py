@@ -27,7 +27,7 @@ SOCKET_FILE = "run.sock"
 SOCKET_POINTER_FILE = "socket"
 """Holds the path of a socket that is not in the run's directory."""
 SOCKET_DIRECTORY_PREFIX = "tui-trainer-"
-"""Of the temporary directory that such a socket is in."""
+"""Prefix of the temporary directory of such a socket."""
 MAX_SOCKET_PATH_BYTES = 100
 """sun_path holds 108 bytes on Linux and 104 on macOS, including the final NUL."""
 RUNS_DIR_VARIABLE = "TUI_TRAINER_RUNS_DIR"
@@ -79,7 +79,7 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
     rules: str = ""
     """Changes to the rules of the findings (see `findings.rule_settings`)."""
     breakpoints: tuple[Breakpoint, ...] = ()
-    """Those that the run begins with."""
+    """Breakpoints that the run begins with."""
     alerts: tuple[str, ...] = ()
     """Commands and webhooks to call at warnings, errors and the end."""
     changes: tuple[str, ...] = ()

@@ -40,7 +40,7 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
     total_steps: int | None = None
     epoch: float = 0.0
     loss: float | None = None
-    """Of the newest step; None before the first step and where it is not finite."""
+    """Loss of the newest step; None before the first step and where it is not finite."""
     loss_text: str = ""
     """`nan`, `inf` or `-inf` where the newest loss is not finite."""
     steps_per_second: float | None = None

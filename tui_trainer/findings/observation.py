@@ -89,7 +89,7 @@ class Observation:
     """Over all parameters of the optimizer, before clipping."""
     step_ms: float | None = None
     evaluations: float = 0.0
-    """Of the optimizer's closure; 0 without one."""
+    """How often the optimizer called its closure; 0 without one."""
     clip: TableRow | None = None
     clip_event: ClipRecord | None = None
     phases: TableRow | None = None

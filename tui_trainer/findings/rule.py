@@ -144,7 +144,7 @@ class SignRule(Rule):
     """Base class of rules that report a sign seen at `thresholds["steps"]` steps in a row."""
 
     sign: ClassVar[str]
-    """Of `Observation.signs`."""
+    """The sign that is looked for in `Observation.signs`."""
     problem: ClassVar[str]
     """What is wrong, after `since step N`."""
     counted: ClassVar[str]

@@ -55,7 +55,7 @@ class RankSummary:
     process: ProcessInfo
     step: int | None = None
     values: dict[str, float | None] = field(default_factory=dict)
-    """Of `schema.RANK_COLUMNS` in its newest row; times are means of the last WINDOW steps."""
+    """By the names of `schema.RANK_COLUMNS`; times are means of the last WINDOW steps."""
     at: ProcessAt | None = None
     remarks: list[str] = field(default_factory=list)
     standing_out: set[str] = field(default_factory=set)

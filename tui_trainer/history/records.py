@@ -100,7 +100,7 @@ class BatchTensor(NamedTuple):
     shape: tuple[int, ...]
     kind: NumberKind
     classes: int
-    """Of a target of class indices the number of logits, otherwise 0."""
+    """Number of logits where a target holds class indices, otherwise 0."""
     low: float
     high: float
     mean: float
@@ -111,7 +111,7 @@ class BatchTensor(NamedTuple):
     left_out: int
     """Elements that are not finite, or that the loss ignores."""
     after: str = ""
-    """Of a target: the activation from which the predictions come, if that bounds them."""
+    """For a target, the activation that bounds the predictions, if any."""
 
 
 class LabelCounts(NamedTuple):
@@ -126,8 +126,8 @@ class LabelCounts(NamedTuple):
     """Share of the most frequent class."""
     largest_class: int
     entropy: float
-    """Of their distribution, in nats, with Miller and Madow's correction for its bias: the mean
-    cross-entropy of a model that ignores its inputs and knows these shares."""
+    """Entropy of their distribution, in nats, with Miller and Madow's correction for its bias:
+    the mean cross-entropy of a model that ignores its inputs and knows these shares."""
     per_example: bool
     """Whether there is one label for each row of the model's first input."""
     plain: bool
@@ -147,7 +147,7 @@ class BatchRecord(NamedTuple):
     workers: int
     """Most worker processes of a DataLoader that the script's variables hold."""
     labels: LabelCounts | None = None
-    """Of the only loss over classes in a step."""
+    """Labels of the only loss over classes in a step."""
 
     def with_role(self, role: TensorRole) -> list[BatchTensor]:
         return [tensor for tensor in self.tensors if tensor.role == role]
@@ -179,7 +179,7 @@ class BadBatch(NamedTuple):
     """The highest of the losses before."""
     low: float
     high: float
-    """Of the finite elements of its first input."""
+    """Extremes of the finite elements of its first input."""
     broken_rows: tuple[int, ...]
     """Rows of the input with values that are not finite, the first ones."""
     shares: tuple[tuple[int, float], ...]
@@ -243,9 +243,9 @@ class StepRecord:
     classes: int | None = None
     """Number of classes, where the loss is seen to be one mean cross-entropy."""
     loss_graph: LossGraph | None = None
-    """Of a step with one loss, among the first ones."""
+    """Known for the first steps with a single loss."""
     producer: Producer | None = None
-    """Of the value that is not finite, where there is one and its origin was seen."""
+    """What produced the value that is not finite, where there is one and that was seen."""
     batch: BatchRecord | None = None
     bad_batch: BadBatch | None = None
     units: UnitsRecord | None = None

@@ -76,7 +76,7 @@ class CheckedOperations(TorchFunctionMode):
         super().__init__()
         self._paths = {module: path for path, module in model.named_modules()}
         self._modules: list[torch.nn.Module] = []
-        """Those whose forward is open."""
+        """Modules whose forward is open."""
         self._origins: dict[int, tuple[torch.Tensor, TorchCall | Literal["outside", "mask"]]] = {}
         """id → a tensor that is not finite and what made it so. The tensors are kept, so that no
         other has the same id."""

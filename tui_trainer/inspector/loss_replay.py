@@ -115,9 +115,9 @@ class _Recorded:
 
     calls: list[RecordedCall]
     slot: int
-    """Of the tensor on which backward was called."""
+    """Slot of the tensor on which backward was called."""
     scale: float
-    """Of a GradScaler, in that tensor."""
+    """Loss scale of a GradScaler in that tensor."""
     read: bool
 
 

@@ -78,7 +78,7 @@ class ModelCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     versions: list[int]
-    """Of the tensors in `args` and `kwargs`."""
+    """Versions of the tensors in `args` and `kwargs`."""
     random: dict[str, Any]
     """The states of the random generators before it."""
     autocast: list[Autocast]
@@ -86,7 +86,7 @@ class ModelCall:
     buffers: Buffers | None
     """Copies made before it; None where they are too large."""
     generators: list[tuple[torch.Generator, torch.Tensor]]
-    """Those among the attributes of its modules, and their states before it."""
+    """Generators that its modules have as attributes, and their states before it."""
     number: int
     """Which call of a model it is in its step, from 1."""
     returned: bool = False

@@ -55,10 +55,10 @@ RULE_PROBES: tuple[type[Probe], ...] = (
     InitialWeights,
     KeptUpdates,
 )
-"""Those that only rules use."""
+"""Probes that only rules use."""
 
 REPLICA_PROBES: tuple[type[Probe], ...] = (ReplicaChecksum, ReplicaSample)
-"""Those that every process of a run with several has as well."""
+"""Probes that every process of a distributed run has as well."""
 
 RANK_PROBES: tuple[type[Probe], ...] = (
     *(Gradients, StepProbe, ClippingProbe, PhasesProbe, NonFiniteProbe, BatchProbe, Memory),

@@ -115,7 +115,7 @@ class BatchProbe(Probe):
         """Whether the model of this optimizer is the one that is called in this step."""
         self._workers: int | None = None
         self._labels: list[_Labels] = []
-        """Of the losses of this step."""
+        """Labels of the losses of this step."""
         self._counter = LabelCounter()
         self._large_counts: torch.Tensor | None = None
         """Labels of each class, over all measured steps whose targets are too large to copy."""
@@ -323,7 +323,7 @@ def _of_whole(tensor: torch.Tensor, ignored: int | None, wide: torch.dtype) -> t
 
 
 def statistics(seen: SeenTensor, values: Values) -> BatchTensor:
-    """Of the elements that are finite and not ignored; the checksum is of all."""
+    """Statistics of the elements that are finite and not ignored; the checksum is of all."""
     copy = values if seen.whole else values[OF_WHOLE:]
     valid = np.isfinite(copy) if seen.ignored is None else copy != seen.ignored
     some = copy[valid]

@@ -108,7 +108,7 @@ class ClippingProbe(Probe):
         )
 
     def _norms(self, clip: ClipMeasurement, facts: StepFacts) -> Values | None:
-        """Of the gradients that were clipped, before that; 0 for the others."""
+        """Norms of the clipped gradients before the clipping; 0 for the others."""
         if clip.norms is not None:
             norms = clip.norms
         elif clip.known and facts.gradient_norms is not None:

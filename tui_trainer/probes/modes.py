@@ -44,7 +44,7 @@ class Modes(Probe):
         """The model whose layers are listed."""
         self._layers: list[_Layer] = []
         self._attributes: list[dict[str, Any]] = []
-        """Of these layers: they do not keep a layer alive."""
+        """Their attributes, which do not keep a layer alive."""
         self._steps_left = 0
         self._found: tuple[str, ...] | None = None
         self._under_way: deque[tuple[str, ...] | None] = deque()
@@ -68,7 +68,7 @@ class Modes(Probe):
         self._found = () if usual else self._dropout_off()
 
     def _dropout_off(self) -> tuple[str, ...]:
-        """Those next to weights that are trained."""
+        """The dropout layers in `eval()` mode next to weights that are trained."""
         found = []
         for layer, owner in self._layers:
             child, parent = layer(), owner()

@@ -37,7 +37,7 @@ PROPAGATING = (
 READ_BY_OTHERS = (*PROPAGATING, nn.Embedding)
 """Layers whose output is hardly ever the end of a model's computation."""
 MAX_HELD_BYTES = 1 << 26
-"""Of tensors that are kept until the end of a forward instead of being summed."""
+"""Bytes of tensors that are kept until the end of a forward instead of being summed."""
 PASSING = (
     *(nn.Identity, nn.Flatten, nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh),
     *(_DropoutNd, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),

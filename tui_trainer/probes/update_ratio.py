@@ -70,7 +70,7 @@ class UpdateRatio(Probe):
         """Memory for copies of all parameters, if they fit into one turn: allocating it for each
         measurement would take as long as the measurement."""
         self._layout: list[tuple[torch.Size, torch.dtype, torch.device]] = []
-        """Of the weights that the memory was allocated for."""
+        """Layout of the weights that the memory was allocated for."""
         self._under_way: deque[list[int]] = deque()
         self._norms = Norms(tracked.parameters, tracked.device)
         self._updates = np.full(len(tracked.names), np.nan)
@@ -209,7 +209,7 @@ class KeptUpdates(Probe):
         self._before: torch.Tensor | None = None
         self._after: torch.Tensor | None = None
         self._share: torch.Tensor | None = None
-        """Of the update of the step before."""
+        """Share of the previous step's update that is left."""
         self._under_way: deque[bool] = deque()
 
     def _sample(self) -> torch.Tensor | None:

@@ -54,7 +54,7 @@ class HeadAttention(msgspec.Struct, frozen=True, array_like=True):
     """What one head does."""
 
     entropy: float
-    """Of the query's weights, in nats."""
+    """Entropy of the query's weights, in nats."""
     mean_entropy: float
     """Over the queries."""
     largest: float
@@ -79,10 +79,10 @@ class HeadWeights(msgspec.Struct, frozen=True, array_like=True):
 
 
 class HeadSpectra(msgspec.Struct, frozen=True, array_like=True):
-    """Of one head: singular values and principal angles."""
+    """Singular values and principal angles of one head."""
 
     singular: tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]
-    """Of Wq, Wk and Wv, descending."""
+    """Singular values of Wq, Wk and Wv, descending."""
     angles: tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]
     """Between the row spaces of qk, qv and kv, in degrees, ascending."""
 
@@ -99,7 +99,7 @@ class Contribution(msgspec.Struct, frozen=True, array_like=True):
     logit: float
     """Direct effect on the logit; nan where it is not known."""
     head: int = -1
-    """Of a `head`: it is a part of the attention that follows."""
+    """Number of the head, whose part is also in the attention that follows; -1: not a head."""
 
 
 class ResidualStream(msgspec.Struct, frozen=True, array_like=True):
@@ -108,7 +108,7 @@ class ResidualStream(msgspec.Struct, frozen=True, array_like=True):
     contributions: tuple[Contribution, ...]
     """In order. Heads and biases come before the attention that they sum to."""
     norm: float
-    """Of the stream."""
+    """Norm of the stream."""
     difference: float
     """‖Σ contributions − stream‖ / ‖stream‖, over all positions that are kept."""
     position: int
@@ -119,7 +119,7 @@ class ResidualStream(msgspec.Struct, frozen=True, array_like=True):
     correct: bool = True
     """Whether `target` is the target of the loss; otherwise the largest logit."""
     logit: float = float("nan")
-    """Of the target, as the model computed it."""
+    """Logit of the target, as the model computed it."""
     logit_difference: float = float("nan")
     """|Σ direct effects − logit|"""
     target_name: str = ""
@@ -173,12 +173,12 @@ class AttentionExamination(msgspec.Struct, tag="attention", frozen=True, array_l
     """Largest difference to that, relative to its largest value."""
     notes: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
-    """Of the keys; empty: their numbers."""
+    """Labels of the keys; empty: their numbers."""
     grid: PatchGrid | None = None
     map: HeatMap | None = None
     row: QueryRow | None = None
     entropies: bytes = b""
-    """Of the head, for each query: float32 of shape (queries,), in nats."""
+    """Entropies of the head, for each query: float32 of shape (queries,), in nats."""
     by_head: tuple[HeadAttention, ...] = ()
     weights: tuple[HeadWeights, ...] = ()
     no_weights: str = ""

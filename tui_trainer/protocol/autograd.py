@@ -19,7 +19,7 @@ class GraphNode(msgspec.Struct, frozen=True, array_like=True):
     module: int
     """Index in `AutogradGraph.modules` of the module that called it."""
     shape: tuple[int, ...]
-    """Of its (first) result."""
+    """Shape of its (first) result."""
     dtype: str
     inputs: tuple[int, ...] = ()
     """Indices of the nodes that its inputs come from."""
@@ -90,7 +90,7 @@ class CheckedEntry(msgspec.Struct, frozen=True, array_like=True):
     autograd: float
     steps: tuple[GradientStep, ...]
     best: int
-    """Of `steps`: the one whose central difference is probably the best."""
+    """Index in `steps` of the central difference that is probably the best."""
 
 
 class GradientCheck(msgspec.Struct, tag="gradient_check", frozen=True, array_like=True):
@@ -102,9 +102,9 @@ class GradientCheck(msgspec.Struct, tag="gradient_check", frozen=True, array_lik
     loss: float
     entries: tuple[CheckedEntry, ...]
     copied_bytes: int
-    """Of the copy of the model."""
+    """Bytes of the copy of the model."""
     step_gradient: tuple[float, ...] = ()
-    """Of each entry what the step itself has in `.grad` now, nan where there is none."""
+    """What the step itself has in `.grad` now for each entry, nan where there is none."""
     notes: tuple[str, ...] = ()
 
 

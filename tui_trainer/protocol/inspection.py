@@ -49,10 +49,10 @@ class TensorRef(msgspec.Struct, frozen=True, array_like=True):
     """Identifies a tensor of a run."""
 
     name: str
-    """Of the parameter, buffer or module."""
+    """Name of the parameter, buffer or module."""
     kind: TensorKind = "parameter"
     key: str = ""
-    """Of a `state`: its name in the optimizer, such as `exp_avg`. Of an `input` or `output`: its
+    """For a `state` its name in the optimizer, such as `exp_avg`; for an `input` or `output` its
     number, "" for the first."""
 
     @property
@@ -128,7 +128,7 @@ class TensorStatistics(msgspec.Struct, frozen=True, array_like=True):
     maximum: float
     mean: float
     std: float
-    """Of the population: divided by the number of elements."""
+    """Population standard deviation: divided by the number of elements."""
     norm: float
     """2-norm."""
     zeros: int
@@ -142,7 +142,7 @@ class TensorStatistics(msgspec.Struct, frozen=True, array_like=True):
     """(q, value)"""
     histogram: Histogram
     log_histogram: Histogram
-    """Of log10 of the absolute values that are not zero."""
+    """Histogram of log10 of the absolute values that are not zero."""
     largest: tuple[TensorEntry, ...]
     smallest: tuple[TensorEntry, ...]
     nonfinite: tuple[TensorEntry, ...]
@@ -177,7 +177,7 @@ class UpdateTerm(msgspec.Struct, frozen=True, array_like=True):
     name: str
     formula: str
     value: float
-    """Of a single entry; of a whole tensor its 2-norm."""
+    """Value of a single entry, or the 2-norm of a whole tensor."""
     numbers: str = ""
     """The formula with its numbers, for a single entry."""
 
@@ -216,7 +216,7 @@ class OptimizerGroup(msgspec.Struct, frozen=True, array_like=True):
     number: int
     settings: dict[str, Scalar]
     names: tuple[str, ...]
-    """Of its parameters; at most `MAX_NAMES`."""
+    """Names of its parameters; at most `MAX_NAMES`."""
     parameters: int
     elements: int
 

@@ -104,7 +104,7 @@ class Breakpoint(msgspec.Struct, frozen=True):
     ignore: int = 0
     """How many of the first hits have no effect."""
     once: bool = False
-    """It is disabled after its first effect."""
+    """Whether it is disabled after its first effect."""
     log_only: bool = False
     """Write a line to the log instead of pausing."""
     fault: str = ""

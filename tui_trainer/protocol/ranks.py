@@ -17,9 +17,9 @@ from tui_trainer.protocol.inspection import Inspect, Inspected
 from tui_trainer.protocol.messages import EndState, Refused
 
 MAX_BYTES = 64 * 1024
-"""Of a message in either direction, except for answers."""
+"""Limit of a message in either direction, except for answers."""
 MAX_ANSWER_BYTES = 16 * 1024 * 1024
-"""Of an `InspectedThere`."""
+"""Limit of an `InspectedThere`."""
 ROWS_PER_MESSAGE = 200
 
 Boundary = tuple[int, int]

@@ -47,7 +47,7 @@ class RelayGreeting(msgspec.Struct, frozen=True):
     message: str = ""
     hint: str = ""
     state: EndState | Literal[""] = ""
-    """Of a run that has ended."""
+    """How the run ended, if it has."""
     runs: tuple[RemoteRun, ...] = ()
 
 

@@ -109,7 +109,7 @@ class DeviceInfo(msgspec.Struct, frozen=True):
 
     kind: DeviceKind
     name: str
-    """Of the processor or the GPU; of any other device, its type in torch."""
+    """Name of the processor or the GPU; for any other device, its type in torch."""
     memory_bytes: int | None = None
     threads: int | None = None
     """torch's intra-op threads."""
@@ -184,7 +184,7 @@ class RunInfo(msgspec.Struct, frozen=True):
     budget: float = 0.0
     """Share of step time that measuring may take; 0: unlimited."""
     processes: tuple[ProcessInfo, ...] = ()
-    """Of a run with several training processes, by rank."""
+    """The training processes of a distributed run, by rank."""
 
     @property
     def is_script(self) -> bool:
@@ -303,7 +303,7 @@ RANK_COLUMNS = (
     Column("clip_scale"),  # as in table `clip`
     Column("batch_checksum"),  # of the bits of its inputs, 24 bits
 )
-"""Of the tables `ranks`, one for each process of a run with several."""
+"""Columns of the tables `ranks`, one for each process of a distributed run."""
 
 RANK_INDEX = {column.name: index for index, column in enumerate(RANK_COLUMNS)}
 

@@ -12,9 +12,9 @@ from tui_trainer.protocol.settings import SettingChange
 PlaceKind = Literal["snapshot", "checkpoint", "edit"]
 Direction = Literal["gradient", "random", "snapshots"]
 MAX_STEPS = 1000
-"""Of a what-if or a learning-rate finder."""
+"""Most steps of a what-if or a learning-rate finder."""
 MAX_POINTS = 201
-"""Of a loss landscape."""
+"""Most points of a loss landscape."""
 LONG_S = 60.0
 """Experiments that take longer than this must be confirmed."""
 LARGE_SHARE = 0.5
@@ -27,7 +27,7 @@ class TravelPlace(msgspec.Struct, frozen=True, array_like=True):
     step: int
     kind: PlaceKind
     text: str = ""
-    """Of an edit what it changed."""
+    """What an edit changed."""
 
 
 class Timeline(msgspec.Struct, tag="timeline", frozen=True, array_like=True):

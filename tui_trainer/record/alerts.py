@@ -37,7 +37,7 @@ LOG_FILE = "alerts.log"
 MAX_PER_MINUTE = 10
 """Alerts about findings and breakpoints; the end of a run is always reported."""
 TIMEOUT_S = 30.0
-"""Of one command, and of one attempt to call a webhook."""
+"""Limit for one command, and for one attempt to call a webhook."""
 RETRY_AFTER_S = (1.0, 4.0, 15.0)
 """Pauses before a webhook or command that failed is tried again."""
 START_TIMEOUT_S = 20.0

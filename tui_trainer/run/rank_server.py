@@ -86,8 +86,8 @@ class Peer:
     sent: tuple[RankPosition, float] | None = None
     """The last position that it has sent, and when that arrived (monotonic)."""
     clock_differences: deque[float] = field(default_factory=lambda: deque(maxlen=CLOCK_MESSAGES))
-    """Of the last messages of a process on another machine: when they arrived minus when they were
-    sent, each by the clock of its machine."""
+    """When the last messages of a process on another machine arrived minus when they were sent,
+    each by the clock of its machine."""
     left: Leave | None = None
     sending: threading.Lock = field(default_factory=threading.Lock)
 

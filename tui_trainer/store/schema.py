@@ -12,7 +12,7 @@ from tui_trainer.protocol.text import single_line
 STORE_FILE = "history.sqlite"
 APPLICATION_ID = 0x54545231  # "TTR1", by which `file` and other tools recognise the database
 SCHEMA_VERSION = 2
-"""Of `PRAGMA user_version`; an empty database has 0."""
+"""Value of `PRAGMA user_version`; an empty database has 0."""
 
 SCHEMA = """
 CREATE TABLE meta (

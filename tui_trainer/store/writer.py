@@ -68,7 +68,7 @@ class DescriptionWriter:
     def __init__(self) -> None:
         self.info: RunInfo | None = None
         self._seq = -1
-        """Of the description in force."""
+        """`seq` of the description in force."""
         self._waiting: dict[int, RunInfo] = {}
         self._dropped: list[tuple[int, int]] = []
 

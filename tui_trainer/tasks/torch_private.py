@@ -72,8 +72,8 @@ class GradScaler(torch.amp.GradScaler):
             self._scale, self._growth_tracker = held
 
     def _found_infinite(self) -> list[torch.Tensor]:
-        """Of each optimizer and device, whether gradients of this step are not finite (0-d, above 0
-        where so): the input of PyTorch's `update`."""
+        """Whether gradients of this step are not finite (0-d, above 0 where so), for each optimizer
+        and device: the input of PyTorch's `update`."""
         states = self._per_optimizer_states.values()
         device = self._scale.device if self._scale is not None else None
         return [f.to(device) for state in states for f in state["found_inf_per_device"].values()]

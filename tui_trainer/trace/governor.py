@@ -59,7 +59,7 @@ class ActiveProbe:
     cost_ms: float = math.nan
     """Smoothed cost of one measurement."""
     failed: bool = False
-    """It raised an exception and is no longer called."""
+    """Whether it raised an exception and is no longer called."""
     readings: list[Readings] = field(default_factory=list)
     spent_s: float = 0.0
     """Time on the training thread in this step."""
@@ -71,7 +71,7 @@ class ActiveProbe:
         self.hooks = frozenset(
             name for name in STEP_HOOKS if getattr(kind, name) is not getattr(Probe, name)
         )
-        """Those it implements: the others need not be called."""
+        """Hooks that it implements: the others need not be called."""
 
     def begin_step(self) -> None:
         self.spent_s = 0.0

@@ -39,7 +39,7 @@ class ForwardObserver(Protocol):
         """A root module is about to be called for training."""
 
     def forward_ended(self, result: Any) -> None:
-        """It returned this."""
+        """The forward has returned `result`."""
 
     def loss_called(
         self,
@@ -60,7 +60,7 @@ class ForwardObserver(Protocol):
 
 @dataclass(eq=False)
 class Observers:
-    """Those that look at the training now."""
+    """Calls everything that observes the training now."""
 
     loop: LoopObserver | None = None
     updates: UpdateObserver | None = None

@@ -105,7 +105,7 @@ class OptimizerRegistry:
         self._names = Names(self._is_one_of_several)
         self._entries: dict[int, tuple[weakref.ref[Optimizer], _Entry]] = {}
         self.measurers: tuple[StepMeasurer, ...] = ()
-        """Of the optimizers that are alive, in order of registration."""
+        """Measurers of the optimizers that are alive, in order of registration."""
         self._created: list[weakref.ref[Optimizer]] = []
         """Optimizers that exist and are not registered: they may never be used."""
         self._pending: list[weakref.ref[Optimizer]] = []

@@ -52,7 +52,7 @@ class TrackedParameters:
     modules: dict[str, torch.nn.Module] = field(default_factory=dict)
     """Path to module, for the models that own these parameters."""
     models: list[torch.nn.Module] = field(default_factory=list)
-    """Those models."""
+    """Models that own the parameters."""
     further: list[FurtherWeight] = field(default_factory=list)
     """Weights that have the positions after the parameters."""
     further_left_out: list[str] | None = None
@@ -75,7 +75,7 @@ class TrackedParameters:
         return [*self.names, *(each.name for each in self.further)]
 
     def weight_shape(self, position: int) -> tuple[int, ...]:
-        """Of a parameter or a further weight."""
+        """Shape of a parameter or a further weight."""
         count = len(self.parameters)
         if position < count:
             return tuple(self.parameters[position].shape)
@@ -250,7 +250,7 @@ def gone_name(name: str) -> str:
 def owners_of(
     missing: Iterable[torch.Tensor], modules: Iterable[torch.nn.Module]
 ) -> list[torch.nn.Module]:
-    """Those of `modules` that own the `missing` parameters, outermost first.
+    """The modules that own the `missing` parameters, outermost first.
 
     For models whose calls are not visible: a whole step compiled, a bare `model.forward`.
     """

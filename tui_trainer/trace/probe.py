@@ -54,7 +54,7 @@ class ProbeOptions:
     """Regular expression over parameter names with the groups `layer` and one of `q`, `k`, `v`,
     `qkv`, where the usual names are not used."""
     probe_names: tuple[str, ...] = ()
-    """Of all probes of the run, also of those that are switched off; set by `ProbeSet`."""
+    """Names of all probes of the run, including those switched off; set by `ProbeSet`."""
     watch_nonfinite: bool = False
     """Whether the outputs of all modules are watched for nan and inf at every step."""
     copy_budget_bytes: int = 64 * 1024 * 1024
@@ -89,11 +89,11 @@ class ClipMeasurement:
     gradient_scale: float
     """The loss scale that was still on the gradients."""
     norms: Values | None
-    """Of this optimizer's gradients before the clipping; None: `StepFacts.gradient_norms`, times
-    its scale, if they are `known`."""
+    """Norms of the gradients before the clipping; None: `StepFacts.gradient_norms`, times its
+    scale, if they are `known`."""
     known: bool
     positions: list[int] | None
-    """Of this optimizer's parameters that were clipped; None: all that have a gradient."""
+    """Positions of the parameters that were clipped; None: all that have a gradient."""
     tentative: bool
     """The script may have changed the gradients by itself: it has where the norms differ."""
 
@@ -127,7 +127,7 @@ class StepFacts:
     own_ms: dict[str, float] = field(default_factory=dict)
     """Our overhead on the training thread by probe, `tracer` for the rest."""
     gradient_norms: NDArray[np.float64] | None = None
-    """Of each tracked parameter, set by the probe of the gradients."""
+    """Norm for each tracked parameter, set by the probe of the gradients."""
     weight_norms: NDArray[np.float64] | None = None
     total_norm: float = absent(Absent.NOT_MEASURED)
     """√Σ‖g‖² over the optimizer's own parameters."""

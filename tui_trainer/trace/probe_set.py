@@ -70,7 +70,7 @@ class ProbeSchedule:
     def __init__(self, probes: list[ActiveProbe]) -> None:
         self.probes = probes
         self.plan = NOTHING
-        """Of the current step."""
+        """Plan of the current step."""
         self._steps = 0
         """Steps of this optimizer so far."""
         self._chosen = 0
@@ -87,13 +87,13 @@ class ProbeSchedule:
         self.working = [probe for probe in self.probes if not probe.failed]
         self._always = 0
         self._periodic = 0
-        """Those that measure some steps, and any step before a pause."""
+        """Bit set of the probes that measure some steps, and any step before a pause."""
         self._sometimes: list[tuple[int, int, int]] = []
         """(cadence, first steps that are all measured, bit)."""
         self._may_rest: list[tuple[Probe, int]] = []
         self._with_clipping = 0
         self.clip_readers: list[ActiveProbe] = []
-        """Those that measure every step whose gradients are clipped."""
+        """Probes that measure every step whose gradients are clipped."""
         self._plans.clear()
         for position, probe in enumerate(self.probes):
             bit = 1 << position
@@ -152,8 +152,8 @@ class ProbeSchedule:
         self.plan, self._chosen = NOTHING, 0
 
     def _requested(self, step: int, without: frozenset[str] = frozenset()) -> int:
-        """Those that want to measure a step before a pause. All are asked, since a probe may then
-        measure more than at its cadence."""
+        """Probes (a bit set) that measure a step before a pause. All are asked, since a probe may
+        then measure more than at its cadence."""
         requested = 0
         for position, probe in enumerate(self.probes):
             if probe.failed or not without.isdisjoint(probe.hooks):
@@ -366,7 +366,7 @@ class ProbeSet:
             probe.readings = []
 
     def of_skipped(self, norms: bool) -> list[ActiveProbe]:
-        """Those that make rows of an iteration without a step; `norms`: whether gradients have
+        """The probes that make rows of an iteration without a step; `norms`: whether gradients have
         been read."""
         kept = [schema.STEP, schema.CLIP, schema.PHASE_MS, "nonfinite"]
         if norms:

@@ -55,14 +55,14 @@ class GradientMarks:
         self._known: Marks | None = self._nothing
         """Since the last change that is known; None: they may have changed."""
         self._places: list[int] = []
-        """Of a sample of the gradients that a backward usually gives."""
+        """Positions of a sample of the gradients that a backward usually gives."""
         self._choose_sample(range(count))
         self._before_backward: Marks | None = None
         """None where the sample had no gradient."""
         self._last = self._nothing
         """As they were last looked at."""
         self._used = self._nothing
-        """Of the gradients that the last step used."""
+        """Marks of the gradients that the last step used."""
         self._raised_by_clipping = 0
         """By how much a clipping by norm raises the version of each gradient; 0: not known."""
 
@@ -289,7 +289,7 @@ def _same(values: torch.Tensor, others: torch.Tensor) -> bool:
 
 
 def _first_elements(parameter: torch.Tensor) -> torch.Tensor:
-    """Of a sharded parameter those of this process's shard."""
+    """The first elements of a parameter; if it is sharded, of this process's shard."""
     return local(parameter.detach()).reshape(-1)[:SAMPLED]
 
 

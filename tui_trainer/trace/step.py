@@ -108,7 +108,7 @@ class BackwardPass:
     loss_graph: LossGraph | None = None
     """The same."""
     producer: Producer | None = None
-    """Of the loss, where that is seen not to be finite."""
+    """What made the loss not finite, where that was seen."""
     bad_batch: BadBatch | None = None
     repeated: bool = False
     """Whether one of the losses was backpropagated before, into the same gradients."""
@@ -117,7 +117,7 @@ class BackwardPass:
     used: bool = False
     lost: list[LostGradients] = field(default_factory=list)
     returned: Returned = field(default_factory=dict)
-    """Of `torch.autograd.grad`: what it returned, which counts once the script has assigned it."""
+    """What `torch.autograd.grad` returned, which counts once the script has assigned it."""
 
     def add(self, losses: Sequence[torch.Tensor]) -> None:
         self.losses += losses
@@ -384,7 +384,7 @@ class HandChange:
     """Norms; None where they were not read before."""
     after: Readings
     positions: list[int] | None
-    """Of the parameters whose gradients changed; None: unknown."""
+    """Positions of the parameters whose gradients changed; None: unknown."""
     reading: GradientReading | None
     tentative: bool
     """Whether they changed at all is known once the norms are on the host."""

@@ -132,8 +132,8 @@ class StepMeasurer:
         self._latest: Readings | None = None
         """Norms after the last change that is known."""
         self.norms_read: Readings | None = None
-        """Of the waiting gradients, by the measurer that this one replaces, after which they may
-        have been clipped; empty where it does not have them."""
+        """Norms of the waiting gradients, as read by the measurer that this one replaces: they may
+        have been clipped since. Empty where that has not read them."""
         self._frozen = frozenset(i for i, t in enumerate(tracked.trainable) if not t)
         self._on_host = self.probes.on_host
 
@@ -287,7 +287,7 @@ class StepMeasurer:
         return HandChange(self, before, after, positions, known, not (changed or self._on_host))
 
     def _kept(self, positions: list[int], norms: Readings) -> list[int]:
-        """Those at which there is a gradient that is not known to be zero."""
+        """The positions at which there is a gradient that is not known to be zero."""
         parameters = self.tracked.parameters
         kept = [place for place in positions if parameters[place].grad is not None]
         return [place for place in kept if norms[place] != 0] if self._on_host else kept
@@ -571,7 +571,7 @@ class StepMeasurer:
         return frozenset(signs) if signs else NO_SIGNS
 
     def _classes(self) -> int | None:
-        """Those of the one cross-entropy that is the loss of the step."""
+        """Number of classes of the one cross-entropy that is the loss of the step."""
         found = self.passes[0].cross_entropy if self.passes else None
         if found is None:
             return None

@@ -355,7 +355,7 @@ class NormCapture:
         self._original_clamp: Any = None
         self._our_clamp: Any = None
         self._coefficient: torch.Tensor | None = None
-        """Of sharded gradients: max_norm / (total + 1e-6), for which the processes have added up
+        """For sharded gradients: max_norm / (total + 1e-6), where the processes have added up
         their parts of the total."""
 
     def __enter__(self) -> NormCapture:

@@ -48,7 +48,7 @@ class OpenStep:
         self.evaluated = None
 
     def reset(self) -> None:
-        """It is over, or abandoned."""
+        """The call is over, or abandoned."""
         self.measurer = self.evaluated = None
         self.inner = 0
 
@@ -136,7 +136,7 @@ class WaitingGradients:
                     measurer.averaged = True
 
     def resolve_returned(self, measurer: StepMeasurer) -> None:
-        """Of passes by `torch.autograd.grad` keep those whose gradients the script has assigned."""
+        """Keep the passes by `torch.autograd.grad` whose gradients the script has assigned."""
         for backward in measurer.passes.copy():
             if not backward.returned:
                 continue

@@ -180,7 +180,7 @@ class CompareApp(TuiTrainerApp):
         self.add_mode("compare", lambda: CompareScreen(runs, tolerance))
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Of the other screens only the help is of use here."""
+        """Only the help of the other screens is offered here."""
         if action == "go" and parameters[0] not in ("help", "compare"):
             return False
         return super().check_action(action, parameters)

@@ -429,7 +429,7 @@ class GraphApp(TuiTrainerApp):
         self.add_mode("graph", lambda: GraphScreen(graph, h))
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Of the other screens only the help is of use here."""
+        """Only the help of the other screens is offered here."""
         if action == "go" and parameters[0] not in ("help", "graph"):
             return False
         return super().check_action(action, parameters)

@@ -37,7 +37,7 @@ class HealthyRange:
 
     @property
     def limits(self) -> tuple[float, ...]:
-        """Those limits that there are."""
+        """The lower and upper limit, where there is one."""
         return tuple(limit for limit in (self.low, self.high) if limit is not None)
 
     def describe(self, value: float) -> str:

@@ -129,7 +129,7 @@ class RelatedRuns:
         self.runs: tuple[CachedRun, ...] = ()
         self._schedule, self._changed = schedule, changed
         self._info: RunInfo | None = None
-        """Of the run whose relatives they are."""
+        """Description of the run whose relatives they are."""
         self._reading = False
         self._refreshing = False
         self._jobs: SimpleQueue[Callable[[], None] | None] | None = None

@@ -158,7 +158,7 @@ def _read_answer(fd: int) -> bytes:
 
 
 def _size_from_window(fd: int) -> tuple[int, int]:
-    """Of a character, where the kernel knows the pixels of the window."""
+    """Size of a character, where the kernel knows the pixels of the window."""
     try:
         raw = fcntl.ioctl(fd, termios.TIOCGWINSZ, bytes(8))
     except OSError:

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from tui_trainer.ui.terminal_images import PixelSupport
 
 ROWS, COLUMNS = 32, 64
-"""Of the map, at most."""
+"""Most cells of the map."""
 TOP = 12
 ATTEMPTS = 5
 NOT_NEGATIVE = validators.Number(gte=0)

@@ -29,10 +29,10 @@ class Fold:
     """The class of a module, the name of a parameter."""
     path: str = ""
     node: int | None = None
-    """Of an operation or leaf: its index; of a module that of its operation nearest to the loss."""
+    """Index of the operation or leaf; for a module, of its operation nearest to the loss."""
     children: list[Fold] = field(default_factory=list)
     repeats: list[Fold] = field(default_factory=list)
-    """Of a `repeat`: all that are equal; its children are those of the first one."""
+    """All modules that a `repeat` stands for; its children are those of the first one."""
     order: float = math.inf
     operations: int = 0
     """In it, of a repeat in all of them."""

@@ -31,7 +31,7 @@ KIND_NAMES = {
     "buffer": "buffers",
     "saved": "saved for backward",
 }
-"""Of `HeldBytes.kind`."""
+"""Names of the values of `HeldBytes.kind`."""
 ENDINGS = (".npy", ".safetensors")
 
 

@@ -148,9 +148,9 @@ class OverflowAhead(Rule):
     )
     STEPS = 10
     RISES = 8
-    """Of the nine changes between them, that are rises."""
+    """Least number of rises among the nine changes between them."""
     LARGEST = math.log(2.0**128)
-    """Of float32 and bfloat16."""
+    """Logarithm of the largest float32 or bfloat16."""
 
     def start(self) -> None:
         self._series: dict[str, deque[tuple[int, float]]] = {

@@ -226,7 +226,7 @@ class _Readout:
         self.constant = 0.0
 
     def effect(self, values: torch.Tensor) -> float:
-        """Of a summand (rows, width)."""
+        """Effect of a summand (rows, width)."""
         chosen = values[self.rows]
         if self._centred:
             chosen = chosen - chosen.mean(-1, keepdim=True)

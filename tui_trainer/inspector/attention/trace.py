@@ -524,7 +524,7 @@ class AttentionTrace(TorchFunctionMode):
         return tensor[sample * heads : (sample + 1) * heads].clone()
 
     def _kept_z(self, tensor: torch.Tensor, layer: LayerToTrace) -> torch.Tensor | None:
-        """Of other layers only for the residual stream."""
+        """Kept for other layers only if the residual stream is asked for."""
         needed = self._residual or layer.path == self.wanted
         return self._sample(tensor, layer) if needed else None
 

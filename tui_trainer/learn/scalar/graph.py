@@ -62,10 +62,10 @@ class ScalarGraph:
     expression: ScalarExpression
     inputs: Mapping[str, float]
     values: tuple[float, ...]
-    """Of each node."""
+    """Value of each node."""
     gradients: tuple[float | None, ...]
-    """Of the output with respect to each node; None where the output does not depend on it, or
-    where it is a constant."""
+    """Gradient of the output with respect to each node; None where the output does not depend on
+    it, or where it is a constant."""
     backward: tuple[BackwardStep, ...]
     """The output first."""
     formulas: tuple[str, ...] = field(repr=False)
@@ -334,7 +334,7 @@ DESCENT_STEPS = 8
 RATES = tuple(10 ** (exponent / 8) for exponent in range(-32, 25))
 """Learning rates that are tried, 1e-4 to 1e3."""
 TOO_SMALL = 1 / 20
-"""Of the right rate."""
+"""Share of the right rate."""
 DIVERGED = 1e12
 
 

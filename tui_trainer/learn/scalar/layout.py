@@ -17,7 +17,7 @@ class Layout:
     """(operand, node), each pair once."""
     columns: int
     rows: float
-    """Of the lowest node, plus 1."""
+    """Row of the lowest node, plus 1."""
 
 
 def layout(expression: ScalarExpression) -> Layout:

@@ -24,7 +24,7 @@ from tui_trainer.trace.torch_private import (
 
 Read = Callable[[], torch.Tensor]
 MAX_ELEMENTS = 2**28
-"""Of all such weights together: statistics keep two float32 copies, 2 GB here."""
+"""Elements of all such weights together: statistics keep two float32 copies, 2 GB here."""
 
 
 class Unreadable(Exception):

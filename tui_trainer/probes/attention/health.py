@@ -31,7 +31,7 @@ PATIENCE = 2
 """Consecutive failed samples after which the reason is shown."""
 EXAMPLES = 2
 ROWS = 32
-"""Of each call, this many examples and evenly spaced query rows are measured, with every key."""
+"""Examples, and evenly spaced query rows, that are measured of each call, with every key."""
 
 Attend = Callable[..., torch.Tensor]
 

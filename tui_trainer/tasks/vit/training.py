@@ -39,7 +39,7 @@ SAMPLE_IMAGES = 12
 THUMBNAIL_SIZE = 64
 """Maximum side of a sample's images, in pixels."""
 MAX_CLASSES = 64
-"""Of a confusion matrix."""
+"""Most classes of a confusion matrix."""
 
 
 def build(config: VitConfig) -> Training:

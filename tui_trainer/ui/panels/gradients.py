@@ -65,7 +65,7 @@ class GradientNorms:
 
     @property
     def names(self) -> list[str]:
-        """Of the parameters."""
+        """Names of the parameters."""
         return [column.name for table in self.tables for column in table.table.columns]
 
     @property
@@ -168,7 +168,7 @@ class GradientsPanel(VirtualTable):
         self._gradients = GradientNorms(Snapshot())
         self._described: list[Table] = []
         self._norms: NDArray[np.float64] = np.empty(0)
-        """Of each node of the tree."""
+        """Norm of each node of the tree."""
         self._total_norm = 0.0
         self._norm_range = GradientNormRange()
         self._provisional = False

@@ -33,7 +33,7 @@ MAX_MESSAGE_SHARE = 22
 MAX_DEVICE_WIDTH = 40
 MIN_BAR_WIDTH = 12
 MAX_BANNER_LINES = 3
-"""Of the message, and of the hint."""
+"""Most lines of the message, and of the hint."""
 NOTICEABLE_MS = 10
 """Latency from which it is shown."""
 

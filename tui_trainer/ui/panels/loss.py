@@ -28,7 +28,7 @@ WINDOWS: tuple[int | None, ...] = (None, 1000, 200)
 FEW_STEPS = 3
 """Up to this number, steps are drawn as points: a single dot is easily overlooked."""
 OTHER_LOSS_STYLES = ("accent", "warning", "good")
-"""Of the losses of further optimizers."""
+"""Styles of the losses of further optimizers."""
 
 
 class LossPanel(Panel):

@@ -54,7 +54,7 @@ class GroupsView(BuiltLines):
         return rows
 
     def _settings(self, group: OptimizerGroup, differing: set[str], width: int) -> list[Row]:
-        """Those in which the groups of the optimizer differ stand out."""
+        """The settings of a group, with those emphasised in which the groups differ."""
         rows: list[Row] = []
         spans: list[Span] = [("  ", "text")]
         used = 2
@@ -116,7 +116,7 @@ class ParameterRow:
 
 
 def parameter_rows(use: ParameterUse) -> list[ParameterRow]:
-    """Those that are noteworthy come first, then all others in the order of their groups."""
+    """The parameters, noteworthy ones first, then all others in the order of their groups."""
     groups: dict[str, list[str]] = defaultdict(list)
     for group in use.groups:
         for name in group.names:

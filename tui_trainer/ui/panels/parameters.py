@@ -29,7 +29,7 @@ MODEL_ORDER = "order"
 TREND_WIDTH = 14
 MAX_TREND_WIDTH = 3 * TREND_WIDTH
 MAX_NAME_SHARE = 0.42
-"""Of the width, for names."""
+"""Largest share of the width for names."""
 MIN_NAME_WIDTH = 20
 
 
@@ -205,7 +205,7 @@ class ParameterTable(VirtualTable):
         self.first_column = 0
         """Columns after the name that are scrolled out of view."""
         self.element_count = 0
-        """Of all parameters together."""
+        """Elements of all parameters together."""
         self._name_column = TableColumn("name", "parameter", 0, self._name_cell, left=True)
         self._value_columns = self._columns()
         self.columns = (self._name_column, *self._value_columns)

@@ -114,7 +114,7 @@ class HeatMapView(LineView):
 
     @property
     def support(self) -> PixelSupport | None:
-        """Of real pixels, where they are wanted."""
+        """What the terminal supports of real pixels, where they are wanted."""
         return cast("PictureContext", self.app).pixels
 
     def on_mount(self) -> None:

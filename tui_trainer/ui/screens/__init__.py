@@ -133,7 +133,7 @@ class AppContext(DrawingContext, Protocol):
     lesson: str
     """The page to open when the pages are shown next; "" for the list."""
     language: str
-    """Of the pages, and of the texts about guided runs."""
+    """Language of the pages and of the texts about guided runs."""
     lessons: tuple[str, ...]
     """Pages about what was on the screen that the help was opened from."""
 

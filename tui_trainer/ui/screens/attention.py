@@ -82,7 +82,7 @@ class AttentionScreen(DetailScreen):
         super().__init__()
         self._chosen = 0
         self._log_scale: bool | None = None
-        """Of all charts; None: each as suits its values."""
+        """Whether all charts are logarithmic; None: each as suits its values."""
         self._layout_key: tuple[int, Size] | None = None
         """The number of layers and the size that the screen was laid out for."""
 

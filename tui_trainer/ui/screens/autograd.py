@@ -74,7 +74,7 @@ class AutogradScreen(DetailScreen):
         super().__init__()
         self.graph: AutogradGraph | None = None
         self._moment: _Moment | None = None
-        """Of the last request."""
+        """When the last request was made."""
         self._read_at, self._took_ms = "", 0.0
         self._error = ("", "")
         self._requests = 0

@@ -56,7 +56,7 @@ MARKER_SPACING = 24
 """Dot columns between two markers of a curve."""
 STYLES = ("loss", "accent")
 SHORT_NAMES = {"learning rate": "lr", "gradient": "lr ×", "random": "‖w‖ ×", "snapshots": ""}
-"""Of the quantities along the axis; the last runs from 0, the first snapshot, to 1."""
+"""Names of the quantities along the axis; the last runs from 0, the first snapshot, to 1."""
 
 
 class CurvesChart(LineView):

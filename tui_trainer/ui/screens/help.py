@@ -206,7 +206,7 @@ class HelpBlock:
     title: str
     entries: Sequence[tuple[str, str]]
     style: str = KEY_STYLE
-    """Of the names."""
+    """Style of the names."""
 
 
 def help_blocks(

@@ -228,7 +228,7 @@ class InspectScreen(DetailScreen):
         self._explained_for: tuple[object, ...] | None = None
         """Request and moment that the explanation is of."""
         self._history: deque[StatisticsReading] = deque(maxlen=READINGS_KEPT)
-        """Of this tensor, while it is on the screen."""
+        """Readings of this tensor while it is on the screen."""
         self.gradient_check: GradientCheck | None = None
         self._unchecked = ("", "")
         self._error = ("", "")

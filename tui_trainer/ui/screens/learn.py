@@ -245,7 +245,7 @@ class LearnScreen(RunScreen):
         self.call_after_refresh(self._show_keys)
 
     def show(self, snapshot: Snapshot) -> None:
-        """Of a run nothing is shown here; a page may have been asked for on another screen."""
+        """Open a page that was asked for on another screen; nothing of the run is shown here."""
         self._open_wanted()
 
     def _open_wanted(self) -> None:

@@ -16,7 +16,7 @@ GAP = "  "
 MIN_NAME_WIDTH = 24
 """Cells to which the first text, a name, may be cut to make room for the others."""
 MAX_TEXT_WIDTH = 40
-"""Of the other texts, those beyond this width are cut."""
+"""Width beyond which the other texts are cut."""
 
 
 class Caption(LineView):

@@ -46,7 +46,7 @@ from tui_trainer.ui.widgets.scale import Scale, step_window
 
 SPACE = 0x20
 MIN_NAME_WIDTH = 8
-"""Of another run's name in the title of a chart."""
+"""Least width of another run's name in the title of a chart."""
 
 
 class Canvas:
@@ -236,7 +236,7 @@ class ChartCurve:
     style: str
     """Name of a style of the palette."""
     column: int
-    """Of the series."""
+    """Column of the series."""
 
 
 class SeriesChart(LineView):

@@ -71,7 +71,7 @@ class LineView(ScrollView, can_focus=False):
         """The rows on screen."""
         self._rows_palette: Palette | None = None
         self._styles: dict[str, Style] = {}
-        """Of that palette."""
+        """Styles of that palette."""
 
     @property
     def lessons(self) -> tuple[str, ...]:

@@ -49,7 +49,7 @@ class TableColumn:
     width: int
     """Cells, whatever the values, so that nothing moves; 0 takes what the other columns leave."""
     value: Callable[[int], CellValue]
-    """Of a row, by its id."""
+    """Value of the cell in a row, by the row's id."""
     format: Callable[[float | None, int], str] = formatting.number
     """Writes a number in exactly `width` cells."""
     style: str = "text"

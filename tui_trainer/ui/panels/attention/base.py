@@ -21,5 +21,5 @@ class ExaminationView(LineView):
 
 
 def bar(share: float, glyph: str, width: int) -> str:
-    """Of `width` cells at most."""
+    """A bar of at most `width` cells."""
     return glyph * round(min(share, 1.0) * width) if share > 0 else ""

@@ -185,8 +185,7 @@ class DescentChart(PlotView):
         return [title, *lines, *self._valley(left, descent, markers)]
 
     def _run_lines(self, width: int, descent: Descent, markers: str) -> list[Row]:
-        """Of each rate its first update and where it leads, or only the rate where both do not
-        fit."""
+        """The first update and the end of each rate, or only the rate where both do not fit."""
         say, output = self.state.say, self.state.graph.output_name
         labels = [self.state.translated(run.label) for run in descent.runs]
         ends = [
