@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 
 from tests.cli.calling import call
 from tests.learn.measured_once import measured
+from tui_trainer.cli.commands import learn
 from tui_trainer.cli.main import run
 from tui_trainer.learn import measurement_process
 from tui_trainer.learn.catalog import PAGES
@@ -112,3 +114,26 @@ def test_a_process_prints_the_list(tmp_path: Path) -> None:
     done = call("learn", "--json", cwd=tmp_path, env={"LANG": "fr_FR.UTF-8"})
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["language"] == "fr"
+
+
+def test_the_command_of_a_page_runs_and_the_page_comes_back(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[list[str]] = []
+    monkeypatch.setattr(learn, "why_no_screen", lambda: "")
+    monkeypatch.setattr(learn.subprocess, "run", lambda command, check: ran.append(command[4:]))
+    monkeypatch.setattr(learn.os, "execv", lambda path, command: ran.append(command[4:]))
+    monkeypatch.setattr("builtins.input", print)
+    before = signal.getsignal(signal.SIGINT)
+    run(["learn", "accumulation", "--try"])
+    assert ran == [["demo", "zero-grad"], ["learn", "accumulation"]]
+    assert "back to the page" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("arguments", [["--try"], ["accumulation", "--try"]])
+def test_a_command_is_tried_only_of_a_page_and_on_a_terminal(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["learn", *arguments]) == 2
+    assert len(capsys.readouterr().err.splitlines()) <= 2

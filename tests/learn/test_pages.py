@@ -113,15 +113,17 @@ CODE_WITH_NUMBERS = {
     "clipping": ("`1e-6`", "`tui-trainer gpt --max-norm 0.1`"),
     "gradient": ("`(L(w + h) - L(w - h)) / (2 * h)`",),
     "qkv": ("`2`",),
+    "residual-stream": ("`2`",),
     "scalar-tensor": (
         "`W[0, 0]`",
         "`2 * (W @ x - t)[0] * x[0]`",
         '`tui-trainer graph "(a*b + c) * f" --at a=2 b=-3 c=10 f=-2`',
     ),
+    "updates": ("`3`",),
     "vit-arithmetic": ("`tui-trainer vit --preset face-s14 --data photos/`",),
 }
-"""Code in running text that has digits: formulas, commands, the key of the attention screen, and
-what `clip_grad_norm_` adds to the norm, which a test measures."""
+"""Code in running text that has digits: formulas, commands, keys of screens, and what
+ `clip_grad_norm_` adds to the norm, which a test measures."""
 
 
 @each_text
@@ -129,8 +131,8 @@ def test_numbers_in_code_are_known(name: str, language: str) -> None:
     text = " ".join(PLACEHOLDER.sub("", everything(page_of(name, language))).split())
     found = sorted({code for code in re.findall("`[^`]*`", text) if re.search(r"\d", code)})
     assert found == sorted(CODE_WITH_NUMBERS.get(name, ()))
-    attention = next(screen for screen in SCREENS if screen.mode == "attention")
-    assert attention.key == "2"
+    keys = {screen.mode: screen.key for screen in SCREENS}
+    assert (keys["attention"], keys["parameters"]) == ("2", "3")
 
 
 @each_text

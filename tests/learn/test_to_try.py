@@ -10,7 +10,7 @@ import pytest
 from tui_trainer.cli.main import run
 from tui_trainer.learn.catalog import PAGES
 from tui_trainer.learn.demos import DEMOS
-from tui_trainer.learn.page import LANGUAGES, load_page
+from tui_trainer.learn.page import LANGUAGES, command_to_try, load_page
 
 
 @cache
@@ -23,6 +23,7 @@ def proposed(name: str, language: str) -> tuple[str, ...]:
 def test_each_language_proposes_the_same(name: str) -> None:
     first, *others = [proposed(name, language) for language in LANGUAGES]
     assert first
+    assert command_to_try(load_page(name, "en")), "a learner has no run yet"
     assert all(other == first for other in others)
 
 

@@ -226,10 +226,11 @@ async def test_a_key_runs_what_the_page_proposes(monkeypatch: pytest.MonkeyPatch
         await shows(pilot, app, "measured", "t Try it")
         await press(pilot, "t")
         await until(pilot, lambda: Leaving.next_command, "leaving")
-    assert Leaving.next_command == ("demo", "zero-grad")
+    assert Leaving.next_command == ("learn", "accumulation", "--try")
 
 
-async def test_a_page_for_a_live_run_proposes_no_command() -> None:
+async def test_a_page_without_a_command_has_no_key_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learn, "command_to_try", lambda page: ())
     app = app_on("learn", None)
     app.lesson = "attention-scores"
     async with app.run_test(size=(80, 24)) as pilot:

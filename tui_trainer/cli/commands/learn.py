@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -16,7 +20,7 @@ from tui_trainer.cli.terminal import why_no_screen
 from tui_trainer.learn.catalog import PAGES, UnknownPage, find_page
 from tui_trainer.learn.measurement_messages import PageMeasurement
 from tui_trainer.learn.measurement_process import MeasurementError, MeasurementProcess
-from tui_trainer.learn.page import Page, load_page, titles, words
+from tui_trainer.learn.page import Page, command_to_try, load_page, titles, words
 from tui_trainer.learn.page_layout import Numbers, laid_out, plain
 from tui_trainer.learn.reading_progress import ReadingProgress, load_progress, save_progress
 
@@ -36,6 +40,15 @@ def learn(
     ] = None,
     seed: Annotated[int, Parameter(help="seed of the measurement, off the screen")] = 1,
     answer: Annotated[bool, flag("print the answer to the question, too")] = False,
+    try_it: Annotated[
+        bool,
+        Parameter(
+            name="--try",
+            help="run the command that the page proposes, then return to the page",
+            negative=(),
+            show_default=False,
+        ),
+    ] = False,
     plain: Annotated[bool, flag("print text even on a terminal")] = False,
     json: Annotated[bool, flag("print one JSON object")] = False,
     ascii: Annotated[bool, flag("draw with ASCII characters only")] = False,
@@ -55,6 +68,8 @@ def learn(
     if language is not None and language != progress.language:
         progress.language = language
         save_progress(progress)
+    if try_it:
+        return _try(load_page(name, progress.shown_language) if name else None)
     if not (json or plain or answer) and not why_no_screen():
         options = StartOptions(ascii=ascii, slow_link=slow_link, runs_dir=runs_dir)
         return start_screen(options, mode="learn", lesson=name)
@@ -74,6 +89,29 @@ def learn(
     else:
         print(page_text(shown, measured, answer))
     return 0
+
+
+def _try(page: Page | None) -> int:
+    """Run the command that a page proposes, and become the page again."""
+    command = command_to_try(page) if page is not None else ()
+    if page is None or not command:
+        name = "the list" if page is None else page.name
+        raise UsageError(f"{name} proposes no command that can be run as it stands")
+    if why := why_no_screen():
+        raise UsageError("--try needs a terminal", why)
+    program = [sys.executable, "-P", "-m", "tui_trainer"]
+    # Ctrl+c is for the command alone. A handler, because an ignored signal would be inherited.
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        subprocess.run([*program, *command], check=False)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    try:
+        input(f"\n{words(page.language)['return']} ")
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return 0
+    os.execv(sys.executable, [*program, "learn", page.name])
 
 
 def _print_list(progress: ReadingProgress, json: bool) -> None:

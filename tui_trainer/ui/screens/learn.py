@@ -60,7 +60,7 @@ ENTRIES = (*PAGES, HEADING, *(demo.name for demo in DEMOS))
 class PageList(VirtualTable):
     """The pages and the guided runs, with how far the learner is."""
 
-    DEFAULT_CSS = "PageList { margin: 1 1 0 1; }"
+    DEFAULT_CSS = "PageList { margin: 0 1; }"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("enter", "activate", "Open", id="learn.open", tooltip="Read the page"),
     ]
@@ -135,6 +135,7 @@ class LearnScreen(RunScreen):
     LearnScreen #learn-body { height: 1fr; }
     LearnScreen #reader { display: none; width: 1fr; }
     LearnScreen #page-title { margin: 1 1 0 1; }
+    LearnScreen #page-title, LearnScreen #page-state { max-width: 86; }
     LearnScreen #page-state { margin: 0 1; }
     LearnScreen.-reading PageList { display: none; }
     LearnScreen.-reading #reader { display: block; }
@@ -444,9 +445,9 @@ class LearnScreen(RunScreen):
             self.action_answer()
 
     def action_try(self) -> None:
-        """Run the command that the page proposes, in place of this app."""
-        if self._page is not None and (command := command_to_try(self._page)):
-            self.context.leave_run_for(command)
+        """Run the command that the page proposes in place of this app, and then this page again."""
+        if self._page is not None and command_to_try(self._page):
+            self.context.leave_run_for(("learn", self._page.name, "--try"))
 
     def action_start(self) -> None:
         """Start the guided run that was read about."""
