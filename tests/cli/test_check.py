@@ -96,6 +96,8 @@ def test_explain(tmp_path: Path) -> None:
     done = call("explain", "loss-diverges", cwd=tmp_path)
     assert "--rules loss-diverges.rise=2" in done.stdout
     assert_refused(call("explain", "loss-converges", cwd=tmp_path), "loss-diverges", status=2)
+    one = json.loads(call("explain", "plateau", "--json", cwd=tmp_path).stdout)
+    assert (one["rule"], one["level"]) == ("loss-plateau", "info")
 
 
 def test_a_shipped_task_is_checked(tmp_path: Path) -> None:

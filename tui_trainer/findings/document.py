@@ -36,7 +36,8 @@ rule that raises an exception is switched off, with a line in the log.
 [How much the rules find](findings-measured.md) was measured with planted faults and with programs
 that train well.
 
-`tui-trainer explain RULE` prints a section of this page. `--rules` of `run`, `check` and the
+`tui-trainer explain RULE` prints a section of this page, `--json` as one object; words of a rule's
+name or title do for RULE. `--rules` of `run`, `check` and the
 tasks switches rules off or changes their thresholds: `--rules
 over-fitting=off,loss-diverges.rise=3`; `--rules off` switches all of them off but `ranks-diverge`
 (`--rules off,ranks-diverge=off` that one too).

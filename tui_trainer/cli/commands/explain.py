@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from textwrap import fill
-from typing import Annotated
+from typing import Annotated, Any
 
+import msgspec
 from cyclopts import Parameter
 from rich.console import Console
 
+from tui_trainer.cli.commands.common import flag
 from tui_trainer.cli.errors import unknown
 from tui_trainer.cli.table import new_table, table_lines
 from tui_trainer.findings.rule import Rule
-from tui_trainer.findings.rules import RULES
+from tui_trainer.findings.rules import RULES, rules_named
 from tui_trainer.learn.catalog import PAGE_OF_RULE
 
 WIDTH = 92
@@ -19,10 +21,19 @@ WIDTH = 92
 
 def explain(
     rule: Annotated[
-        str | None, Parameter(help="name of a rule (default: list all)", show_default=False)
+        str | None,
+        Parameter(
+            help="name of a rule, or words of its name or title (default: list all)",
+            show_default=False,
+        ),
     ] = None,
+    *,
+    json: Annotated[bool, flag("print one JSON object")] = False,
 ) -> int:
     """explain a rule of the findings, or list all of them"""
+    if rule is None and json:
+        print(msgspec.json.encode({"rules": [described(each) for each in RULES]}).decode())
+        return 0
     if rule is None:
         table = new_table(("RULE", "LEVEL", "WHAT IT FINDS"))
         for each in RULES:
@@ -33,10 +44,32 @@ def explain(
         print("\ntui-trainer explain RULE explains one; --rules RULE=off switches it off")
         return 0
     found = {each.name: each for each in RULES}
+    if rule not in found and len(matching := rules_named(rule)) == 1:
+        (rule,) = matching
     if rule not in found:
         raise unknown("rule", rule, found)
-    print(explanation(found[rule]))
+    chosen = found[rule]
+    print(msgspec.json.encode(described(chosen)).decode() if json else explanation(chosen))
     return 0
+
+
+def described(rule: type[Rule]) -> dict[str, Any]:
+    """A rule for `--json`; `next` as in its findings."""
+    return {
+        "rule": rule.name,
+        "level": rule.level,
+        "title": rule.title,
+        "explanation": rule.explanation,
+        "next": rule.advice,
+        "needs": rule.needs,
+        "thresholds": [
+            {"name": each.name, "default": each.default, "meaning": each.meaning}
+            for each in rule.thresholds
+        ],
+        "explained_by": rule.explained_by,
+        "page": PAGE_OF_RULE.get(rule.name),
+        "source": rule.source,
+    }
 
 
 def explanation(rule: type[Rule]) -> str:
