@@ -193,7 +193,7 @@ class Breakpoints:
                 raise ExpressionError(error.message, expression.text, start, end, error.hint)
 
     def _replan(self) -> None:
-        """With the lock held."""
+        """Called with the lock held."""
         plans: dict[Phase, list[_Active]] = {}
         for active in self._all.values():
             if active.enabled:

@@ -247,7 +247,7 @@ def discard_refused(spec: RunSpec) -> None:
 # ---------------------------------------------------------------- git
 
 GIT_TIMEOUT_S = 2.0
-"""For each of the two calls: a slow file system delays the start of a run by no more."""
+"""Limit of each of the two calls, so that a slow file system does not delay the start of a run."""
 _GIT_READ_ONLY = {"GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0"}
 """Without the first, `git status` refreshes the index."""
 

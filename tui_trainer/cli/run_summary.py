@@ -61,7 +61,7 @@ class LayerSummary:
 
     layer: str
     values: dict[str, float | None]
-    """By the names of ATTENTION_SHOWN."""
+    """Values by the names of ATTENTION_SHOWN."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class Script:
 
     @property
     def title(self) -> str:
-        """As typed for python, without its arguments."""
+        """`train.py`, or `-m package.module`."""
         return f"-m {self.target}" if self.module else _path(self.target).name
 
     @property

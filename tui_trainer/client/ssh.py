@@ -197,7 +197,7 @@ class SshAddress:
 
     @property
     def destination(self) -> str:
-        """As ssh takes it."""
+        """The destination in the form that ssh takes."""
         return f"{self.user}@{self.host}" if self.user else self.host
 
     def __str__(self) -> str:

@@ -45,7 +45,7 @@ class FirstDifference:
     phase: StepPart
     """Where in the step the quantity becomes known."""
     quantity: str
-    """In words, such as `gradient norm of blocks.0.attention.W_query`."""
+    """Name in words, such as `gradient norm of blocks.0.attention.W_query`."""
     table: str
     column: str
     values: tuple[float, float]
@@ -68,7 +68,7 @@ class FirstDifference:
         return a, b
 
     def text_of(self, value: float) -> str:
-        """With every digit of a float32; why there is none."""
+        """The value with every digit of a float32, or why there is none."""
         if self.table == schema.PHASE_MS:
             return f"{value:.3g} ms" if math.isfinite(value) else "no such phase"
         if (why := why_absent(value)) is not None:
@@ -231,7 +231,7 @@ class _TablePair:
 
     @property
     def common_steps(self) -> int:
-        """At most: where both have rows, the number of the shorter one."""
+        """Upper bound: the number of rows of the shorter recording."""
         first = max(self.a.first_step or 0, self.b.first_step or 0)
         last = min(self.a.last_step or 0, self.b.last_step or 0)
         if last < first:

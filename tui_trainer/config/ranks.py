@@ -39,7 +39,7 @@ class Rank:
     restart: int = 0
     """How often the launcher has restarted the processes."""
     launch: str = ""
-    """The same for all processes of a launch, and for no other."""
+    """Identifies a launch: equal for all of its processes only."""
     with_rank_zero: bool = True
     """Whether rank 0 runs on this machine."""
     master: str = ""

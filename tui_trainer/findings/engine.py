@@ -85,7 +85,7 @@ class FindingsEngine:
         """Step → rank → row, until those of all ranks are there."""
         self._failed: set[str] = set()
         self.findings: list[Finding] = []
-        """By number, as they were last reported."""
+        """Findings by number, as last reported."""
         self._numbers: dict[tuple[str, str, str], int] = {}
         self._updates: dict[int, int] = {}
 

@@ -189,7 +189,7 @@ class LossTrend:
     fast: float = math.nan
     """Exponential mean over about 10 steps."""
     slow: float = math.nan
-    """The same over about 100 steps."""
+    """Smoothed loss over about 100 steps."""
     noise: float = 0.0
     """Mean absolute distance of a loss from `fast`, over about 100 steps."""
     start: float = math.nan

@@ -42,7 +42,7 @@ class RuleSettings:
 
 
 def known_settings(text: str, rules: Iterable[type[Rule]]) -> RuleSettings:
-    """The same as `parse_settings`, the defaults where another version has written the text."""
+    """Like `parse_settings`, with the defaults where another version has written the text."""
     try:
         return parse_settings(text, rules)
     except SettingsError:

@@ -14,7 +14,7 @@ class History:
     """All measurements of a run, for reading. Not thread-safe."""
 
     tables: Mapping[int, SeriesReader]
-    """By table id."""
+    """Series by table id."""
     version: int
     """Grows with every change."""
 

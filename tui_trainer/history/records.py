@@ -207,7 +207,7 @@ class UnitsRecord(NamedTuple):
     """How much what it is given differs between the examples of the batch: the root of the mean
     square of the differences from the mean example, over that of the values themselves."""
     first_spread: float | None = None
-    """The same of what the first such layer is given."""
+    """Spread of the input of the first such layer."""
 
 
 class InitialWeight(NamedTuple):

@@ -65,7 +65,7 @@ def _groups(run: TracedRun, names: dict[int, str]) -> tuple[list[OptimizerGroup]
 def _memory(
     catalog: TensorCatalog, parameters: list[tuple[str, torch.Tensor]]
 ) -> tuple[HeldBytes, ...]:
-    """For sharded tensors that of the shard."""
+    """Bytes held by kind and device; for sharded tensors, those of the shard."""
     counted: dict[tuple[TensorKind, str], tuple[int, int]] = {}
     seen: set[int] = set()
 

@@ -158,7 +158,7 @@ class _Sample(NamedTuple):
     values: Floats
     """The finite ones, sorted."""
     taken: int
-    """With those that are not finite."""
+    """Number of elements, including those that are not finite."""
 
 
 def _sample(tensor: torch.Tensor) -> _Sample:

@@ -16,7 +16,7 @@ class PageMeasurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     page: str
     seed: int
     values: dict[str, Value]
-    """By the name of the placeholder."""
+    """Values by the name of the placeholder."""
     milliseconds: float
     torch: str
     """Version of PyTorch."""

@@ -38,10 +38,10 @@ SAMPLE = 8192
 """Elements that are copied of a larger tensor, at equal distances."""
 SAMPLED_ROWS = 128
 ALL_FIRST_LAYERS = 6
-"""Measurements in each of which the input of the first layer is looked at: observing the calls of
+"""Measurements in each of which the input of the first layer is recorded: observing the calls of
 modules costs more than all else here."""
 FIRST_LAYER_EVERY = 10
-"""In how many of the measurements after these."""
+"""It is recorded in every n-th measurement after these."""
 ELEMENTWISE = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")
 """Losses that broadcast an input and a target of different shapes."""
 BINARY = ("binary_cross_entropy", "binary_cross_entropy_with_logits")

@@ -147,7 +147,7 @@ class UpdateRatio(Probe):
 
 
 def _wide(weight: torch.Tensor) -> torch.dtype:
-    """In which differences of such weights are not rounded."""
+    """A dtype in which differences of such weights are not rounded."""
     return torch.float32 if weight.dtype in HALF_PRECISION else weight.dtype
 
 

@@ -46,7 +46,7 @@ class Absent(IntEnum):
 
     @property
     def reason(self) -> str:
-        """For the user."""
+        """The reason as shown to the user."""
         return _REASONS[self]
 
 

@@ -95,7 +95,7 @@ class Contribution(msgspec.Struct, frozen=True, array_like=True):
     norm: float
     """2-norm; nan of the `readout`."""
     cosine: float
-    """With the stream before the final norm."""
+    """Cosine with the stream before the final norm."""
     logit: float
     """Direct effect on the logit; nan where it is not known."""
     head: int = -1
@@ -106,7 +106,7 @@ class ResidualStream(msgspec.Struct, frozen=True, array_like=True):
     """The stream before the final norm as the sum of what was added to it."""
 
     contributions: tuple[Contribution, ...]
-    """In order. Heads and biases come before the attention that they sum to."""
+    """Contributions in order. Heads and biases come before the attention that they sum to."""
     norm: float
     """Norm of the stream."""
     difference: float

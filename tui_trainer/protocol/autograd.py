@@ -98,7 +98,7 @@ class GradientCheck(msgspec.Struct, tag="gradient_check", frozen=True, array_lik
 
     name: str
     dtype: str
-    """In which the losses were computed."""
+    """The dtype in which the losses were computed."""
     loss: float
     entries: tuple[CheckedEntry, ...]
     copied_bytes: int

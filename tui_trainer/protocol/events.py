@@ -127,7 +127,7 @@ class Evidence(msgspec.Struct, frozen=True, array_like=True):
     """A number that a finding is based on, and the range in which it is healthy."""
 
     quantity: str
-    """In words, such as `median update ratio`."""
+    """Name in words, such as `median update ratio`."""
     text: str
     """The value as it is shown, with its unit."""
     value: float | None = None
@@ -145,7 +145,7 @@ class Finding(msgspec.Struct, tag="finding", frozen=True, array_like=True):
 
     id: int
     step: int
-    """At which it was found."""
+    """Step at which it was found."""
     time: float
     number: int
     """Dense from 0, in order of discovery."""
@@ -154,7 +154,7 @@ class Finding(msgspec.Struct, tag="finding", frozen=True, array_like=True):
     onset: int
     """The first step at which it held."""
     title: str
-    """In a few words, without numbers."""
+    """The finding in a few words, without numbers."""
     text: str
     """What is wrong, in a sentence or two with numbers."""
     advice: str

@@ -97,7 +97,7 @@ class Breakpoint(msgspec.Struct, frozen=True):
     number: int
     """From 1, never used again in the run."""
     condition: str
-    """In the language of `breakpoints.expression`."""
+    """Condition in the language of `breakpoints.expression`."""
     enabled: bool = True
     hits: int = 0
     """How often the condition was met, the ignored times included."""

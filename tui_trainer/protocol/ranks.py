@@ -47,7 +47,7 @@ class RankRow(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RankRows(msgspec.Struct, tag="rows", frozen=True, array_like=True):
-    """At most ROWS_PER_MESSAGE steps."""
+    """Rows of at most ROWS_PER_MESSAGE steps."""
 
     rows: tuple[RankRow, ...]
 
@@ -69,7 +69,7 @@ class RankNotice(msgspec.Struct, tag="notice", frozen=True, array_like=True):
 
 
 class RankAt(msgspec.Struct, tag="at", frozen=True, array_like=True):
-    """Where the process is: sent when it stops, and in answer to `Hold`."""
+    """Position of the process: sent when it stops, and in answer to `Hold`."""
 
     boundary: Boundary
     """The last boundary that it has reached."""

@@ -18,7 +18,7 @@ from tui_trainer.protocol.text import sanitize_message
 MARK = b"TUI-TRAINER-RELAY "
 """Distinguishes the greeting from what a login shell prints before it."""
 MISSING = b"missing"
-"""In place of the greeting, from the shell, where tui-trainer is not installed."""
+"""Printed by the shell in place of the greeting where tui-trainer is not installed."""
 MAX_NOISE_BYTES = 256 * 1024
 """What shells print before the greeting, at most."""
 

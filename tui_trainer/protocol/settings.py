@@ -57,7 +57,7 @@ class Setting(msgspec.Struct, frozen=True, array_like=True):
     """The present value of a setting."""
 
     name: str
-    """As it is changed: `lr`, or `lr[1]` where the groups differ."""
+    """Name by which it is changed: `lr`, or `lr[1]` where the groups differ."""
     value: SettingValue
     note: str = ""
     """What it applies to, or what else changes it."""

@@ -61,13 +61,13 @@ class Alert(msgspec.Struct, frozen=True, kw_only=True):
     step: int = 0
     total_steps: int | None = None
     state: EndState | Literal["killed", ""] = ""
-    """At the end."""
+    """State at the end of the run."""
     reason: str = ""
     loss: float | None = None
     loss_text: str | None = None
     """`nan`, `inf` or `-inf` where the loss is that."""
     finding: dict[str, Any] | None = None
-    """As in `show --json`."""
+    """Finding as in `show --json`."""
     left_out: int = 0
     """Alerts that were not sent before this one, because there were too many in a minute."""
     time: float = 0.0
@@ -328,7 +328,7 @@ def is_webhook(target: str) -> bool:
 
 
 def name_of(target: str) -> str:
-    """For the log: of a webhook only the host, since its path is a secret."""
+    """Name for the log: only the host of a webhook, since its path is a secret."""
     return target.partition("://")[2].partition("/")[0] if is_webhook(target) else target
 
 

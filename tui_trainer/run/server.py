@@ -46,7 +46,7 @@ from tui_trainer.runs.security import peer_user
 GREETING_TIMEOUT_S = 10.0
 SEND_TIMEOUT_S = 10.0
 FRAME_TIMEOUT_S = 10.0
-"""For the rest of a message once its first byte has arrived."""
+"""Limit for the rest of a message once its first byte has arrived."""
 IDLE_TIMEOUT_S = 300.0
 """A viewer that polls less often is disconnected; the app polls at least once a minute, and
 reconnects when it has been suspended for longer."""

@@ -123,7 +123,7 @@ class StopHandler:
         self._interrupt()
 
     def _interrupt(self) -> None:
-        """As Ctrl-C would; by SIGTERM where SIGINT is ignored and SIGTERM is still ours."""
+        """Interrupt as Ctrl-C does, by SIGTERM where SIGINT is ignored and SIGTERM still ours."""
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             _send_to_main_thread(signal.SIGINT)
         elif signal.getsignal(signal.SIGTERM) == self._on_terminate:

@@ -276,7 +276,7 @@ class Evaluations:
 
     @property
     def cadences(self) -> tuple[int, ...]:
-        """In steps: when to call `after_step`."""
+        """Cadences in steps at which `after_step` is called."""
         return tuple(evaluation.every for evaluation in self._evaluations)
 
     def before_first_step(self) -> None:

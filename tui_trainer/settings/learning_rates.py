@@ -32,7 +32,7 @@ BASE_RATES = ("base_lrs", "max_lrs")
 SEARCH_EVERY = 64
 """Snapshots after which all objects are searched for schedulers again."""
 GROUP_RATES = ("initial_lr", "max_lr", "min_lr")
-"""The same in the groups themselves (OneCycleLR)."""
+"""Names of such rates in the groups themselves (OneCycleLR)."""
 
 
 class LearningRates:

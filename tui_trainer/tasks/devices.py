@@ -18,7 +18,7 @@ from tui_trainer.config.training import TrainingConfig
 from tui_trainer.tasks.torch_private import GradScaler, cpp_compiler_found
 
 DEVICE_KINDS = ("cuda", "mps", "xpu", "cpu")
-"""In the order in which `auto` prefers them."""
+"""Kinds in the order in which `auto` prefers them."""
 SMALL_WORK = 5e8
 """Parameters × items per step below which more than four threads do not make a step faster."""
 MAX_THREADS_FOR_SMALL_WORK = 4

@@ -148,7 +148,7 @@ class EvaluationLosses:
         self.muted = False
         """Whether a framework reports its own results."""
         self.losses_computed = 0
-        """In the last evaluation."""
+        """Losses computed in the last evaluation."""
         self._open = False
         self._step = 0
         self._last_trained: weakref.ref[torch.nn.Module] | None = None
@@ -169,7 +169,7 @@ class EvaluationLosses:
         self._calls = 0
         """Calls of models in the open evaluation."""
         self._calls_before = 0
-        """The same at the last loss."""
+        """Number of calls at the last loss."""
         self._count = 0
         self._mixed = False
         """Whether its losses cannot be distinguished by when they are computed."""

@@ -325,7 +325,7 @@ class Gate:
         self._waiting = self._pausing = False
 
     def _rearm(self) -> None:
-        """With the condition held."""
+        """Called with the condition held."""
         self.armed = bool(
             self._boundaries_left
             or self._target is not None

@@ -49,7 +49,7 @@ class Origin:
 
     source: Literal["operation", "weight", "input"]
     operation: str
-    """As in the graph, in lower case; "" for a weight."""
+    """Name as in the graph, in lower case; "" for a weight."""
     parameters: tuple[torch.Tensor, ...]
     """The weight itself, or the parameters that the operation used or that are nearest to it on the
     side of the input."""

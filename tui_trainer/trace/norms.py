@@ -56,7 +56,7 @@ class Norms:
         return [0.0 if t is None else norm_on_host(t) for t in tensors]
 
     def read_kept(self, tensors: Sequence[torch.Tensor]) -> list[Reading]:
-        """The same for tensors that stay at their address from step to step, such as weights."""
+        """Like `read`, for tensors that keep their address from step to step, such as weights."""
         if not self._on_host or self._sharded:
             return self.read([local(tensor).detach() for tensor in tensors])
         addresses = [tensor.data_ptr() for tensor in tensors]

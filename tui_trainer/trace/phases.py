@@ -127,7 +127,7 @@ class HostClock:
 
 
 class CudaClock:
-    """The same on the device's clock.
+    """A clock on the device.
 
     Events are recorded into the stream and read a step or more later, when they have passed, so
     that timing never makes the host wait for the device. Our own time on the host is not time of
@@ -508,7 +508,7 @@ class Phases:
         return step_ms, times
 
     def _discard_until(self, mark: Any, ended: float, idle: float) -> tuple[float, PhaseTimes]:
-        """The same, where the forward of the next iteration has been called already."""
+        """Like `discard_iteration`, where the next forward has been called already."""
         self._clock.switch(TRACING)
         step_ms = (ended - self._last_end - (idle - self._idle_before)) * 1e3
         self._last_end, self._idle_before = ended, idle

@@ -80,7 +80,7 @@ class ClipMeasurement:
     max_norm: float
     """The limit; absent where the script clips by itself."""
     norm_before: float
-    """In the caller's norm type, as the function returned it."""
+    """Norm in the caller's norm type, as the function returned it."""
     norm_after: float
     """Absent for clipping by norm, where it follows from the scale."""
     two_norm: bool
@@ -115,7 +115,7 @@ class StepFacts:
     gradient_scale: float = 1.0
     """What a GradScaler had multiplied the gradients by when they were measured."""
     absent_gradients: NDArray[np.uint8] | None = None
-    """For each tracked parameter why it has no gradient (`Absent`), 0 where it has one; None: all
+    """Why each tracked parameter has no gradient (`Absent`), 0 where it has one; None: all
     have one."""
     left_alone: frozenset[int] = frozenset()
     """Positions of the parameters that a script which updates its weights by itself has not changed

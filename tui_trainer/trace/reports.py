@@ -243,7 +243,7 @@ def _provisional_row(
 
 
 def dtype_and_shape(tensor: torch.Tensor) -> str:
-    """As `float32 12×64`."""
+    """`float32 12×64`"""
     return f"{str(tensor.dtype).removeprefix('torch.')} {'×'.join(map(str, tensor.shape)) or '0-d'}"
 
 

@@ -60,7 +60,7 @@ class GradientMarks:
         self._before_backward: Marks | None = None
         """None where the sample had no gradient."""
         self._last = self._nothing
-        """As they were last looked at."""
+        """Marks when they were last checked."""
         self._used = self._nothing
         """Marks of the gradients that the last step used."""
         self._raised_by_clipping = 0

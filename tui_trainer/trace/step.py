@@ -75,7 +75,7 @@ class Clipping:
     kind: ClipKind
     max_norm: float
     norm_before: Reading
-    """As the function returned it."""
+    """Norm as the function returned it."""
     norm_after: Reading | None
     """None for clipping by norm, where it follows from the scale."""
     total: Reading | None
@@ -186,7 +186,7 @@ class GradScaling:
         return scale if isinstance(scale, torch.Tensor) else torch.tensor(float("nan"))
 
     def read_loss_scale(self) -> float:
-        """The same on the host. Waits for the device, as the scaler itself has just done."""
+        """The loss scale on the host. Waits for the device, as the scaler itself has just done."""
         scaler = self._scaler() if self._scaler is not None else None
         return float(scaler.get_scale()) if scaler is not None else float("nan")
 

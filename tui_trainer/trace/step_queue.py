@@ -91,6 +91,6 @@ class StepQueue:
         return seconds
 
     def reset_after_fork(self) -> None:
-        """In a forked child: the steps are the parent's, and the lock may be held forever."""
+        """Reset in a forked child: the steps are the parent's, and the lock may be held forever."""
         self._recording = threading.Lock()
         self._steps.clear()

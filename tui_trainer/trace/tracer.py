@@ -267,7 +267,7 @@ class Tracer:
             self.faults.report("recording", fault)
 
     def reset_after_fork(self) -> None:
-        """In a forked child, where nothing is traced."""
+        """Reset in a forked child, where nothing is traced."""
         self.training_thread = 0
         self._queue.reset_after_fork()
 

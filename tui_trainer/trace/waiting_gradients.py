@@ -35,7 +35,7 @@ class OpenStep:
 
     measurer: StepMeasurer | None = None
     evaluated: StepMeasurer | None = None
-    """The same, once it has evaluated its closure: what follows belongs to further evaluations."""
+    """`measurer`, once its closure was evaluated: what follows belongs to further evaluations."""
     evaluations: int = 0
     """Evaluations of its closure."""
     inner: int = 0

@@ -76,7 +76,7 @@ class TrainingState:
     parts: TrainingParts
     tensors: list[torch.Tensor]
     optimizers: list[tuple[list[dict[str, Any]], list[Any]]]
-    """For each optimizer the settings of its groups, and the state of each of its parameters."""
+    """Settings of the groups, and state of each parameter, of every optimizer."""
     others: list[dict[str, Any]]
     random: dict[str, Any]
     versions: list[int] = field(default_factory=list)
@@ -275,7 +275,7 @@ class TrainingSnapshot:
     step: int
     state: TrainingState
     edits: Any
-    """As `LiveEdits.snapshot` returned it."""
+    """What `LiveEdits.snapshot` returned."""
 
 
 class SnapshotRing:

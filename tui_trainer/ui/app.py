@@ -468,7 +468,7 @@ class TuiTrainerApp(App[int]):
         self.leaving.leave_for(command)
 
     def leave_run_for(self, command: tuple[str, ...]) -> None:
-        """The same, once the user has said what is to become of the run that is open."""
+        """Leave for another command, once the user has chosen what happens to the open run."""
         self.leaving.leave_run_for(command)
 
     async def action_quit(self) -> None:

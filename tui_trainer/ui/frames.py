@@ -40,7 +40,7 @@ class TerminalLink:
 LOCAL_LINK = TerminalLink(4.0, 64_000.0)
 SSH_LINK = TerminalLink(4.0, 8_000.0, cell_updates=True)
 SLOW_LINK = TerminalLink(0.5, 900.0, slow=True, cell_updates=True)
-"""For `--slow-link`."""
+"""Link assumed with `--slow-link`."""
 
 
 def terminal_link(slow_link: bool, environment: Mapping[str, str] = os.environ) -> TerminalLink:

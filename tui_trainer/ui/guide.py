@@ -42,7 +42,7 @@ MAX_ROWS = 4
 
 
 def stage_of(snapshot: Snapshot, demo: Demo, cured: bool) -> Stage:
-    """Where a guided run is."""
+    """The stage of a guided run."""
     status = snapshot.status
     if status.ended:
         return "ended"

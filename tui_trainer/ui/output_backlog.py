@@ -16,7 +16,7 @@ MAX_PENDING_WRITES = 3
 CHECK_INTERVAL_S = 0.02
 """A frame that was requested and finds output waiting looks again after this time."""
 MAX_CHECKS = 12
-"""For one frame; later ones are left to the ticks, in case the terminal reads nothing."""
+"""Checks for one frame; later ones are left to the ticks, in case the terminal reads nothing."""
 
 
 class OutputBacklog:

@@ -34,7 +34,7 @@ class KeyRow:
     label: str
     product: float
     angle: float
-    """In degrees."""
+    """Angle in degrees."""
     score: float
     """nan where the query may not attend to it."""
     weight: float

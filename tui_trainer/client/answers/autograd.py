@@ -35,7 +35,7 @@ class Fold:
     """All modules that a `repeat` stands for; its children are those of the first one."""
     order: float = math.inf
     operations: int = 0
-    """In it, of a repeat in all of them."""
+    """Operations in it; for a repeat, in all of them."""
     saved_bytes: int = 0
     gradients: tuple[float, float] = (math.nan, math.nan)
     """Smallest and largest gradient that arrives at it; of a repeat over all of them."""

@@ -53,7 +53,7 @@ class AttentionCall:
     z: torch.Tensor | None = None
     """(heads, queries, value_dim): the weighted sums of values, as computed."""
     plain_z: torch.Tensor | None = None
-    """The same without dropout, computed by the same function."""
+    """`z` without dropout, computed by the same function."""
     dropout: float = 0.0
     off: float = math.nan
     """Deviation from what the layer computed, where it has been compared already."""

@@ -132,7 +132,7 @@ class AttentionTrace(TorchFunctionMode):
         self.layers = {id(layer.module): layer for layer in layers}
         self.wanted, self.sample, self.query = wanted, sample, query
         self.attends: dict[str, AttentionCall] = {}
-        """By layer; the last call of a layer that is called several times."""
+        """Calls by layer; the last call of a layer that is called several times."""
         self.calls: dict[str, int] = {}
         self.projections: dict[int, torch.Tensor] = {}
         """0, 1, 2 for q, k, v → outputs (positions, features) of the requested layer."""

@@ -60,7 +60,7 @@ def _power(a: float, b: float) -> float:
 
 
 def _raw_power(a: float, b: float) -> float:
-    """As IEEE 754 has it: inf and nan instead of exceptions."""
+    """Power as in IEEE 754: inf and nan instead of exceptions."""
     if a == 0 and b < 0:
         return math.inf
     try:

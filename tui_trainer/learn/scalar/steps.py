@@ -11,12 +11,12 @@ from tui_trainer.learn.scalar.translation import say
 
 
 def short(value: float | None) -> str:
-    """At most five significant digits."""
+    """The value with at most five significant digits."""
     return "–" if value is None else f"{value:.5g}"
 
 
 def factor(value: float) -> str:
-    """As `short`, in parentheses where a sign would follow an operator."""
+    """Like `short`, in parentheses where a sign would follow an operator."""
     text = short(value)
     return f"({text})" if text.startswith("-") else text
 

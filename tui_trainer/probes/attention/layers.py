@@ -342,7 +342,7 @@ class FoundLayers:
     """The attention layers of a model."""
 
     layers: list[AttentionLayer]
-    """In the order of the model."""
+    """Layers in the order of the model."""
     left_out: tuple[str, ...] = ()
     """Matrices that cannot be split, each with the reason."""
 

@@ -56,7 +56,7 @@ class ProductBlock:
     work: torch.Tensor
     """(layers, 3, elements), float32; overwritten at each use."""
     start: torch.Tensor
-    """The same, of the weights at the start."""
+    """Matrices of the weights at the start."""
     positions: list[int]
     """Positions of its parameters."""
     parts: list[Projection]

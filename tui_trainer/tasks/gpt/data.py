@@ -185,7 +185,7 @@ class TextBatches:
 
     @property
     def blocks_per_epoch(self) -> int:
-        """The same for every offset."""
+        """Number of blocks, which is equal for every offset."""
         return (len(self.tokens) - self.block_size) // self.block_size
 
     @property

@@ -120,7 +120,7 @@ class DigitImages:
 
 
 DIGITS_FILE = Path("datasets", "data", "digits.csv.gz")
-"""In the installed package of scikit-learn."""
+"""Path in the installed package of scikit-learn."""
 
 
 def read_digits() -> tuple[NDArray[np.float64], NDArray[np.int64]]:

@@ -263,7 +263,7 @@ class ProgressLine(Panel):
 
 
 def _clock(seconds: float | None) -> str:
-    """As wide as minutes and seconds, or as days: the width changes once, not every minute."""
+    """A duration of constant width: it changes once, when days are reached."""
     return formatting.duration(seconds, 5 if seconds is None or seconds < 3600 else 8)
 
 

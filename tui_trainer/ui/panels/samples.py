@@ -266,7 +266,7 @@ def pixels_of(sample: ImageSample) -> Pixels:
 
 
 class ImageGrid(ScrollingLines):
-    """As many images in a row as fit, each with its prediction below. Wrong predictions differ in
+    """Images in rows, each with its prediction below. Wrong predictions differ in
     sign, reverse video and colour."""
 
     def __init__(self, *, id: str | None = None) -> None:

@@ -31,7 +31,7 @@ Floats = NDArray[np.float32]
 REDUCTIONS: tuple[Reduction, ...] = ("mean_abs", "mean", "max_abs")
 REDUCTION_NAMES = {"mean_abs": "mean |x|", "mean": "mean x", "max_abs": "max |x|"}
 ENTRY_NAMES = {"mean_abs": "|x|", "mean": "x", "max_abs": "|x|"}
-"""Where a cell is one entry."""
+"""Names of the value of a cell that is one entry."""
 MAX_ENLARGEMENT = 8
 """Terminal cells across, and half cells down, for one entry at most."""
 COLOR_STEPS = 33
@@ -108,9 +108,9 @@ class HeatMapView(LineView):
         super().__init__(id=id)
         self.heat: HeatMap | None = None
         self.message = ""
-        """In place of a heat map."""
+        """Text in place of a heat map."""
         self._picture: Picture | None = None
-        """Where the terminal shows real pixels."""
+        """The picture, where the terminal shows real pixels."""
 
     @property
     def support(self) -> PixelSupport | None:
@@ -264,7 +264,7 @@ class HeatMapView(LineView):
 
 
 def at_most(rows: int, columns: int) -> tuple[int, int]:
-    """The same proportions, with at most `MAX_CELLS` cells."""
+    """Rows and columns in these proportions, with at most `MAX_CELLS` cells."""
     less = max(1.0, math.sqrt(rows * columns / MAX_CELLS))
     return max(2, int(rows / less)), max(2, int(columns / less))
 

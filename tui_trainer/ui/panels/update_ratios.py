@@ -40,7 +40,7 @@ RATIO_WIDTH = 9
 
 
 def chart_steps(panel: Panel) -> tuple[int, int]:
-    """The same window of steps as that of the loss."""
+    """The window of steps of the loss."""
     table, info = panel.snapshot.history.table(schema.STEP), panel.snapshot.info
     last_step = (table.last_step or 0) if table is not None else 0
     return step_window(last_step, None, info.total_steps if info else None, panel.slow_link)

@@ -28,7 +28,7 @@ class ScreenEntry:
     """`module:class` in `tui_trainer.ui.screens`."""
     tooltip: str
     short_title: str = ""
-    """For narrow terminals; "": the title."""
+    """Title for narrow terminals; "": the title itself."""
 
     def load(self) -> type[Screen[Any]]:
         """Import the screen's class."""
@@ -168,7 +168,7 @@ class AppContext(DrawingContext, Protocol):
         """Leave, and run another command of `tui-trainer` then."""
 
     def leave_run_for(self, command: tuple[str, ...]) -> None:
-        """The same, once the user has said what is to become of the run that is open."""
+        """Leave for another command, once the user has chosen what happens to the open run."""
 
     def schedule(self, callback: Callable[..., object], *arguments: object) -> None:
         """Call on the event loop, from any thread, without waiting for it."""

@@ -41,7 +41,7 @@ MAY_APPEAR = (Banner, FactsLine, FindingLine, GuideLine)
 SHOWN_TRENDS = (0, 1, 4)
 """Indices in TREND_STATISTICS: the first at every size, all where there is room."""
 LARGE_SIZE = (160, 50)
-"""From which updates and learning rate are shown next to attention and clipping."""
+"""Size from which updates and learning rate are shown next to attention and clipping."""
 
 
 class DashboardScreen(FoldingScreen, ControlScreen):

@@ -156,7 +156,7 @@ class ExperimentsDialog(SnapshotDialog):
     ]  # fmt: skip
 
     def __init__(self, changes: str = "") -> None:
-        """With `changes`, as they are typed, the question what if is asked at once."""
+        """`changes`, as typed, are asked as a what-if at once."""
         super().__init__()
         self._texts = [changes, *DEFAULTS[1:]]
         self._kind = 0

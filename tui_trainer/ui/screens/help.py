@@ -35,7 +35,7 @@ class KeyHelp:
     """One action and the keys that trigger it."""
 
     keys: tuple[str, ...]
-    """As displayed, such as `shift+f3`."""
+    """Keys as displayed, such as `shift+f3`."""
     name: str
     help: str
     action: str
@@ -363,7 +363,7 @@ class HelpScreen(DetailScreen):
             self._show_matches(self.query_one(SearchInput).value)
 
     def show_keys(self) -> None:
-        """In the language of the pages."""
+        """Show the keys in the language of the pages."""
         super().show_keys()
         keys = self.query_one(KeyLine)
         keys.labels |= key_labels(self.context.language)

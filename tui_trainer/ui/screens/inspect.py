@@ -478,7 +478,7 @@ class InspectScreen(DetailScreen):
             self._with_list(lambda tensors: self._go_to(_next_kind(tensors, ref)))
 
     def action_next(self, by: int) -> None:
-        """The same kind of tensor of the next parameter."""
+        """Show the same kind of tensor of the next parameter."""
         ref = self._ref
         if ref is not None:
             self._with_list(lambda tensors: self._go_to(_next_name(tensors, ref, by)))

@@ -27,7 +27,7 @@ from tui_trainer.ui.widgets.table import VirtualTable
 
 MIN_WIDTH_BESIDE, MIN_WIDTH_FOR_WIDE_GROUPS = 112, 160
 ROWS_KEPT = 12
-"""For all but the groups, where they are above the parameters."""
+"""Rows for all but the groups, where these are above the parameters."""
 MAX_RETRIES = 5
 READING = "running the forward and backward pass of this step again …"
 

@@ -52,7 +52,7 @@ class Launcher:
     """
 
     tasks: tuple[TaskForm, ...]
-    """In the order in which they are offered; a script is offered last."""
+    """Tasks in the order in which they are offered; a script is offered last."""
     start: OnLaunch
     """Raises LaunchError or ConfigurationError; the form shows it at the field it names."""
 

@@ -122,7 +122,7 @@ class Canvas:
                 self._codes[y, x], self._style_numbers[y, x] = ord(layer.marker), number
 
     def _draw_label(self, layer: Label) -> None:
-        """In the row of its value, or in the next one where that is taken."""
+        """Draw in the row of its value, or in the next one where that is taken."""
         rows = self.scale.dot_rows(np.array([layer.value], np.float32), 4 * self.height)
         start = min(layer.column // 2 + 2, self.width - len(layer.text))
         if not np.isfinite(rows[0]) or start < 0:
@@ -134,7 +134,7 @@ class Canvas:
         self._style_numbers[y, cells] = self._add_style(layer.style)
 
     def draw_moment(self, layer: Moment, steps: tuple[int, int]) -> None:
-        """In the cells that are free."""
+        """Draw in the cells that are free."""
         start, stop = steps
         x = (layer.step - start) * self.width // max(1, stop - start)
         if 0 <= x < self.width:
@@ -315,7 +315,7 @@ class SeriesChart(LineView):
     def _curves_of_related(
         self, series: SeriesReader, columns: Sequence[int], steps: tuple[int, int], dots: int
     ) -> tuple[list[Layer], list[Figure]]:
-        """The same columns of the related runs, and each of these runs once for the title."""
+        """Layers of these columns of related runs, and each of these runs once for the title."""
         layers: list[Layer] = []
         names: dict[str, Figure] = {}
         for column in columns:

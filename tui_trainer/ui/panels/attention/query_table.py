@@ -63,7 +63,7 @@ class QueryTable(VirtualTable):
         self.move_cursor(int(places[0]) if len(places) else 0)
 
     def rearrange(self) -> None:
-        """In the order of the keys, or of their weights."""
+        """Sort by the keys, or by their weights."""
         weights = np.array([key.weight for key in self._keys], np.float64)
         order = np.argsort(-weights, kind="stable") if self.by_weight else np.arange(len(weights))
         self.sorted_by, self.descending = ("weight", True) if self.by_weight else ("key", False)

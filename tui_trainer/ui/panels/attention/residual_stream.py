@@ -63,7 +63,7 @@ class ResidualTable(VirtualTable):
         self.update_rows()
 
     def rearrange(self) -> None:
-        """With the heads of each layer, or without."""
+        """Show the heads of each layer, or hide them."""
         shown = [
             row
             for row, each in enumerate(self.contributions)

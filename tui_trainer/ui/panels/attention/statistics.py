@@ -47,7 +47,7 @@ class Statistic:
     healthy: str
     signed: bool = False
     short_title: str = ""
-    """Where there is little room; "" for the title itself."""
+    """Title where there is little room; "" for the title itself."""
     band: HealthyRange | None = None
     """The range of healthy values, if there is one; others are coloured."""
 
@@ -162,7 +162,7 @@ SHOWN_STATISTICS = (
         "stays near 0; a lasting offset is unusual", True,
     ),
 )  # fmt: skip
-"""In the order in which they are offered."""
+"""Statistics in the order in which they are offered."""
 BY_KEY = {statistic.key: statistic for statistic in SHOWN_STATISTICS}
 
 

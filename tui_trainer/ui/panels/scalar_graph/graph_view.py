@@ -24,7 +24,7 @@ MAX_GAP = 28
 MAX_PITCH = 4
 STEP_TEXT_ROWS = 4
 SIGNS = {"neg": "-"}
-"""Where the sign is not the operation itself."""
+"""Signs of operations that differ from their names."""
 
 
 @dataclass(frozen=True)
