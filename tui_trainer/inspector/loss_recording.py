@@ -1,10 +1,9 @@
-"""Records how a step computes its loss from what the model returned, call by call, so that any loss
-can be computed again.
+"""Records every call of torch between the return of the model and `backward`, so that any loss can
+be computed again. `loss_replay` does without it for the usual losses.
 
-A `TorchFunctionMode` sees the calls of torch between the return of the model and `backward`, in
-steps that may be asked about. It is put below every mode of the script's own, so that theirs end as
-they began. What has no gradient (targets from the model itself, masks, detached tensors) is kept as
-it was in the step.
+A `TorchFunctionMode` sees the calls, in steps that may be asked about. It is put below every mode
+of the script's own, so that theirs end as they began. What has no gradient (targets from the model
+itself, masks, detached tensors) is kept as it was in the step.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Records how the loss of a step was computed from the model's output, so that it can be
-recomputed. It records the calls of torch's loss functions with their targets, and the simple
-operations between the model's output and them, which are read from the autograd graph: views,
-casts, slices, means. Any other loss is recomputed call by call, from what `loss_recording` has
-recorded.
+"""Recomputes the loss of a step from the model's output.
+
+It records the calls of torch's loss functions with their targets, and the simple operations between
+the model's output and them, which are read from the autograd graph: views, casts, slices, means.
+Any other loss is recomputed call by call, from what `loss_recording` has recorded.
 """
 
 from __future__ import annotations

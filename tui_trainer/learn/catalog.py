@@ -1,4 +1,5 @@
-"""The pages of `tui-trainer learn`, in the order in which they are best read."""
+"""The pages of `tui-trainer learn`, in the order in which they are best read, and those that
+explain a phase or a rule. `ui/lessons.py` has those about a screen."""
 
 from __future__ import annotations
 

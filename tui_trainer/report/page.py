@@ -41,7 +41,7 @@ class KeyFigure:
 
 
 @dataclass(frozen=True)
-class ParameterRow:
+class ReportedParameter:
     """A parameter with its highest and last gradient norm, last norm and last update ratio."""
 
     name: str
@@ -141,7 +141,7 @@ def _figures(data: ReportData) -> Iterator[KeyFigure]:
 # ---------------------------------------------------------------- tables
 
 
-def _worst_parameters(data: ReportData) -> list[ParameterRow]:
+def _worst_parameters(data: ReportData) -> list[ReportedParameter]:
     """The parameters with the highest gradient norms of the run, non-finite ones first."""
     tables = data.history.tables_named(schema.GRAD_NORM)
     tables = [table for table in tables if table.rows and table.columns]
@@ -159,7 +159,7 @@ def _worst_parameters(data: ReportData) -> list[ParameterRow]:
     for index in np.argsort(-score, kind="stable")[:WORST_SHOWN].tolist():
         name = names[index]
         values = (float(highest[index]), last.get(name), weights.get(name), ratios.get(name))
-        rows.append(ParameterRow(name, bool(nonfinite[index]), values))
+        rows.append(ReportedParameter(name, bool(nonfinite[index]), values))
     return rows
 
 

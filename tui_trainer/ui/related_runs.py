@@ -114,7 +114,7 @@ def moved(window: Window, steps: tuple[int, int]) -> Window:
     )
 
 
-class Schedule(Protocol):
+class CallOnLoop(Protocol):
     """Calls a function on the event loop, from any thread."""
 
     def __call__(self, callback: Callable[..., object], *arguments: object) -> None: ...
@@ -124,7 +124,7 @@ class RelatedRuns:
     """Finds the other runs of the tree of the run on the screen, and reads them. Used on the event
     loop; the methods whose names begin with `_load` run on a thread, one after another."""
 
-    def __init__(self, schedule: Schedule, changed: Callable[[], None]) -> None:
+    def __init__(self, schedule: CallOnLoop, changed: Callable[[], None]) -> None:
         """`changed` is called on the event loop when the charts would show something else."""
         self.runs: tuple[CachedRun, ...] = ()
         self._schedule, self._changed = schedule, changed
