@@ -13,7 +13,7 @@ from tests.ui.fake_tensors import BIAS, HEAD, WEIGHT
 from tests.ui.screens import SIZES, app_on, frame, settle, text_of, until
 from tui_trainer.client.replay import NO_TENSORS
 from tui_trainer.protocol.actions import Pause, Resume
-from tui_trainer.protocol.autograd import CheckGradient
+from tui_trainer.protocol.autograd import CheckGradient, DescribeGraph
 from tui_trainer.protocol.heat_map import HeatMapWindow
 from tui_trainer.protocol.inspection import (
     DescribeUse,
@@ -421,3 +421,50 @@ async def test_a_tensor_is_written_to_a_file(tmp_path, monkeypatch):
         await until(pilot, lambda: "must end in .npy or" in text_of(app), "the reason")
         await pilot.press("w", "escape")
         await until(pilot, lambda: not app.screen._saving, "the screen")
+
+
+@pytest.mark.parametrize(("key", "kind"), [("u", ExplainUpdate), ("c", CheckGradient)])
+async def test_a_new_layout_does_not_replace_the_request_for_what_it_shows(key, kind):
+    app, session = paused_app()
+    async with app.run_test(size=(120, 40)) as pilot:
+        await until(pilot, lambda: app.screen.summary is not None, "an answer")
+        await settle(pilot)
+        session.hold_answers = True
+        await pilot.press(key)
+        await until(pilot, lambda: isinstance(session.inspected[-1], kind), "the request")
+        await pilot.resize_terminal(200, 60)
+        await frame(pilot)
+        assert isinstance(session.inspected[-1], kind)
+        session.hold_answers = False
+        session.held[-1].set_result(session.tensors.answer(session.inspected[-1], session.status))
+        title = "Gradient check" if key == "c" else "whole tensor, in norms"
+        await until(pilot, lambda: title in text_of(app), "the answer")
+        await until(pilot, lambda: isinstance(session.inspected[-1], Summarize), "the new window")
+
+
+async def test_what_another_screen_has_replaced_is_asked_for_again():
+    app, session = paused_app()
+    async with app.run_test(size=(120, 40)) as pilot:
+        await until(pilot, lambda: app.screen.summary is not None, "an answer")
+        session.hold_answers = True
+        session.advance(1)
+        await frame(pilot)
+        await until(pilot, lambda: not session.held[-1].done(), "another request")
+        session.held[-1].cancel()
+        session.hold_answers = False
+        await pilot.press("5", "0")
+        await until(pilot, lambda: "step 301" in text_of(app), "the answer to a third one")
+        session.hold_answers = True
+        await pilot.press("c")
+        await until(pilot, lambda: isinstance(session.inspected[-1], CheckGradient), "the request")
+        session.held[-1].cancel()
+        session.hold_answers = False
+        await pilot.press("5", "0")
+        await until(pilot, lambda: "interrupted by another" in text_of(app), "the reason")
+        session.hold_answers = True
+        await pilot.press("g")
+        await until(pilot, lambda: DescribeGraph() in session.inspected, "the request")
+        session.held[-1].cancel()
+        session.hold_answers = False
+        await pilot.press("5", "g")
+        await until(pilot, lambda: app.screen.graph is not None, "the graph")

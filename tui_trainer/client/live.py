@@ -98,7 +98,7 @@ class LiveSession:
         self._generation = 0
         # Used by the session's thread alone.
         self._task: asyncio.Task[None] | None = None
-        self._inspecting: asyncio.Task[None] | None = None
+        self._inspecting: tuple[asyncio.Task[None], Future[Inspected]] | None = None
         self._wake = asyncio.Event()
         self._next_poll = Poll(budget=LARGEST_BUDGET // 4)
         self._polled_generation = 0
@@ -161,7 +161,9 @@ class LiveSession:
 
     def inspect(self, request: InspectionRequest) -> Future[Inspected]:
         future: Future[Inspected] = Future()
-        self._inspection = (request, future)
+        unsent, self._inspection = self._inspection, (request, future)
+        if unsent is not None:
+            unsent[1].cancel()
         if not self._call(self._send_inspection):
             future.set_result(_not_inspected(NOT_CONNECTED))
         return future
@@ -354,12 +356,15 @@ class LiveSession:
             return
         (request, future), self._inspection = self._inspection, None
         if self._inspecting is not None:
-            self._inspecting.cancel()
+            task, replaced = self._inspecting
+            task.cancel()
+            replaced.cancel()  # a task that was not begun yet does nothing when it is cancelled
         connection = self._connection
         if connection is None or self._link.state != "live":
             future.set_result(_not_inspected(NOT_CONNECTED))
         else:
-            self._inspecting = self._loop.create_task(_inspect(connection, request, future))
+            task = self._loop.create_task(_inspect(connection, request, future))
+            self._inspecting = (task, future)
 
     def _refuse_commands(self, why: str) -> None:
         while self._commands:

@@ -424,10 +424,15 @@ class TuiTrainerApp(App[int]):
         """Send a command to the run; its answer is shown when it arrives."""
         self.run_commands.send(action)
 
-    def inspect(self, request: InspectionRequest, answered: Callable[[Inspected], None]) -> None:
-        """Request an inspection; `answered` is called on the event loop, unless another request
-        replaces this one."""
-        self.run_commands.inspect(request, answered)
+    def inspect(
+        self,
+        request: InspectionRequest,
+        answered: Callable[[Inspected], None],
+        replaced: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Request an inspection; `answered` is called on the event loop, or `replaced` where
+        another request replaces this one."""
+        self.run_commands.inspect(request, answered, replaced)
 
     def write_to_terminal(self, data: str) -> None:
         """Write an escape sequence between two frames."""

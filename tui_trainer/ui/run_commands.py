@@ -50,9 +50,14 @@ class RunCommands:
         show = partial(self._show_answer, action)
         session.send(action).add_done_callback(partial(self._call, show))
 
-    def inspect(self, request: InspectionRequest, answered: Callable[[Inspected], None]) -> None:
-        """Request an inspection; `answered` is called on the event loop, unless another request
-        replaces this one."""
+    def inspect(
+        self,
+        request: InspectionRequest,
+        answered: Callable[[Inspected], None],
+        replaced: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Request an inspection; `answered` is called on the event loop, or `replaced` where
+        another request replaces this one."""
         session, rank = self._context.session, self._context.inspected_rank
         if session is None:
             return
@@ -60,7 +65,9 @@ class RunCommands:
             request = OfRank(rank, request)
 
         def show(future: Future[Inspected]) -> None:
-            if not future.cancelled():
+            if future.cancelled():
+                replaced()
+            else:
                 answered(future.result())
 
         session.inspect(request).add_done_callback(partial(self._call, show))

@@ -140,9 +140,14 @@ class AppContext(DrawingContext, Protocol):
     def command(self, action: Action) -> None:
         """Send a command to the run and show its answer."""
 
-    def inspect(self, request: InspectionRequest, answered: Callable[[Inspected], None]) -> None:
-        """Request an inspection; `answered` is called on the event loop, unless another request
-        replaces this one."""
+    def inspect(
+        self,
+        request: InspectionRequest,
+        answered: Callable[[Inspected], None],
+        replaced: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Request an inspection; `answered` is called on the event loop, or `replaced` where
+        another request replaces this one."""
 
     def show_tensor(self, tensor: TensorRef) -> None:
         """Open a tensor in the inspector."""

@@ -209,7 +209,12 @@ class AttentionLayerScreen(DetailScreen):
                 self._pending = False
                 self._answered(answer)
 
-        self.context.inspect(wanted.request, arrived)
+        def replaced() -> None:
+            """By that of another screen: ask again when this one is in front."""
+            if number == self._requests:
+                self._pending, self._asked = False, None
+
+        self.context.inspect(wanted.request, arrived, replaced)
 
     def _answered(self, answer: Inspected) -> None:
         interval = max(MIN_INTERVAL_S, answer.took_ms / 1e3 / COST_SHARE)

@@ -126,7 +126,12 @@ class AutogradScreen(DetailScreen):
                 self._pending = False
                 self._answered(answer)
 
-        self.context.inspect(DescribeGraph(), arrived)
+        def replaced() -> None:
+            """By that of another screen: ask again when this one is in front."""
+            if request == self._requests:
+                self._pending, self._moment = False, None
+
+        self.context.inspect(DescribeGraph(), arrived, replaced)
 
     def _answered(self, answer: Inspected) -> None:
         status = self.context.snapshot.status

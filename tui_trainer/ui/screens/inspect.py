@@ -73,6 +73,7 @@ ENTRIES = 5
 READINGS_KEPT = 500
 CHECKED_ENTRIES = 2
 CHECKING = "computing the loss of this step again, 19 times for each entry …"
+INTERRUPTED = ("the check was interrupted by another request", "c twice begins it again")
 READING, WAITING = "reading …", "waiting for the end of the current step"
 NO_TENSOR = "no tensor is chosen"
 NO_TENSOR_HINT = "/ lists the tensors; enter on a parameter of screen 3 opens it"
@@ -238,7 +239,8 @@ class InspectScreen(DetailScreen):
         self._asked: _SentRequest | None = None
         self._requests = 0
         """Number of requests so far; only the latest is answered."""
-        self._pending = False
+        self._pending: InspectionRequest | None = None
+        """Sent, and not answered yet."""
         self._due_at = 0.0
         """When to read again while the run runs, on the monotonic clock."""
         self._saving = False
@@ -279,7 +281,8 @@ class InspectScreen(DetailScreen):
         chosen = (self.context.inspected, self.context.inspected_rank)
         if chosen != (self._ref, self._rank):
             self._ref, self._rank = chosen
-            self._asked = None
+            self._asked = self._pending = None
+            self._requests += 1  # what is still to come is about the one before
             self.summary, self._error, self.read_at = None, ("", ""), ""
             self.explanation, self._unexplained, self._explained_for = None, ("", ""), None
             self._index = None
@@ -294,6 +297,8 @@ class InspectScreen(DetailScreen):
         closed = status.ended or snapshot.link.state not in ("live", "replay")
         if self._ref is None or closed or self._saving:
             return
+        if self._pending is not None and not isinstance(self._pending, Summarize):
+            return  # its answer comes first, and then the tensor
         paused = status.state == "paused"
         visible = self.heat_map.view_size.height > 0
         window = self.viewport.window(self.heat_map.pixels) if visible else None
@@ -302,26 +307,43 @@ class InspectScreen(DetailScreen):
         if wanted == last:
             return
         moved = last is None or (wanted.tensor, wanted.window) != (last.tensor, last.window)
-        if not moved and not paused and (self._pending or time.monotonic() < self._due_at):
+        if (
+            not moved
+            and not paused
+            and (self._pending is not None or time.monotonic() < self._due_at)
+        ):
             return
         known = self.summary is not None and last is not None and paused
         unchanged = known and (wanted.tensor, wanted.moment) == (last.tensor, last.moment)  # type: ignore[union-attr]
+        self._ask(Summarize(self._ref, not unchanged, window, entries=ENTRIES), self._summarized)
         self._asked = wanted
-        request = Summarize(self._ref, not unchanged, window, entries=ENTRIES)
-        self._ask(request, self._summarized)
 
     def _ask(self, request: InspectionRequest, answered: Callable[[Inspected], None]) -> None:
         """Send a request; an answer that comes after the next request is dropped."""
+        self._give_up_pending()
         self._requests += 1
         number = self._requests
-        self._pending = True
+        self._pending = request
 
         def arrived(answer: Inspected) -> None:
             if number == self._requests and self.is_mounted:
-                self._pending = False
+                self._pending = None
                 answered(answer)
 
-        self.context.inspect(request, arrived)
+        def replaced() -> None:
+            """By that of another screen."""
+            if number == self._requests:
+                self._give_up_pending()
+
+        self.context.inspect(request, arrived, replaced)
+
+    def _give_up_pending(self) -> None:
+        """There is no answer to the last request: ask again, or say so."""
+        if isinstance(self._pending, Summarize):
+            self._asked = None
+        elif isinstance(self._pending, CheckGradient):
+            self._unchecked = INTERRUPTED
+        self._pending = None
 
     def _summarized(self, answer: Inspected) -> None:
         interval = max(MIN_INTERVAL_S, answer.took_ms / 1e3 / COST_SHARE)
@@ -351,16 +373,17 @@ class InspectScreen(DetailScreen):
             return
         request = ExplainUpdate(self._ref.name, self._index)
         wanted = (request, self._asked.moment)
-        if wanted != self._explained_for and not self._pending:
-            self._explained_for = wanted
-            self._ask(request, self._explained)
+        if wanted != self._explained_for and self._pending is None:
+            self._ask(request, lambda answer: self._explained(answer, wanted))
 
-    def _explained(self, answer: Inspected) -> None:
+    def _explained(self, answer: Inspected, of: tuple[object, ...]) -> None:
+        self._explained_for = of
         if isinstance(answer.result, UpdateExplanation):
             self.explanation, self._unexplained = answer.result, ("", "")
         else:
             self.explanation, self._unexplained = None, (answer.message, answer.hint)
-        self._draw(self.context.snapshot)
+        self._show()
+        self._explain()
 
     # ------------------------------------------------------------ drawing
 
@@ -409,7 +432,7 @@ class InspectScreen(DetailScreen):
     @property
     def _reading(self) -> bool:
         """Whether an answer will come."""
-        return self._ref is not None and self._pending and not self._error[0]
+        return self._ref is not None and self._pending is not None and not self._error[0]
 
     def _waits(self, snapshot: Snapshot) -> bool:
         """Whether the answer comes at the end of a step."""
@@ -544,7 +567,7 @@ class InspectScreen(DetailScreen):
             self.gradient_check, self._unchecked = answer.result, ("", "")
         else:
             self._unchecked = (answer.message, answer.hint)
-        self._draw(self.context.snapshot)
+        self._show()
 
     def action_save(self) -> None:
         """Write the tensor to a file; meanwhile nothing else is asked of the run."""

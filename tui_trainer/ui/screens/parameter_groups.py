@@ -105,7 +105,12 @@ class ParameterGroupsScreen(DetailScreen):
                 self._pending = False
                 self._answered(answer)
 
-        self.context.inspect(DescribeUse(), arrived)
+        def replaced() -> None:
+            """By that of another screen: ask again when this one is in front."""
+            if request == self._requests:
+                self._pending, self._moment = False, None
+
+        self.context.inspect(DescribeUse(), arrived, replaced)
 
     def _answered(self, answer: Inspected) -> None:
         if isinstance(answer.result, ParameterUse):
