@@ -546,7 +546,7 @@ def _number(value: SettingValue) -> float:
     """Raises Refusal: a viewer of another version may send anything."""
     if not isinstance(value, (int, float)) or value != value or value < 0:
         raise Refusal(
-            f"{setting_text(value)} is not a value for it", "expected a number, at least 0"
+            f"{setting_text(value)} is not a valid value", "expected a number, at least 0"
         )
     return float(value)
 

@@ -108,7 +108,7 @@ def attention(
             answer = _examined(client, request)
     examination = answer.result
     if not isinstance(examination, AttentionExamination):
-        raise CommandError("the run answered something else")
+        raise CommandError("the run sent an unexpected answer")
     if json:
         known: dict[str, Any] = {
             "run": found.name,

@@ -138,7 +138,7 @@ def _is_live(answer: Inspected) -> bool:
 def result_of(answer: Inspected, kind: type[T]) -> T:
     """The result of a request, which must be of type `kind`. Raises CommandError."""
     if not isinstance(answer.result, kind):
-        raise CommandError("the run answered something else")
+        raise CommandError("the run sent an unexpected answer")
     return answer.result
 
 

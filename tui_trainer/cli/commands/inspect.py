@@ -273,7 +273,7 @@ def _ask(client: RunClient, request: InspectionRequest) -> Inspected:
 
 def _result(answer: Inspected, kind: type[T]) -> T:
     if not isinstance(answer.result, kind):
-        raise CommandError("the run answered something else")
+        raise CommandError("the run sent an unexpected answer")
     return answer.result
 
 

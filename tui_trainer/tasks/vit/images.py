@@ -223,7 +223,7 @@ def find_images(
     names = classes or tuple(name for name in folders if by_class[name])
     if len(names) < 2:
         raise ConfigurationError(
-            f"{root} has only one class, {names[0]}: there is nothing to tell apart",
+            f"{root} has only one class, {names[0]}: a classifier needs two",
             f"--data is {LAYOUT}, with at least two classes",
         )
     number = {name: index for index, name in enumerate(names)}

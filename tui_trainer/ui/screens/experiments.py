@@ -309,5 +309,5 @@ def _number(word: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value) or not 0 <= value < 1e15:
-        raise ConfigurationError(f"{word!r} is no number for it")
+        raise ConfigurationError(f"{word!r} is not a valid number")
     return value
