@@ -35,7 +35,7 @@ class Found:
     level: Level | None = None
     """None: the level of the rule."""
     advice: str = ""
-    """"": the advice of the rule."""
+    """What to do; "": the advice of the rule."""
     confidence: Confidence = "likely"
     parameters: tuple[str, ...] = ()
     phase: Phase | Literal[""] = ""

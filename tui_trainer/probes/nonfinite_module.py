@@ -247,7 +247,7 @@ class OutputSums(Probe):
         return grows
 
     def _first(self, values: Values, sums: Sequence[_Sum]) -> Producer | None:
-        """What the first sum that is not finite is of."""
+        """The module whose output has the first sum that is not finite."""
         for index in np.flatnonzero(~np.isfinite(values)).tolist():
             entry = sums[index]
             tensor = entry.tensor()

@@ -152,7 +152,7 @@ class LearningRates:
                 group["lr"] = group["lr"] * entry[2]
 
     def step_ended(self, optimizer: Optimizer) -> None:
-        """The same."""
+        """Restore the learning rate after a step."""
         held, self._held = self._held, []
         for group, rate in held:
             group["lr"] = rate

@@ -204,7 +204,7 @@ class EvaluationLosses:
             self._last_trained = weakref.ref(module)
 
     def gradients_computed(self) -> None:
-        """What was called with gradients before was called for training after all."""
+        """Gradients were computed: the calls before them were for training."""
         if self._any_with_gradients and self._with_gradients:
             self._trained_in_eval_mode |= self._with_gradients
             self._open = False

@@ -37,7 +37,7 @@ class Faults:
         return self.in_a_row >= MAX_FAULTS
 
     def give_up(self) -> None:
-        """The current step is not measured."""
+        """Do not measure the current step."""
         self.given_up = True
         self.in_a_row += 1
 

@@ -227,7 +227,7 @@ class ReplayApp(TuiTrainerApp):
         super().__init__(replay, **options)
         self.replay = replay
         self._spike = -1
-        """Index of the spike that was jumped to last."""
+        """Index of the last spike that was jumped to."""
 
     def on_mount(self) -> None:
         """Draw by the clock while the replay plays, since no arriving data triggers a frame.

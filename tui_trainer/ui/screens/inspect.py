@@ -495,7 +495,7 @@ class InspectScreen(DetailScreen):
         self._ask(ListTensors(modules), listed)
 
     def action_kind(self) -> None:
-        """The next of the tensors that belong to the same parameter."""
+        """Show the next of the tensors that belong to the same parameter."""
         ref = self._ref
         if ref is not None:
             self._with_list(lambda tensors: self._go_to(_next_kind(tensors, ref)))

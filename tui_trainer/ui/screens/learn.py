@@ -187,7 +187,7 @@ class LearnScreen(RunScreen):
         self._measurement: tuple[str, int] | None = None
         """The measurement in progress and its seed."""
         self._wanted: tuple[str, int] | None = None
-        """The one to run after it."""
+        """The measurement to run after it."""
         self._release_timer: Timer | None = None
 
     # ------------------------------------------------------------ layout
