@@ -79,10 +79,9 @@ class Inspections:
 
     def __init__(self, gate: Gate) -> None:
         self.inspector: Inspector | None = None
-        """None until the training begins."""
         self.edits: LiveEdits | None = None
         self.travel: TimeTravel | None = None
-        """The same."""
+        """These are None until the training begins."""
         self.others: OtherRanks | None = None
         """None in a process that is not rank 0's."""
         self._gate = gate

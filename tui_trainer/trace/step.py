@@ -104,9 +104,8 @@ class BackwardPass:
     claims: set[Any] = field(default_factory=set)
     """Measurers of the optimizers that have neither used nor lost the gradients."""
     cross_entropy: torch_private.CrossEntropy | None = None
-    """Set for some of the passes."""
     loss_graph: LossGraph | None = None
-    """The same."""
+    """Both are set for some of the passes."""
     producer: Producer | None = None
     """What made the loss not finite, where that was seen."""
     bad_batch: BadBatch | None = None

@@ -374,7 +374,7 @@ def near_limits(band: HealthyRange, low: Floats, high: Floats) -> list[float]:
 
 
 def compact_number(value: float, width: int) -> str:
-    """The number in at most four digits, as many as fit; small values in scientific notation if they fit."""
+    """As many digits as fit, at most four; small values in scientific notation if they fit."""
     if 0 < abs(value) < 0.01 and width >= 9:
         return formatting.scientific(value, width)
     for digits in (4, 3, 2):
