@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tui_trainer.cli.errors import UsageError
-from tui_trainer.cli.script import Script, split
+from tui_trainer.cli.script import LauncherCommand, Script, find_launch, split
 
 CASES = [
     (["train.py"], [], Script("train.py", ())),
@@ -71,3 +71,21 @@ def test_whatever_follows_the_script_is_the_scripts(arguments: list[str]) -> Non
 )
 def test_the_default_name_of_a_run(script: Script, stem: str) -> None:
     assert script.stem == stem
+
+
+@pytest.mark.parametrize(
+    ("given", "added", "option"),
+    [
+        (["--num_gpus", "2"], ["--no_python", "--no_local_rank"], "--local_rank"),
+        (["--no_local_rank"], ["--no_python", "--no_local_rank"], ""),
+    ],
+)
+def test_deepspeed_puts_its_own_option_before_those_of_the_script(
+    given: list[str], added: list[str], option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = tmp_path / "deepspeed"
+    command.touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    script = Script("deepspeed", (*given, "t.py", "--lr", "1"))
+    launch = LauncherCommand(Script("t.py", ("--lr", "1")), (str(command), *given, *added), option)
+    assert find_launch(script, None) == launch

@@ -161,6 +161,13 @@ WRONG_BEFORE = (
         schedule=True,
     ),
     Loop(optimizers=(Optimizer("lbfgs", closure=True),), clips=(Clip("hand"), Clip("hand"))),
+    Loop(
+        iterations=2,
+        optimizers=TWO,
+        rounds="alternate",
+        zero="never",
+        gradients="assigned",
+    ),
     Loop(optimizers=BY_HAND, idle="unused"),
     Loop(optimizers=(Optimizer("no_grad"),), idle="zeroes", clips=(Clip(),)),
     Loop(optimizers=(Optimizer("data"),), idle="other", zero="end"),

@@ -55,11 +55,6 @@ class Environment:
 game = Environment()
 game.step()
 """,
-    "of another optimizer": """
-other = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))])
-if losses is None:
-    other.step()
-""",
 }
 
 
@@ -127,3 +122,31 @@ for _ in range(4):
     assert recorder.series("step", "loss") == pytest.approx(names["losses"][1::2])
     assert [skip.step for skip in recorder.skips] == [1, 2, 3, 4]
     assert recorder.info["optimizers"] == ("adam",)
+
+
+def test_gradients_that_are_copied_to_weights_in_another_precision() -> None:
+    recorder, names = traced(
+        """
+masters = [p.detach().clone().double().requires_grad_() for p in model.parameters()]
+optimizer = torch.optim.Adam(masters, lr=0.01)
+norms = []
+for _ in range(4):
+    model.zero_grad()
+    for _ in range(2):
+        loss = model(torch.randn(2, 4)).square().mean()
+        losses.append(loss.item())
+        loss.backward()
+    for master, parameter in zip(masters, model.parameters()):
+        master.grad = parameter.grad.double()
+    norms.append(nn.utils.clip_grad_norm_(masters, 1e-3).item())
+    optimizer.step()
+    with torch.no_grad():
+        for master, parameter in zip(masters, model.parameters()):
+            parameter.copy_(master)
+"""
+    )
+    losses = names["losses"]
+    sums = [a + b for a, b in zip(losses[::2], losses[1::2], strict=True)]
+    assert recorder.series("step", "loss") == pytest.approx(sums)
+    assert recorder.series("step", "grad_norm_preclip") == pytest.approx(names["norms"])
+    assert not recorder.skips

@@ -113,6 +113,7 @@ def prepare(
     script: Script | None = None,
     resume_point: ResumePoint | None = None,
     launcher: tuple[str, ...] = (),
+    local_rank_option: str = "",
     stem: str = "",
 ) -> RunSpec:
     """Create the run directory and write the spec; on CommandError nothing is left behind. `stem`:
@@ -132,6 +133,7 @@ def prepare(
             module=script.module if script else False,
             arguments=script.arguments if script else (),
             launcher=launcher,
+            local_rank_option=local_rank_option,
             working_directory=os.getcwd(),
             command=("tui-trainer", *sys.argv[1:]),
             source=find_source(os.getcwd()),

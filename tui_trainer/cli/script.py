@@ -159,6 +159,9 @@ def _check_module(name: str) -> None:
 _ANY_PROGRAM = {"torchrun": "--no-python", "accelerate": "--no_python", "deepspeed": "--no_python"}
 """Launchers, and their option to start any program instead of a Python script."""
 _MODULE_OPTIONS = ("-m", "--module")
+_NO_LOCAL_RANK = "--no_local_rank"
+"""Of deepspeed, which otherwise puts `--local_rank=N` right after the program, into our own
+arguments."""
 _TORCHRUN_MODULES = ("torch.distributed.run", "torch.distributed.launch")
 
 
@@ -168,6 +171,8 @@ class LauncherCommand:
 
     script: Script
     command: tuple[str, ...] = ()
+    local_rank_option: str = ""
+    """As `RunSpec.local_rank_option`."""
 
 
 def find_launch(script: Script, nproc: int | None) -> LauncherCommand:
@@ -218,15 +223,19 @@ def _split(command: tuple[str, ...], option: str, arguments: Sequence[str]) -> L
         if argument in _MODULE_OPTIONS:
             rest = arguments[place + 1 :]
             if rest and not rest[0].startswith("-"):
-                return LauncherCommand(
-                    Script(rest[0], tuple(rest[1:]), module=True), (*command, *before, option)
-                )
+                script = Script(rest[0], tuple(rest[1:]), module=True)
+                break
         elif not argument.startswith("-") and (
             argument.endswith(".py") or Path(argument, "__main__.py").is_file()
         ):
             script = Script(argument, tuple(arguments[place + 1 :]))
-            return LauncherCommand(script, (*command, *before, option))
-    raise UsageError(
-        f"no script was found in the arguments of {os.path.basename(command[0])}",
-        "name it with its ending .py, or give its module right after -m",
-    )
+            break
+    else:
+        raise UsageError(
+            f"no script was found in the arguments of {os.path.basename(command[0])}",
+            "name it with its ending .py, or give its module right after -m",
+        )
+    if os.path.basename(command[0]) != "deepspeed":
+        return LauncherCommand(script, (*command, *before, option))
+    wanted = "" if _NO_LOCAL_RANK in before else "--local_rank"
+    return LauncherCommand(script, (*command, *before, option, _NO_LOCAL_RANK), wanted)

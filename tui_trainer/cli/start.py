@@ -71,7 +71,14 @@ def start_script(script: Script, options: RunOptions) -> int:
             "--ranks-over is for a process that a launcher has started on one of several machines",
             "torchrun --nnodes 2 … --no-python tui-trainer run --ranks-over ssh://HOST train.py",
         )
-    return _show(prepare(SCRIPT, options, script=launch.script, launcher=launch.command), options)
+    spec = prepare(
+        SCRIPT,
+        options,
+        script=launch.script,
+        launcher=launch.command,
+        local_rank_option=launch.local_rank_option,
+    )
+    return _show(spec, options)
 
 
 def _start_rank(launch: LauncherCommand, rank: Rank, options: RunOptions) -> int:

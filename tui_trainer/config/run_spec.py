@@ -58,6 +58,8 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
     launcher: tuple[str, ...] = ()
     """The command that starts the training processes, up to where a program follows: `torchrun
     --nproc-per-node=2 --no-python`; (): the run process trains by itself."""
+    local_rank_option: str = ""
+    """The launcher gives this option, with the process's rank on its machine, to the script."""
     working_directory: str = ""
     """"": the process's own."""
     command: tuple[str, ...] = ()

@@ -34,6 +34,9 @@ from tui_trainer.protocol.schema import AttentionInfo, ParameterInfo, RunInfo
 _REASON = 0xFF
 
 
+_UNKNOWN = (Absent.NOT_MEASURED, Absent.CHANGED_BY_HAND, Absent.OUT_OF_RANGE, Absent.OVERFLOW)
+
+
 class TableRow:
     """The values of one table at one step, with the names of their columns."""
 
@@ -55,6 +58,11 @@ class TableRow:
         return not math.isfinite(np.add.reduce(self.values, dtype=np.float64)) and bool(
             self.absent.any()
         )
+
+    @cached_property
+    def any_unknown(self) -> bool:
+        """Whether some values are absent only because they could not be measured."""
+        return self.any_absent and bool(np.isin(self.reasons(), _UNKNOWN).any())
 
     def reasons(self) -> NDArray[np.uint32]:
         """The `Absent` code of each value, 0 where it is present."""

@@ -20,6 +20,8 @@ def start(arguments: list[str]) -> int:
     if len(arguments) not in (1, 2) or arguments[1:] not in ([], ["--plain"], ["--json"]):
         print("usage: python -m tui_trainer.run DIRECTORY [--plain|--json]", file=sys.stderr)
         return 2
+    from msgspec.structs import replace
+
     from tui_trainer.config.machine import OtherLoad
 
     others = OtherLoad()  # measures while the rest is imported
@@ -35,6 +37,9 @@ def start(arguments: list[str]) -> int:
     except (OSError, ValueError) as error:
         print(f"tui-trainer: cannot start this run: {error}", file=sys.stderr)
         return 2
+    if spec.local_rank_option and "LOCAL_RANK" in os.environ:
+        option = f"{spec.local_rank_option}={os.environ['LOCAL_RANK']}"
+        spec = replace(spec, arguments=(option, *spec.arguments))
     # A crash of the interpreter is reported on the original stderr, not in a pipe of this process.
     faulthandler.enable(os.fdopen(os.dup(2), "w"))
     rank = rank_here() if spec.launcher else None

@@ -1,28 +1,37 @@
 """Reads total steps, epochs, evaluation results and logged values from Hugging Face's Trainer and
-from Lightning. Neither is imported here: their modules are patched once the script has imported
-them."""
+from Lightning, and observes how DeepSpeed clips. None is imported here: their modules are patched
+once the script has imported them."""
 
 from __future__ import annotations
 
 import math
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from tui_trainer.run.context import RunContext
 from tui_trainer.run.import_hook import after_import
 from tui_trainer.run.progress import EPOCHS, TOTAL, Progress
 from tui_trainer.trace.module_calls import Patches
 
+if TYPE_CHECKING:
+    from tui_trainer.trace.tracer import Tracer
+
 HUGGING_FACE = "transformers.trainer_callback"
 LIGHTNING = ("lightning.pytorch", "pytorch_lightning")
+DEEPSPEED_UTILITIES = "deepspeed.runtime.utils"
+DEEPSPEED_ZERO = {
+    "deepspeed.runtime.zero.stage_1_and_2": "DeepSpeedZeroOptimizer",
+    "deepspeed.runtime.zero.stage3": "DeepSpeedZeroOptimizer_Stage3",
+}
 CONNECTOR = "trainer.connectors.logger_connector.logger_connector"
 LOSS_NAMES = ("loss", "loss_epoch", "epoch_loss")
 PREFIXES = ("validation", "valid", "val", "eval", "test")
 SPEED_METRICS = ("runtime", "per_second", "preparation_time")
 
 
-def observe_frameworks(run: RunContext, progress: Progress) -> Callable[[], None]:
+def observe_frameworks(run: RunContext, progress: Progress, tracer: Tracer) -> Callable[[], None]:
     """Patch the frameworks that this process has imported or will import. Returns a function that
     removes the patches."""
     patches = Patches()
@@ -42,6 +51,11 @@ def observe_frameworks(run: RunContext, progress: Progress) -> Callable[[], None
         lightning = _Lightning(run, progress, patches, package)
         ends.append(after_import(f"{package}.trainer.call", observing(lightning.observe_hooks)))
         ends.append(after_import(f"{package}.{CONNECTOR}", observing(lightning.observe_values)))
+
+    deepspeed = _DeepSpeed(run, progress, patches, tracer)
+    ends.append(after_import(DEEPSPEED_UTILITIES, observing(deepspeed.observe_clipping)))
+    for module, name in DEEPSPEED_ZERO.items():
+        ends.append(after_import(module, observing(partial(deepspeed.observe_zero, module, name))))
 
     def leave() -> None:
         for end in ends:
@@ -215,3 +229,31 @@ class _Lightning(_Framework):
             self._progress.validation.log(evaluated, self._run.gate.completed)
         if others:
             self._progress.scalars.log(others)
+
+
+class _DeepSpeed(_Framework):
+    """DeepSpeed's engine, which clips gradients with a function of its own. Its ZeRO optimizers
+    clip the partitions that they copy gradients to."""
+
+    name = "DeepSpeed"
+
+    def __init__(
+        self, run: RunContext, progress: Progress, patches: Patches, tracer: Tracer
+    ) -> None:
+        super().__init__(run, progress, patches)
+        self._tracer = tracer
+
+    def observe_clipping(self) -> None:
+        module = sys.modules[DEEPSPEED_UTILITIES]
+        observed = self._tracer.observed_clipping(module.clip_grad_norm_)
+        self._patches.replace(module, "clip_grad_norm_", observed)
+
+    def observe_zero(self, module: str, name: str) -> None:
+        optimizer_class = getattr(sys.modules[module], name)
+        original = optimizer_class.unscale_and_clip_grads
+
+        def unscale_and_clip_grads(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+            self._guarded(self._tracer.gradients_rescaled, optimizer.optimizer)
+            return original(optimizer, *args, **kwargs)
+
+        self._patches.replace(optimizer_class, "unscale_and_clip_grads", unscale_and_clip_grads)

@@ -101,7 +101,7 @@ def trace(
         tracers.append(tracer)
         if children is not None:
             children.untrace = tracer.detach
-        run.at_end(observe_frameworks(run, progress))
+        run.at_end(observe_frameworks(run, progress, tracer))
         run.at_end(progress.close)
         if not run.recording:
             return

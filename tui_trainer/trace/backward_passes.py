@@ -169,7 +169,10 @@ class BackwardPasses:
         self._end(reached)
         for measurer in reached:
             if measurer.reading is None and measurer.passes and measurer.careful:
-                found = [gradients.get(id(p)) for p in measurer.tracked.parameters]
+                tracked = measurer.tracked
+                pairs = zip(tracked.parameters, tracked.gradients(), strict=True)
+                # The script may have asked for those of some parameters only.
+                found = [gradients.get(id(p), gradient) for p, gradient in pairs]
                 self._waiting.read(measurer, gradients=found)
             if measurer.weights is not None:
                 self._expect_update_by_hand(measurer, measurer.weights)
@@ -259,6 +262,8 @@ class BackwardPasses:
             last.bad_batch = last.bad_batch or backward.bad_batch
             backward = last
         self._last = backward
+        if not reached and evaluated is None:
+            self._waiting.add_unclaimed(backward)
         for measurer in reached:
             measurer.add_pass(backward)
             if self._in_eval_mode and not self._in_eval_mode.isdisjoint(measurer.tracked.ids):

@@ -60,6 +60,7 @@ class Clippings:
         if not self._phases.enter(CLIP):
             return False
         waiting = self._waiting
+        waiting.registry.register_reached()
         waiting.take_unseen()
         waiting.follow_changes_by_hand(compare=True)
         self._measurers, self._used, careful = [], [], False

@@ -85,6 +85,10 @@ class OptimizerSteps:
         measurer.prepare(self._phases.step, self._gate.armed and self._gate.stops_soon)
         if measurer.norms_read is not None:
             self._waiting.read(measurer)
+        if optimizer in self._waiting.rescaled:
+            self._waiting.rescaled.discard(optimizer)
+            self._waiting.take_unseen()
+            measurer.do_not_read()
         if not closure:
             self._waiting.take_unseen()
             self._waiting.follow_changes_by_hand(compare=True)
@@ -189,6 +193,9 @@ class OptimizerSteps:
         mixed = len(passes) > 1 and not shared and not evaluations > 0 and _are_mixed(passes)
         step_ms, times = phases.complete_step(measurer.slot, shared, bool(measurer.clips))
         self._scaling.end_step()
+        if self._waiting.unclaimed is not None:
+            self._waiting.unclaimed.used = True
+            self._waiting.unclaimed = None
         for backward in passes:
             backward.used = True
             backward.claims.discard(measurer)

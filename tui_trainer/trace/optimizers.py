@@ -248,13 +248,11 @@ class OptimizerRegistry:
     def measure_hand_updates(self, wanted: Sequence[torch.Tensor] = ()) -> StepMeasurer | None:
         """For a script without an optimizer that steps: measure the parameters of the models that
         it calls; None where none of them has a gradient or is `wanted`."""
-        used = [optimizer for optimizer in self._optimizers() if self._is_used(optimizer)]
-        held = {id(p) for optimizer in used for p in parameters_of(optimizer)}
+        if self._any_unregistered():
+            return None
         ids = {id(p) for p in wanted}
         models = self._roots.modules
-        parameters = [
-            p for m in models for p in m.parameters() if p.requires_grad and id(p) not in held
-        ]
+        parameters = [p for model in models for p in model.parameters() if p.requires_grad]
         if not any(p.grad is not None or id(p) in ids for p in parameters):
             return None
         self._by_hand = HandUpdates(dict.fromkeys(parameters))
@@ -414,6 +412,9 @@ class OptimizerRegistry:
     def _hand_over(self, slot: OptimizerSlot, optimizer: Optimizer) -> None:
         """Give a slot in which nothing has stepped yet to another optimizer."""
         others = {each.name for each in self._slots if each is not slot}
+        for position, info in enumerate(self._infos):
+            if info.optimizer == slot.name:
+                self._infos[position] = msgspec.structs.replace(info, optimizer="")
         slot.name = self._new_name(optimizer, others)
         slot.kind, slot.shapes = type(optimizer), shapes_of(optimizer)
         slot.occupy(optimizer)

@@ -110,6 +110,8 @@ class StepMeasurer:
         """Whether a GradScaler is in use."""
         self.changed_by_hand = False
         """Whether the script has changed gradients by itself: they are read at once then."""
+        self.given_gradients = False
+        """Whether the script has set gradients that no backward has computed for this optimizer."""
         self._recorder = recorder
         self._norms = Norms(tracked.parameters, tracked.device)
         self._steps = 0
@@ -150,6 +152,7 @@ class StepMeasurer:
         if self.passes and before.reading is not None:
             self.norms_read = self._norms_of(before.reading, before.tracked.parameters)
         self.changed_by_hand = before.changed_by_hand
+        self.given_gradients = before.given_gradients
         self.marks.remember()
         if self.passes and before._latest is not None and self._on_host and before._on_host:
             known = dict(zip(map(id, before.tracked.parameters), before._latest, strict=True))
@@ -424,11 +427,15 @@ class StepMeasurer:
     def _use_norms(self, reading: GradientReading, norms: Readings) -> None:
         self._awaiting_norms, self.norms_read = False, None
         if not norms:
-            count = len(self.tracked.parameters)
-            reading.absent = np.full(count, Absent.NOT_MEASURED, np.uint8)
+            self.do_not_read()
             return
         reading.norms = norms
         self.probes.gradient_norms(norms)
+
+    def do_not_read(self) -> None:
+        """The waiting gradients have been changed in a way that is not known."""
+        codes = np.full(len(self.tracked.parameters), Absent.CHANGED_BY_HAND, np.uint8)
+        self.reading = GradientReading(None, None, codes)
 
     def norms_now(self) -> Readings:
         """The norms of the current gradients."""

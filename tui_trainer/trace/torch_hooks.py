@@ -339,6 +339,10 @@ class TorchHooks:
                 if getattr(module, name, None) is original:
                     self._patches.replace(module, name, wrapper)
 
+    def observed_clipping(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """A framework's own `clip_grad_norm_`, observed like torch's."""
+        return self._clipping(original, "clip_grad_norm_", "norm")
+
     def _clipping(
         self, original: Callable[..., Any], name: str, kind: ClipKind
     ) -> Callable[..., Any]:

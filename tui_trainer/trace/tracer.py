@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
@@ -388,7 +388,7 @@ class Tracer:
         self._phases.stop_clock()
         self._waiting.zeroed(owner)
         for measurer in self.registry.measurers:
-            if measurer.passes:
+            if measurer.passes or measurer.given_gradients:
                 measurer.marks.remember()
             else:
                 measurer.marks.forget()
@@ -402,6 +402,15 @@ class Tracer:
         self._backwards.open = None
         if self._phases.fail() == CLIP:
             self._clips.failed()
+
+    def observed_clipping(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """A framework's own `clip_grad_norm_`, observed like torch's."""
+        return self._hooks.observed_clipping(original)
+
+    def gradients_rescaled(self, optimizer: Optimizer) -> None:
+        """A framework unscales and clips the gradients of `optimizer` by itself: what they were
+        before is not measured."""
+        self._waiting.rescaled.add(optimizer)
 
     @always_guarded
     def optimizer_created(self, optimizer: Optimizer) -> None:

@@ -3,6 +3,7 @@ itself, and which are discarded."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -72,6 +73,10 @@ class WaitingGradients:
         self._gate = gate
         self._open_step = open_step
         self._on_skip = on_skip
+        self.unclaimed: BackwardPass | None = None
+        """The backward passes since the last step that reached no optimizer."""
+        self.rescaled: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        """Optimizers whose gradients a framework has unscaled and clipped by itself."""
 
     @property
     def step(self) -> int:
@@ -115,8 +120,18 @@ class WaitingGradients:
                 others = any(each.passes for each in self.registry.measurers)
                 used = (others or self._phases.just_stepped) and not measurer.marks.any_replaced()
                 if not used and not self._waits_elsewhere(measurer):
-                    measurer.add_pass(BackwardPass([]))
+                    # The script has copied them, as to weights in a higher precision.
+                    losses = self.unclaimed.losses if self.unclaimed is not None else ()
+                    measurer.add_pass(BackwardPass([*losses]))
+                    measurer.given_gradients = True
                 measurer.marks.remember()
+
+    def add_unclaimed(self, backward: BackwardPass) -> None:
+        """A backward pass has reached no optimizer."""
+        if self.unclaimed is None:
+            self.unclaimed = backward
+        elif self.unclaimed is not backward:
+            self.unclaimed.add(backward.losses)
 
     def _waits_elsewhere(self, measurer: StepMeasurer) -> bool:
         """Whether the gradients that have changed wait for the step of another optimizer, which

@@ -272,7 +272,7 @@ class NoGradients(Rule):
 
     def step(self, seen: Observation) -> Iterable[Found]:
         row = seen.gradients
-        if self._reported or row is None:
+        if self._reported or row is None or row.any_unknown:
             return
         if not row.any_absent:
             self._had_any = True
