@@ -10,9 +10,9 @@ processor time; a fork has them at once. Of tui_trainer those modules are import
 neither PyTorch nor Textual and do nothing when they are imported. PyTorch is hidden until the
 process imports it.
 
-A process that has a terminal, the app, gets a fork server of its own, a child of it: the run
-process that it starts is forked there. So does a worker of pytest-xdist, for the processes of its
-tests.
+A process that has a terminal, the app, or that starts a run otherwise gets a fork server of its
+own, a child of it: the run process that it starts is forked there. So does a worker of
+pytest-xdist, for the processes of its tests.
 """
 
 from __future__ import annotations
@@ -239,7 +239,7 @@ if __name__ == "__main__":
     sys.modules.pop("tests", None)
     _request, _descriptors = serve(_asking)
     _own: socket.socket | None = None
-    while _own is None and (_request["terminal"] or _request["worker"]):
+    while _own is None and (_request["starts"] or _request["worker"]):
         _own, _forked = fork_own_server(_descriptors)
         if _forked is not None:
             _request, _descriptors = _forked
@@ -247,7 +247,7 @@ if __name__ == "__main__":
     become(_request, _descriptors)
     if _own is not None:
         _popen = fork_where_the_same(_own)
-        if _request["terminal"]:
+        if _request["starts"]:
             subprocess.Popen = _popen  # type: ignore[misc]
             write_stacks_on_signal()
     if "torch" not in sys.modules:

@@ -30,7 +30,8 @@ from typing import Any
 COLD = bool(os.environ.get("TUI_TRAINER_TEST_COLD")) or not sys.platform.startswith("linux")
 READ_AT_START = ("PYTHON", "OMP_", "GOMP_", "MKL_", "KMP_", "OPENBLAS_", "LD_", "LC_", "LANG")
 """What begins with one of these takes effect as an interpreter starts or a library is loaded."""
-UNDERSTOOD = ("PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE")
+UNDERSTOOD = ("PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE", "GOMP_SPINCOUNT")
+"""But these are set when a process is forked, or change nothing of a process with one thread."""
 OURS = ("tui_trainer.cli.start", "tui_trainer.run.host", "tui_trainer.run.script")
 """What every process that trains imports of the product, without PyTorch and Textual."""
 LIBRARIES = (
@@ -136,9 +137,10 @@ def _forks(arguments: list[str]) -> bool:
 class Popen(subprocess.Popen[Any]):
     """`subprocess.Popen`, of a forked interpreter where that is the same; with `torch=False` of one
     that has not imported PyTorch, for commands that do not either: it ends sooner. `cold=True` is
-    `subprocess.Popen`. With `terminal=True`, which asks for a new session, standard input becomes
-    the controlling terminal, and what the process itself starts is forked as well. `worker=True` is
-    for a process that imports this module: what it starts here is forked from its own start."""
+    `subprocess.Popen`. With `starts=True`, or `--detach`, what the process itself starts is forked
+    as well. So it is with `terminal=True`, which asks for a new session: standard input becomes the
+    controlling terminal. `worker=True` is for a process that imports this module: what it starts
+    here is forked from its own start."""
 
     def __init__(
         self,
@@ -146,12 +148,14 @@ class Popen(subprocess.Popen[Any]):
         *,
         torch: bool = True,
         cold: bool = COLD,
+        starts: bool = False,
         terminal: bool = False,
         worker: bool = False,
         **options: Any,
     ) -> None:
         self._libraries = WITH_TORCH if torch else LIBRARIES
         self._cold = cold or COLD
+        self._starts = starts or terminal or "--detach" in args
         self._terminal = terminal
         self._worker = worker
         super().__init__(args, **options)
@@ -202,6 +206,7 @@ class Popen(subprocess.Popen[Any]):
             "environment": environment,
             "directory": os.fspath(cwd) if cwd is not None else os.getcwd(),
             "session": bool(new_session),
+            "starts": self._starts,
             "terminal": self._terminal,
             "worker": self._worker,
         }

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests import processes
+from tests.runs.starting import TRAINS
 
 COMMAND = [sys.executable, "-m", "tui_trainer"]
 
@@ -33,14 +34,10 @@ def call(
         "COLUMNS": "100",
         **(env or {}),
     }
-    trains = (
-        arguments[:1]
-        and arguments[0] in ("gpt", "vit", "run", "check")
-        and "--help" not in arguments
-    )
+    command = arguments[0] if arguments and "--help" not in arguments else ""
     return processes.run(
         [*COMMAND, *map(str, arguments)],
-        torch=torch and bool(trains),
+        torch=torch and command in TRAINS,
         cold=cold,
         cwd=cwd,
         env=environment,
@@ -74,8 +71,9 @@ class StartedRun:
 
 
 @contextlib.contextmanager
-def started(*arguments: str, cwd: Path) -> Iterator[StartedRun]:
-    """`tui-trainer arguments…`, with its runs in `cwd`; killed at the end."""
+def started(*arguments: str, cwd: Path, starts: bool = False) -> Iterator[StartedRun]:
+    """`tui-trainer arguments…`, with its runs in `cwd`; killed at the end. `starts`: it starts
+    another run."""
     process = processes.Popen(
         [*COMMAND, *arguments],
         cwd=cwd,
@@ -83,6 +81,7 @@ def started(*arguments: str, cwd: Path) -> Iterator[StartedRun]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        starts=starts,
     )
     try:
         yield StartedRun(process)

@@ -96,7 +96,7 @@ def shown_beside(one: Path, child: dict[int, float], parent: dict[int, float]) -
 
 def test_a_branch_goes_on_from_an_earlier_step_with_another_rate(tmp_path: Path) -> None:
     command = ("gpt", "--plain", "--paused", "--name", "one", *OPTIONS.split())
-    with started(*command, cwd=tmp_path):
+    with started(*command, cwd=tmp_path, starts=True):
         until(lambda: call("step", "one", "8", cwd=tmp_path).returncode == 0, "the run steps")
         changes = ("lr=0.5", "clip=0.01")
         done = call("branch", "one", *changes, "--to", "5", "--json", cwd=tmp_path)

@@ -22,6 +22,8 @@ from tui_trainer.store.reader import StoredHistory
 from tui_trainer.store.schema import StoreError
 
 T = TypeVar("T")
+TRAINS = ("gpt", "vit", "run", "check")
+"""Commands that import PyTorch, or start a process that does."""
 
 
 def until(found: Callable[[], T], what: str, seconds: float = 240.0) -> T:
@@ -119,7 +121,7 @@ class Runs:
             text=True,
             timeout=options.pop("timeout", 240),
             stdin=subprocess.DEVNULL,
-            torch=False,
+            torch=arguments[0] in TRAINS,
             **options,
         )
 
