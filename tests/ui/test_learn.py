@@ -280,8 +280,8 @@ def test_screens_and_panels_name_pages_that_exist() -> None:
     assert named
     own_apps = {"graph", "compare"}
     assert set(OF_SCREEN) <= {entry.mode for entry in screens} | own_apps
-    pages_themselves = {"help", "learn", "attention-layer"}
-    assert {entry.mode for entry in SCREENS} <= set(OF_SCREEN) | pages_themselves
+    pages_themselves = {"help", "learn"}
+    assert {entry.mode for entry in screens} == (set(OF_SCREEN) | pages_themselves) - own_apps
     assert all(OF_SCREEN.values())
     of_screens = [name for names in OF_SCREEN.values() for name in names]
     assert {*named, *OF_ANY_SCREEN, *of_screens} == set(PAGES)

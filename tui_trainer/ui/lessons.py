@@ -20,6 +20,8 @@ OF_SCREEN: dict[str, tuple[str, ...]] = {
     "ranks": ("device",),
     "inspect": ("scalar-tensor", "updates", "param-groups"),
     "autograd": ("loss-graph", "forward-backward", "gradient"),
+    "attention_layer": ("attention-scores", "residual-stream", "qkv"),
+    "parameter_groups": ("param-groups", "updates", "device"),
     "start": ("vit-arithmetic", "device"),
     "graph": ("scalar-tensor", "gradient", "forward-backward"),
     "compare": ("forward-backward", "updates"),

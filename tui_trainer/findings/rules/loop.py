@@ -56,7 +56,6 @@ class GradientsKept(Rule):
                 evidence(
                     "steps in a row that started with used gradients",
                     count,
-                    high=0,
                     table="step",
                     column="grad_norm_preclip",
                     text=f"{count}",
