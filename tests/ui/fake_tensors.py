@@ -217,7 +217,7 @@ def explained_update(request: ExplainUpdate, tensor: object) -> UpdateExplanatio
     import torch
 
     from tui_trainer.inspector.tensor_catalog import info_of
-    from tui_trainer.inspector.update_formulas import Inputs, explain
+    from tui_trainer.inspector.update_formulas import UpdateInputs, explain
 
     weight = torch.tensor(0.0125)
     optimizer = torch.optim.AdamW([torch.nn.Parameter(weight)], lr=0.01, weight_decay=0.01)
@@ -227,7 +227,7 @@ def explained_update(request: ExplainUpdate, tensor: object) -> UpdateExplanatio
         "exp_avg": torch.tensor(4.2e-4),
         "exp_avg_sq": torch.tensor(1.3e-5),
     }
-    inputs = Inputs(group, weight, torch.tensor(-0.0143), state, True)
+    inputs = UpdateInputs(group, weight, torch.tensor(-0.0143), state, True)
     found = explain(optimizer, inputs, request.index is not None)
     terms = [UpdateTerm(t.name, t.formula, float(t.values), t.numbers) for t in found.terms]
     return UpdateExplanation(

@@ -251,13 +251,13 @@ class HeatMapView(LineView):
         spans: list[Span] = []
         row: Row = []
         left, right = number(low, 0), number(high, 0)
-        length = max(4, min(24, width - len(left) - len(right) - 30))
+        count = int((~np.isfinite(cells)).sum())
+        length = max(4, min(24, width - len(left) - len(right) - (30 if count else 2)))
         row += self.styled([(f"{left} ", "dim")])
         values = np.linspace(low, high, length, dtype=np.float32)[None]
         values = np.vstack([values, values])
         row += self._blocks(values, np.ones(values.shape, bool), low, high)[0]
         spans.append((f" {right}", "dim"))
-        count = int((~np.isfinite(cells)).sum())
         if count > 0:
             spans.append((f"  {count:,} not finite", "error"))
         return row + self.styled(spans)
