@@ -1,4 +1,5 @@
-"""Findings among the events of a run, in the order in which they are shown."""
+"""Findings among the events of a run, in the order in which they are shown. Which of them is the
+effect of another is decided in `engine.py`."""
 
 from __future__ import annotations
 
