@@ -9,6 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from tests.travel.support import Edited, equal, tiny, weights
+from tui_trainer.settings import learning_rates
+from tui_trainer.settings.learning_rates import KnownSchedulers
 from tui_trainer.trace.gate import Refusal
 
 AT = 5
@@ -219,7 +221,8 @@ def test_a_scheduler_goes_on_from_the_new_rate(name):
         loop = script(model, optimizer, scheduler, before=note)
         if changed:
             edited = Edited(loop, {4: "lr=0.01"})
-            assert edited.answers, edited.notices
+            assert f"(the schedule of {name}" in edited.answers[0], edited.notices
+            assert "continues from it)" in edited.answers[0]
         else:
             loop()
     before = rates[False]
@@ -227,6 +230,26 @@ def test_a_scheduler_goes_on_from_the_new_rate(name):
     factor = 0.01 / before[3]
     for got, was in zip(rates[True][4:], before[4:], strict=True):
         assert got == pytest.approx(was * factor)
+
+
+def test_schedulers_are_searched_for_once_and_new_ones_of_the_script_are_found(monkeypatch):
+    searches = []
+    search = learning_rates.schedulers_of
+    monkeypatch.setattr(
+        learning_rates, "schedulers_of", lambda o: (searches.append(o), search(o))[1]
+    )
+    _, optimizer = make()
+    holder = [[[SCHEDULERS["StepLR"](optimizer)]]]  # too deep for what variables hold
+    known = KnownSchedulers()
+    for _ in range(12):
+        assert known.of([optimizer]) == holder[0][0]
+    assert len(searches) == 4, "the 1st, 2nd, 4th and 8th time"
+    added = SCHEDULERS["OneCycleLR"](optimizer)
+    assert known.of([optimizer]) == [*holder[0][0], added]
+    _, other = make()
+    of_other = [[[SCHEDULERS["LambdaLR"](other)]]]
+    assert known.of([other]) == of_other[0][0]
+    assert len(searches) == 5
 
 
 def test_without_a_scheduler_the_rate_stays():

@@ -344,6 +344,31 @@ def test_a_breakpoint_is_met_at_a_step_that_is_made_again_but_not_on_the_way_the
         until(lambda: run.gate.mode == "paused" and run.gate.step_in_progress == 5)
 
 
+def test_a_breakpoint_of_a_script_comes_as_many_steps_later_as_it_counts_further(tmp_path):
+    class Script:
+        task = None
+
+        def back(self, step, confirmed, arrived):
+            arrived(13)
+            return f"back to {step}"
+
+    with Run(tiny(), tmp_path, memory=0) as run:
+        breakpoints = RunBreakpoints(run.spec, run.gate, run.recorder).all
+        control = CommandHandler(
+            run.gate, run.recorder, print, print, travel=Script,
+            breakpoints=types.SimpleNamespace(
+                all=breakpoints, save=lambda: None, forget_stop=lambda: None),
+        )  # fmt: skip
+        viewer = Viewer(0, "you", False)
+        control.joined(viewer)
+        assert control.perform(viewer, Back(6, break_at="step == 7 at backward")).ok
+        assert control.perform(viewer, Back(6, break_at="step == 7")).ok
+        conditions = [each.condition for each in breakpoints.list()]
+        assert conditions == ["step == 20 at backward", "step == 20"]
+        refused = control.perform(viewer, Back(6, break_at="loss > 3"))
+        assert "the condition has to name a step" in refused.message
+
+
 def test_the_origin_of_a_value_that_is_not_finite_is_found_by_making_its_step_again(tmp_path):
     class Overflow(torch.nn.Module):
         def forward(self, x):

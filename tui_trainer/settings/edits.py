@@ -268,6 +268,9 @@ class LiveEdits:
         groups = [(optimizer, group) for _, optimizer, group in self._groups()]
         if task is None:
             targets = [groups[number] for number in chosen]
+            setting = self._rates.schedulers([optimizer for optimizer, _ in targets])
+            if setting:
+                text += f" (the schedule of {', '.join(setting)} continues from it)"
             return PlannedEdit(text, lambda: self._rates.change(targets, value))
         schedule = task.schedule
         if schedule.schedule != "constant":

@@ -87,8 +87,12 @@ class LearningRates:
         """What else sets the rate, as a text."""
         if any(ref() in optimizers for ref, _, _ in self._factors.values()):
             return "the script sets it; its values are scaled"
-        names = dict.fromkeys(type(s).__name__ for o in optimizers for s in schedulers_of(o))
-        return ", ".join(names)
+        return ", ".join(self.schedulers(optimizers))
+
+    @staticmethod
+    def schedulers(optimizers: Sequence[Optimizer]) -> list[str]:
+        """The classes of the schedulers that set the rate."""
+        return list(dict.fromkeys(type(s).__name__ for o in optimizers for s in schedulers_of(o)))
 
     # ------------------------------------------------------------ a script that sets it itself
 
