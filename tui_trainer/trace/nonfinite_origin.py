@@ -184,6 +184,8 @@ class _Pass(Protocol):
 
 class _Measurer(Protocol):
     tracked: TrackedParameters
+    changed_by_hand: bool
+    float32_exact: bool
 
     @property
     def passes(self) -> Sequence[_Pass]: ...
@@ -255,12 +257,14 @@ class NonFiniteOrigins:
         """The gradients with these norms are about to be used: what made them not finite."""
         if self.rerun is None:
             return
-        known = [norm for norm in norms or () if isinstance(norm, float)]
-        if measurer.passes and not math.isfinite(sum(known)):
-            last = measurer.passes[-1]
-            losses_finite = all(bool(torch.isfinite(loss).all()) for loss in last.losses)
-            if last.producer is None and losses_finite:
-                last.producer = self.rerun.origin_of_gradients()
+        usual = measurer.float32_exact and not measurer.changed_by_hand  # then each is finite
+        if measurer.passes and not usual:
+            known = [norm for norm in norms or () if isinstance(norm, float)]
+            if not math.isfinite(sum(known)):
+                last = measurer.passes[-1]
+                losses_finite = all(bool(torch.isfinite(loss).all()) for loss in last.losses)
+                if last.producer is None and losses_finite:
+                    last.producer = self.rerun.origin_of_gradients()
         self.rerun.stepped()
 
     def _named(self, origin: Origin) -> Producer:

@@ -115,7 +115,7 @@ class StepMeasurer:
         self._recorder = recorder
         self._norms = Norms(tracked.parameters, tracked.device)
         self._steps = 0
-        self._float32_exact = False
+        self.float32_exact = False
         """Whether the last norms were in EXACT_IN_FLOAT32."""
         self._prepared_step = -1
         self._awaiting_norms = False
@@ -199,7 +199,7 @@ class StepMeasurer:
             self._steps < CAREFUL_STEPS
             or self.changed_by_hand
             or self.weights is not None
-            or not self._float32_exact
+            or not self.float32_exact
             # `unscale_` leaves the gradients of parameters in no optimizer as they are.
             or (self.scaled and self.tracked.own < len(self.tracked.parameters))
         )
@@ -449,7 +449,7 @@ class StepMeasurer:
         reading.norms = self._latest = norms
         self.probes.gradient_norms(norms, spent_s)
         if self._on_host:
-            self._float32_exact = exact_in_float32(
+            self.float32_exact = exact_in_float32(
                 [norm for norm in norms if isinstance(norm, float)]
             )
 
@@ -520,8 +520,8 @@ class StepMeasurer:
             else:
                 values.append(norm.item())
         judged = values if known is None else [n for n in known if isinstance(n, float)]
-        self._float32_exact = exact_in_float32(judged)
-        if self._float32_exact:
+        self.float32_exact = exact_in_float32(judged)
+        if self.float32_exact:
             return values
         with self.probes.context:
             after = self._norms.read(self.tracked.gradients())
@@ -647,6 +647,6 @@ class StepMeasurer:
             if clip.kind == "hand":
                 self.changed_by_hand = True
         if not self._on_host and facts.gradient_norms is not None:
-            self._float32_exact = exact_in_float32(facts.gradient_norms.tolist())
+            self.float32_exact = exact_in_float32(facts.gradient_norms.tolist())
         self.probes.govern(step.probes, facts)
         return spent
