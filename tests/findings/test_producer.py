@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,7 +19,7 @@ from tests.findings.test_trainings import Net, batch, findings_of, train
 from tests.trace.support import KeepingRecorder
 from tui_trainer.history.records import Producer
 from tui_trainer.probes import PROBES
-from tui_trainer.probes.nonfinite_module import OutputSums
+from tui_trainer.probes.nonfinite_module import ARMED_BY_GROWTH, ARMED_STEPS, OutputSums
 from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.probe import ProbeOptions
 from tui_trainer.trace.tracer import Tracer
@@ -240,3 +243,24 @@ def test_further_forwards_of_a_step_are_watched():
 
     records = records_of(accumulating, probes=PROBES)
     assert [r.step for r in records if r.producer is not None][:1] == [3]
+
+
+def test_a_spike_arms_for_less_time_than_what_is_not_finite():
+    kept = []
+
+    class Kept(OutputSums):
+        def __init__(self, *given):
+            super().__init__(*given)
+            kept.append(self)
+
+    probes = [Kept if kind is OutputSums else kind for kind in PROBES]
+    records_of(lambda: train(steps=20), options=UNWATCHED, probes=probes)
+    (outputs,) = kept
+    assert not outputs.armed
+    left = []
+    for norm in (1e6, math.nan):
+        facts = SimpleNamespace(loss=1.0, total_norm=norm, nonfinite=[], producer=None)
+        outputs.rows(np.empty(0), facts)
+        assert outputs.armed
+        left.append(outputs._armed_until - outputs._steps)
+    assert left == [ARMED_BY_GROWTH, ARMED_STEPS]

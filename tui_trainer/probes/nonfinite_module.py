@@ -24,7 +24,10 @@ from tui_trainer.trace.torch_private import PLAIN, version_of
 
 FIRST_STEPS = 3
 ARMED_STEPS = 500
-"""Steps that are watched after something was not finite, or grew."""
+"""Steps that are watched after something was not finite."""
+ARMED_BY_GROWTH = 100
+"""The same after the loss or the gradient norm grew: what does not go on to grow, and arms it
+again, was a single spike."""
 GROWTH = 10.0
 """Times its usual value at which a loss or gradient norm arms the probe."""
 RECENT = 16
@@ -232,8 +235,10 @@ class OutputSums(Probe):
                 self._usual[key] = self._usual.get(key, 0) + 1
             elif key not in self._usual:
                 facts.producer = found
-        if wrong or self._grows(facts):
-            self._armed_until = max(self._armed_until, self._steps + ARMED_STEPS)
+        grows = self._grows(facts)
+        if wrong or grows:
+            steps = ARMED_STEPS if wrong else ARMED_BY_GROWTH
+            self._armed_until = max(self._armed_until, self._steps + steps)
         return ()
 
     def _grows(self, facts: StepFacts) -> bool:

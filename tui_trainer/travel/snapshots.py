@@ -23,7 +23,7 @@ import torch
 from torch.optim.optimizer import Optimizer
 
 from tui_trainer.trace.random_state import random_state, restore_random_state
-from tui_trainer.trace.torch_private import local
+from tui_trainer.trace.torch_private import local, version_of
 
 MAX_SHARE = 0.02
 """Largest share of the time of a step that taking snapshots may cost: it sets their cadence."""
@@ -90,7 +90,7 @@ class TrainingState:
             earlier = None
         with torch.no_grad():
             live = [local(tensor.detach()) for tensor in parts.tensors()]
-            versions = [tensor._version for tensor in live]
+            versions = list(map(version_of, live))
             state = cls(
                 parts,
                 _tensors(live, versions, earlier),
