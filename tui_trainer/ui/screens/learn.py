@@ -258,6 +258,11 @@ class LearnScreen(RunScreen):
     # ------------------------------------------------------------ pages
 
     @property
+    def measuring(self) -> bool:
+        """Whether a measurement is in progress, for those who take pictures of pages."""
+        return self._measurement is not None
+
+    @property
     def language(self) -> str:
         """The language of the pages."""
         return self._progress.shown_language
