@@ -21,7 +21,8 @@ class LearningRateZero(Rule):
     explanation = (
         "The optimizer steps with a learning rate of exactly 0, so nothing is learnt. Either a "
         "schedule that starts at 0 is advanced once per epoch instead of once per step, or the "
-        "schedule ended before the training did."
+        "schedule ended before the training did. The rate is that of the first parameter group; "
+        "where weights change nevertheless, others have their own, and nothing is reported."
     )
     advice = (
         "print optimizer.param_groups[0]['lr']; check where scheduler.step() is called and how "
@@ -33,13 +34,19 @@ class LearningRateZero(Rule):
     def start(self) -> None:
         self._streak = Streak()
         self._highest = 0.0
+        self._moves = False
+        """Whether weights changed although the rate was 0."""
         self._reported = False
 
     def step(self, seen: Observation) -> Iterable[Found]:
         rate = seen.learning_rate
         if self._reported or rate is None:
             return
-        count = self._streak.add(rate == 0.0, seen.step)
+        if rate != 0.0:
+            self._moves = False
+        elif seen.updates is not None:
+            self._moves = bool((seen.updates.values > 0).any())
+        count = self._streak.add(rate == 0.0 and not self._moves, seen.step)
         self._highest = max(self._highest, rate)
         if count < self.limits["steps"]:
             return

@@ -41,7 +41,7 @@ class LossPlateau(Rule):
     )
     thresholds = (
         RuleThreshold("steps", 400, "steps in which the loss stands still, and a quarter of all"),
-        RuleThreshold("fall", 0.02, "fall in these steps that counts, as a share of all so far"),
+        RuleThreshold("fall", 0.04, "fall in these steps that counts, as a share of all so far"),
         RuleThreshold("rate", 0.5, "share of the highest learning rate below which it is judged no "
                       "more"),
     )  # fmt: skip

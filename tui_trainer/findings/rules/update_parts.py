@@ -16,7 +16,7 @@ class PartNotUpdated(UpdateRatios):
 
     name = "part-not-updated"
     title = "a part of the model does not change"
-    needs = "five update ratios of steps with a learning rate above zero, and the gradient norms"
+    needs = "five update ratios, and the gradient norms of their steps"
     explanation = (
         "These weights are in the optimizer and get a gradient, and a step leaves every one of "
         "them as it was, while it changes the others. Usually the learning rate of their parameter "
@@ -34,6 +34,8 @@ class PartNotUpdated(UpdateRatios):
     )
     explained_by = ("updates-rounded", "no-gradients", "learning-rate-zero")
 
+    reads = "updates"
+
     def start(self) -> None:
         super().start()
         self._streak = Streak()
@@ -42,7 +44,7 @@ class PartNotUpdated(UpdateRatios):
 
     def step(self, seen: Observation) -> Iterable[Found]:
         updates, gradients = seen.updates, seen.gradients
-        if self._done or updates is None or gradients is None or not seen.learning_rate:
+        if self._done or updates is None or gradients is None:
             return
         ratios, names = self.ratios(updates)
         norms = [gradients.get(name) or 0.0 for name in names]
@@ -68,8 +70,9 @@ class PartNotUpdated(UpdateRatios):
         listed = sorted(self._still, key=lambda name: self.facts.order.get(name, 0))
         yield Found(
             self._streak.onset,
-            f"{named(listed)} get a gradient at every step, but the optimizer does not change "
-            f"them; it changes {len(ratios) - len(still)} other weight matrices",
+            f"the optimizer does not change {named(listed)}, although each step has a gradient "
+            f"for {'it' if len(listed) == 1 else 'them'}; it changes "
+            f"{len(ratios) - len(still)} other weight matrices",
             confidence="certain",
             phase="step",
             parameters=tuple(listed[:16]),
@@ -110,6 +113,8 @@ class PartUpdatedTooMuch(UpdateRatios):
         "gradients-explode",
         "non-finite",
     )
+
+    reads = "updates"
 
     def start(self) -> None:
         super().start()
