@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,14 @@ SLOW = (
     "ui/test_textual_hacks.py", "ui/test_user_text.py",
 )  # fmt: skip
 """Folders and files of slow tests; elsewhere each is marked."""
+LONG = (
+    "packaging", "ssh", "terminal",
+    "cli/test_back.py", "cli/test_inspect.py", "cli/test_resume_vit.py",
+    "run/test_compiled.py", "run/test_host.py", "run/test_ranks.py",
+    "tasks/test_vit_task.py",
+)  # fmt: skip
+"""Folders and files of tests that take or wait for seconds: the workers begin with them, so that
+none is left for the end, when the others have nothing to do."""
 MADE_HERE = pytest.StashKey[str]()
 
 
@@ -115,12 +124,33 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         del os.environ[SESSION]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        path = item.path.relative_to(here)
-        if path.parts[0] in SLOW or path.as_posix() in SLOW:
+        if _is_in(item, SLOW):
             item.add_marker("slow")
+    items[:] = long_first(items, getattr(config, "workerinput", {}).get("workercount", 1))
+
+
+def _is_in(item: pytest.Item, places: Sequence[str]) -> bool:
+    path = item.path.relative_to(Path(__file__).parent)
+    return path.parts[0] in places or path.as_posix() in places
+
+
+def long_first(items: Sequence[pytest.Item], workers: int) -> list[pytest.Item]:
+    """The tests in an order in which each of the workers, which pytest-xdist gives an equal part of
+    them, begins with long ones. The tests of a file stay together."""
+    rest = [item for item in items if not _is_in(item, LONG)]
+    begins: list[list[pytest.Item]] = [[] for _ in range(workers)]
+    long = (item for item in items if _is_in(item, LONG))
+    for _, file in itertools.groupby(long, key=lambda item: item.path):
+        min(begins, key=len).extend(file)
+    ordered: list[pytest.Item] = []
+    for number, begin in enumerate(begins):
+        size = (len(items) - len(ordered)) // (workers - number)
+        others = max(0, size - len(begin))
+        ordered += [*begin, *rest[:others]]
+        del rest[:others]
+    return ordered + rest
 
 
 @pytest.hookimpl(wrapper=True)
