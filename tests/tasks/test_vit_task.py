@@ -177,13 +177,13 @@ def test_evaluation_changes_nothing_and_counts_right():
 @pytest.mark.slow
 @pytest.mark.timeout(500)
 def test_it_learns_digits(tmp_path):
-    """Five of the preset's eighty epochs bring 74 % of the held out ones, ten 89 %, thirty 97 %,
-    all 98 %."""
-    done = call("vit", "--epochs", "5", "--threads", "1", cwd=tmp_path, timeout=450)
+    """Three of the preset's eighty epochs bring 46 % of the held out ones, five 74 %, ten 89 %,
+    thirty 97 %, all 98 %."""
+    done = call("vit", "--epochs", "3", "--threads", "1", cwd=tmp_path, timeout=450)
     assert done.returncode == 0, done.stderr
     accuracies = [float(found) for found in re.findall(r"accuracy ([0-9.]+)", done.stdout)]
-    assert accuracies[0] < 0.3
-    assert accuracies[-1] >= 0.65
+    assert accuracies[0] < 0.25
+    assert accuracies[-1] >= 0.38
 
 
 def test_every_epoch_is_a_new_order_of_all_images():
