@@ -91,8 +91,10 @@ class LearningRates:
 
     @staticmethod
     def schedulers(optimizers: Sequence[Optimizer]) -> list[str]:
-        """The classes of the schedulers that set the rate."""
-        return list(dict.fromkeys(type(s).__name__ for o in optimizers for s in schedulers_of(o)))
+        """The classes of the schedulers that set the rate, without those inside others."""
+        found = [each for optimizer in optimizers for each in schedulers_of(optimizer)]
+        inner = {id(part) for each in found for part in getattr(each, "_schedulers", ())}
+        return list(dict.fromkeys(type(each).__name__ for each in found if id(each) not in inner))
 
     # ------------------------------------------------------------ a script that sets it itself
 
