@@ -22,7 +22,7 @@ from tui_trainer.protocol.text import wrap
 from tui_trainer.runs.launch import LaunchError, LaunchRequest
 from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.command_palette import ActionProvider
-from tui_trainer.ui.guide import MAX_ROWS, GuideLine, guidance, introduction, stage_of
+from tui_trainer.ui.guide import CURED_PACE, MAX_ROWS, GuideLine, guidance, introduction, stage_of
 from tui_trainer.ui.leaving import Leaving
 from tui_trainer.ui.screens.start import Launcher
 
@@ -85,7 +85,7 @@ async def test_a_guided_run_from_its_pause_to_its_cure(size: tuple[int, int]) ->
         await shows(pilot, app, f"The finding {demo.rule} names")
         await press(pilot, "C")
         changes = actions.ChangeSettings(parse_changes(["lr=0.1"]))
-        assert session.sent == [changes, actions.Resume()]
+        assert session.sent == [changes, actions.Throttle(CURED_PACE), actions.Resume()]
         await frame(pilot)
         await shows(pilot, app, "Cured.")
         session.end("finished", "all steps made")

@@ -39,6 +39,8 @@ Stage = Literal["ready", "watch", "paused", "back", "cured", "ended", "without"]
 """Where a guided run is: before its first step, on its way to the breakpoint, at or behind it,
 taken back and paused, cured, over; `without`: it trains without the fault from the start."""
 MAX_ROWS = 4
+CURED_PACE = 20.0
+"""Steps per second of a run that was cured: fast enough not to wait long for its end."""
 
 
 def stage_of(snapshot: Snapshot, demo: Demo, cured: bool) -> Stage:
@@ -331,6 +333,7 @@ class GuidedRuns:
             self.show_curves()
         elif demo.live:
             self.context.command(actions.ChangeSettings(parse_changes(demo.live.split())))
+            self.context.command(actions.Throttle(max(demo.pace, CURED_PACE)))
             self._resume()
         elif demo.back:
             self.context.command(actions.Back())
