@@ -156,7 +156,7 @@ def long_first(items: Sequence[pytest.Item], workers: int) -> list[pytest.Item]:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol() -> Iterator[None]:
     """Take back the variables that libraries set as they are imported, as scikit-learn does: where
-    they differ, all processes of the tests that follow would import PyTorch anew."""
+    they differ, all processes of the tests that follow would import PyTorch again."""
     before = processes.read_at_start(os.environ)
     try:
         return (yield)

@@ -82,7 +82,7 @@ def test_a_page_as_one_object(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(found[part] for part in ("title", "body", "to_try", "question", "torch"))
 
 
-def test_what_cannot_be_measured_is_said_in_one_line(
+def test_a_failed_measurement_is_reported_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(self: object, name: str, seed: int) -> PageMeasurement:

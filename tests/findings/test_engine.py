@@ -56,7 +56,7 @@ class Failing(Rule):
         return [Found(seen.step, "said")] if seen.step == 1 else []
 
 
-def test_rule_that_fails_is_switched_off_and_said_once():
+def test_rule_that_fails_is_switched_off_and_reported_once():
     run = Run(kinds=[Failing, *RULES])
     for _ in range(10):
         run.step(signs=["kept_gradients"])

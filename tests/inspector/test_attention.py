@@ -232,7 +232,7 @@ class Own(nn.Module):
 
 
 class Opaque(torch.autograd.Function):
-    """A kernel of somebody's own: no torch function is seen inside."""
+    """A custom kernel: no torch function is seen inside."""
 
     @staticmethod
     def forward(ctx, q, k, v):
@@ -349,7 +349,7 @@ def test_half_precision_is_checked_to_its_own_precision(way):
     np.testing.assert_allclose(matrix(found).sum(1), 1, atol=0.02)
 
 
-def test_a_product_that_is_not_understood_is_said():
+def test_a_product_that_is_not_understood_is_reported():
     class Dotted(Own):
         def forward(self, x):
             b, t, _ = x.shape

@@ -227,7 +227,7 @@ def test_additions_in_place():
     assert stream.notes == () or "not listed" in stream.notes[0]
 
 
-def test_after_a_norm_the_stream_begins_anew():
+def test_after_a_norm_the_stream_starts_over():
     stream = stream_of(of_deep("post"))
     assert [each.kind for each in summands(stream)] == ["start", "attention", "readout"]
     assert "heads of 1 of 2 layers" in stream.notes[0]

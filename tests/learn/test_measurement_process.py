@@ -160,7 +160,7 @@ def test_an_answer_is_checked() -> None:
     assert caught.value.hint == "what to do"
 
 
-def test_a_python_without_pytorch_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pytorch_the_hint_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.delitem(sys.modules, "tui_trainer.learn.measurements.loss_graph", raising=False)
     failed = answer(PageRequest("loss-graph", 1))

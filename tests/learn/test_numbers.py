@@ -85,7 +85,7 @@ SEEDS = int(os.environ.get("TUI_TRAINER_LEARN_SEEDS", "2"))
 
 
 @pytest.mark.parametrize("page", CLAIMS)
-def test_what_is_said_of_the_numbers_holds_with_every_seed(page: str) -> None:
+def test_statements_about_the_numbers_hold_with_every_seed(page: str) -> None:
     for seed in range(1, SEEDS + 1):
         values = measured(page, seed).values
         for claim in CLAIMS[page]:

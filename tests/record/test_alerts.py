@@ -112,7 +112,7 @@ def test_the_end_is_reported(recorded, state, kind, loss, text):
     assert alert.loss_text == {"crashed": "nan", "stopped": "inf"}.get(state)
 
 
-def test_at_most_so_many_a_minute_and_the_end_always(recorded):
+def test_alerts_per_minute_are_limited_except_for_the_end(recorded):
     many = recorded.take(*(finding(number) for number in range(MAX_PER_MINUTE + 7)))
     assert len(many) == MAX_PER_MINUTE
     (end,) = recorded.take(RunEnded(Status(state="finished", step=1)))

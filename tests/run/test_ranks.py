@@ -562,7 +562,7 @@ def test_a_process_that_does_not_read_is_not_waited_for(monkeypatch):
             peer.send(Go(7))
 
 
-def test_moments_of_another_machine_are_told_by_the_clock_of_rank_0():
+def test_times_of_another_machine_are_by_the_clock_of_rank_0():
     ours, theirs = socket.socketpair()
     with ours, theirs:
         assert Peer(1, "", os.getpid(), ours, child=False).on_our_clock(1100.0) == 1100.0

@@ -56,7 +56,7 @@ def failing(moment: str) -> type[Probe]:
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_probe_that_raises_is_switched_off_and_said_once(moment):
+def test_probe_that_raises_is_switched_off_and_reported_once(moment):
     def train() -> list[torch.Tensor]:
         torch.manual_seed(3)
         model = SmallGpt()

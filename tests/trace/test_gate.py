@@ -87,7 +87,7 @@ def test_one_phase_at_a_time_goes_through_all_seven():
 
 @given(phases=st.integers(0, 9), counts=st.lists(st.integers(1, 5), min_size=1, max_size=4))
 @settings(max_examples=examples(25))
-def test_exactly_so_many_more_steps_from_whatever_phase(phases, counts):
+def test_exact_number_of_steps_from_any_phase(phases, counts):
     gate = Gate(paused=True)
     with running(gate) as loop:
         loop.until("paused")
@@ -261,7 +261,7 @@ def test_work_is_served_while_paused_and_may_be_allowed_in_mid_step():
         assert gate.mode == "paused"
 
 
-def test_faults_of_work_go_to_whoever_asked():
+def test_faults_of_work_go_to_the_caller():
     gate = Gate()
     with running(gate):
         with pytest.raises(ZeroDivisionError):

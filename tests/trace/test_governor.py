@@ -158,7 +158,7 @@ def test_cadence_is_restored_when_cheap_without_oscillating():
     assert governed[0].every == 1
 
 
-def test_nothing_is_restored_over_budget_which_is_said_once():
+def test_nothing_is_restored_over_budget_which_is_reported_once():
     """The part that is no matter of choice is over the budget by itself."""
     said: list[tuple[str, str]] = []
     governor = Governor(0.01, lambda of, text, level: said.append((text, level)))

@@ -49,7 +49,7 @@ def test_losses_and_norms_are_unscaled(unscale, clip, fused):
 @pytest.mark.parametrize("unscale", [False, True])
 @pytest.mark.parametrize("clip", [None, "norm", "value"])
 @pytest.mark.parametrize("fused", [False, True])
-def test_skipped_step_is_said(unscale, clip, fused):
+def test_skipped_step_is_reported(unscale, clip, fused):
     if clip and not unscale:
         pytest.skip("clipping scaled gradients is a mistake of the script's")
     torch.manual_seed(0)

@@ -149,7 +149,7 @@ async def test_in_ascii():
     assert fine_bar(0.5, ASCII) == "=" * 6
 
 
-async def test_what_cannot_be_had_is_said():
+async def test_missing_answers_have_a_reason():
     app, session = paused_app()
     session.hold_answers = True
     async with app.run_test(size=(80, 24)) as pilot:

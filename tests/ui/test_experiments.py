@@ -9,7 +9,7 @@ from tui_trainer.protocol.travel import EstimateCost, FindLearningRate, ReadTime
 from tui_trainer.ui.screens.experiments import ExperimentsDialog
 
 
-async def test_what_an_experiment_takes_is_said_and_its_curves_are_drawn() -> None:
+async def test_cost_of_an_experiment_is_shown_and_its_curves_are_drawn() -> None:
     session = fake_gpt(steps=20)
     app = app_on("dashboard", session)
     async with app.run_test(size=(80, 24)) as pilot:

@@ -187,7 +187,7 @@ async def test_the_list_offers_them_and_enter_starts_one() -> None:
     assert start.requests == [LaunchRequest(SCRIPT, demo="bad-batch")]
 
 
-async def test_a_refused_start_is_said() -> None:
+async def test_a_refused_start_is_shown() -> None:
     start = Started()
     start.refusal = LaunchError("no space is left", "free some")
     app = TuiTrainerApp(None, start_mode="learn", on_launch=Launcher((), start), lesson="rate-low")

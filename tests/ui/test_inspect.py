@@ -131,7 +131,7 @@ async def test_choosing_another_tensor():
         assert f"exp_avg of {WEIGHT}" in text_of(app)
 
 
-async def test_what_cannot_be_read_is_said():
+async def test_unreadable_tensors_have_a_reason():
     app, session = paused_app(TensorRef(HEAD, "gradient"))
     async with app.run_test(size=(80, 24)) as pilot:
         await until(pilot, lambda: "has no gradient now" in text_of(app), "the reason")

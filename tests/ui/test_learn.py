@@ -179,7 +179,7 @@ async def test_the_language_is_that_of_the_environment(monkeypatch: pytest.Monke
         assert title(PAGES[0], "fr") in text_of(app)
 
 
-async def test_without_pytorch_the_text_stays_and_the_reason_is_said(
+async def test_without_pytorch_the_text_stays_and_the_reason_is_shown(
     measurements: FakeMeasurements,
 ) -> None:
     measurements.error = MeasurementError("there is no module *torch*", "pip_install [torch]")

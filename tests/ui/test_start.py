@@ -122,7 +122,7 @@ def test_epochs_replace_the_steps_of_the_preset() -> None:
     assert dict(request.settings) == {"preset": "light", "epochs": 2}
 
 
-def test_errors_are_told_at_their_fields() -> None:
+def test_errors_are_shown_at_their_fields() -> None:
     _, errors = request_for(gpt, "light", {"steps": "many", "batch_size": "0"})
     assert set(errors) == {"steps", "batch_size"}
     _, errors = request_for(gpt, "light", {"width": "65"})
@@ -258,7 +258,7 @@ async def test_a_preset_chosen_by_hand_stays_when_data_is_typed(tmp_path: Path) 
     assert start.requests[0].settings["preset"] == "face-s14"
 
 
-async def test_a_wrong_value_is_told_below_its_field_and_nothing_starts() -> None:
+async def test_a_wrong_value_is_reported_below_its_field_and_nothing_starts() -> None:
     start = Started()
     app = app_with(start)
     async with app.run_test(size=(80, 24)) as pilot:
@@ -283,7 +283,7 @@ async def test_a_wrong_value_is_told_below_its_field_and_nothing_starts() -> Non
     assert start.requests == []
 
 
-async def test_a_refused_start_is_told_and_nothing_typed_is_lost() -> None:
+async def test_a_refused_start_is_shown_and_nothing_typed_is_lost() -> None:
     start = Started()
     app = app_with(start)
     async with app.run_test(size=(100, 40)) as pilot:

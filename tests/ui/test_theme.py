@@ -29,7 +29,7 @@ def color(rich_color: object) -> Color:
 
 
 @pytest.mark.parametrize("name", THEMES)
-def test_text_and_marks_can_be_told_from_the_background(name: str) -> None:
+def test_text_and_marks_contrast_with_the_background(name: str) -> None:
     palette = palette_of(THEMES[name])
     under_cursor = color(palette.cursor.bgcolor)
     for field in fields(palette):

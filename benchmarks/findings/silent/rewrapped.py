@@ -1,6 +1,6 @@
 """Two ranks: the model is copied and wrapped again after the optimizer was built.
 
-After jxmnop's DistributedDataParallel that was wrapped anew for each phase of a training. From
+After jxmnop's DistributedDataParallel that was wrapped again for each phase of a training. From
 step 31 the optimizer updates parameters which no longer belong to the model.
 """
 
