@@ -84,6 +84,12 @@ PICTURES = (
     ),
     Picture("inspect", paused_after="step", step=600, keys=("3", "down", "enter", "m")),
     Picture(
+        "parameter-groups",
+        paused_after="backward",
+        step=60,
+        keys=("3", "down", "enter", "G", "s", "s"),
+    ),
+    Picture(
         "attention-layer",
         paused_after="backward",
         step=700,

@@ -37,6 +37,8 @@ MAX_NODES = 50_000
 MAX_WAITING, MAX_WAITING_BYTES = 256, 64 << 20
 """Number of gradients whose norms are computed at once."""
 OUTSIDE = GraphModule("")
+LIVE_NOTE = "the graph of the loss itself, without gradients and saved bytes: "
+"""Begins the note of a graph that is not of a re-run; the reason follows."""
 
 
 def describe_graph(tracer: Tracer, catalog: TensorCatalog, capture: StepCapture) -> AutogradGraph:
@@ -100,7 +102,7 @@ def _of_live(catalog: TensorCatalog, loss: torch.Tensor, why: str) -> AutogradGr
 
     nodes = walk.described(module_of)
     modules = tuple(GraphModule(path, "module" if path else "") for path in paths)
-    note = f"the graph of the loss itself, without gradients and saved bytes: {why}"
+    note = f"{LIVE_NOTE}{why}"
     value = float(loss.detach())
     return AutogradGraph(nodes, modules, "live", value, None, None, walk.left_out, (note,))
 

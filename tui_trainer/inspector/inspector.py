@@ -116,7 +116,7 @@ class Inspector:
 
     def _use(self, tracer: Tracer, catalog: TensorCatalog) -> ParameterUse:
         """With what the graph of the step's loss holds and reaches, where it can be had again."""
-        from tui_trainer.inspector.autograd_graph import describe_graph
+        from tui_trainer.inspector.autograd_graph import LIVE_NOTE, describe_graph
         from tui_trainer.inspector.parameter_groups import parameter_use
 
         use = parameter_use(tracer, catalog)
@@ -126,7 +126,9 @@ class Inspector:
             why = error.message if isinstance(error, InspectionError) else str(error)
             return structs.replace(use, graph_missing=why)
         if graph.source == "live" or graph.saved_bytes is None:
-            return structs.replace(use, graph_missing="; ".join(graph.notes))
+            return structs.replace(
+                use, graph_missing="; ".join(graph.notes).removeprefix(LIVE_NOTE)
+            )
         reached = {node.leaf for node in graph.nodes if node.leaf}
         saved = (HeldBytes("saved", *held) for held in graph.saved_on)
         unused = [

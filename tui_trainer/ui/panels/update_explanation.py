@@ -69,7 +69,8 @@ class UpdateView(BuiltLines):
     def _result(self, found: UpdateExplanation, width: int) -> list[Row]:
         after = found.actual is not None
         rows = [title_line(self, width, "After the step" if after else "Before the step")]
-        pairs = [("weight before", exact(found.old)), ("predicted", exact(found.predicted))]
+        before = "weight before" if found.index is not None else "norm before"
+        pairs = [(before, exact(found.old)), ("predicted", exact(found.predicted))]
         if found.actual is not None and found.difference is not None:
             pairs.append(("actual", exact(found.actual)))
             pairs.append(("difference", f"{found.difference:.2g}"))
