@@ -149,6 +149,14 @@ def update_ratio_low(bug):
     return run
 
 
+def test_parameters_in_no_optimizer_do_not_count_as_small_updates():
+    run = Run(outside=NAMES[3:])  # a target network, which the script updates by itself
+    for number in range(1, 300):
+        updates = [1e-3] * 3 + [0.0] * 5 if number % 10 == 1 else None
+        run.step(2.3 + 0.01 * math.sin(number), updates=updates)
+    assert not {"update-ratio-low", "updates-small"} & run.found.keys()
+
+
 def updates_small(bug):
     run = Run()
     for number in range(1, 120):

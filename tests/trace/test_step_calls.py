@@ -150,3 +150,41 @@ for _ in range(4):
     assert recorder.series("step", "loss") == pytest.approx(sums)
     assert recorder.series("step", "grad_norm_preclip") == pytest.approx(names["norms"])
     assert not recorder.skips
+
+
+@pytest.mark.parametrize("with_closure", [False, True])
+def test_an_optimizer_with_steps_of_its_own_around_another(with_closure: bool) -> None:
+    """As SAM is written: both are optimizers of the same parameters."""
+    recorder, names = traced(
+        f"""
+class Around(torch.optim.Optimizer):
+    def __init__(self, parameters):
+        super().__init__(parameters, {{}})
+        self.base_optimizer = torch.optim.SGD(self.param_groups, lr=0.1)
+    def perturb(self):
+        self.kept = [p.detach().clone() for p in model.parameters()]
+        update()
+        self.zero_grad()
+    def second_step(self):
+        for parameter, before in zip(model.parameters(), self.kept):
+            parameter.data = before
+        self.base_optimizer.step()
+    def step(self, closure):
+        self.perturb()
+        torch.enable_grad()(closure)()
+        self.second_step()
+
+optimizer = Around(model.parameters())
+for _ in range(5):
+    backward()
+    if {with_closure}:
+        optimizer.step(backward)
+    else:
+        optimizer.perturb()
+        backward()
+        optimizer.second_step()
+"""
+    )
+    assert recorder.series("step", "loss") == pytest.approx(names["losses"][1::2])
+    assert recorder.info["optimizers"] == ("sgd",)
+    assert not [text for _, text in recorder.notices if "never calls step" in text]

@@ -439,3 +439,22 @@ def test_a_clip_of_scaled_gradients_says_at_which_scale():
     close(recorder.series("clip", "norm_before"), totals)
     assert recorder.series("clip", "gradient_scale") == [1024.0] * 4
     close(recorder.series("step", "grad_norm_preclip"), [total / 1024 for total in totals])
+
+
+def test_optimizers_that_are_attributes_are_named_after_their_objects():
+    class Agent:
+        def __init__(self):
+            self.net = mlp()
+            self.optimizer = sgd(self.net)
+
+    def loop():
+        actor, critic = Agent(), Agent()
+        optimizers = [actor.optimizer, critic.optimizer]
+        for _ in range(2):
+            for agent, optimizer in zip((actor, critic), optimizers, strict=True):
+                optimizer.zero_grad()
+                loss_of(agent.net).backward()
+                agent.optimizer.step()
+
+    recorder, _ = trace(loop)
+    assert recorder.info["optimizers"] == ("actor.optimizer", "critic.optimizer")

@@ -32,8 +32,9 @@ NEVER_STEPPED = (
 WATCHED_UNSTEPPED = 16
 """Parameters that are compared until an optimizer first steps, to see whether the script updates
 them by itself."""
-INNER = ("optimizer", "_optimizer", "optim")
-"""Attributes under which a wrapper has the optimizer that it wraps (accelerate, Lightning, …)."""
+INNER = ("optimizer", "_optimizer", "optim", "base_optimizer", "_base_optimizer")
+"""Attributes under which a wrapper has the optimizer that it wraps (accelerate, Lightning, SAM,
+…)."""
 
 
 def inner_optimizer(optimizer: Optimizer) -> Optimizer | None:
@@ -218,15 +219,12 @@ class OptimizerRegistry:
         known = self._steppable.get(optimizer)
         if known is None:
             known = self._steppable[optimizer] = may_be_stepped(optimizer)
-            if not known:
-                self._recorder.notice("state", NEVER_STEPPED.format(class_name(optimizer)))
         return known
 
     def set_aside(self, measurer: StepMeasurer) -> None:
         """The optimizer of `measurer` never steps, while its weights change."""
         optimizer = self.optimizer_of(measurer)
-        if optimizer is not None:
-            self._recorder.notice("state", NEVER_STEPPED.format(class_name(optimizer)))
+        if optimizer is not None and not any(each.has_stepped for each in self.measurers):
             self._steppable[optimizer] = False
             self._set_aside = measurer.slot
             self._forget(id(optimizer))
@@ -255,6 +253,8 @@ class OptimizerRegistry:
         parameters = [p for model in models for p in model.parameters() if p.requires_grad]
         if not any(p.grad is not None or id(p) in ids for p in parameters):
             return None
+        for _, optimizer in self.existing():
+            self._recorder.notice("state", NEVER_STEPPED.format(class_name(optimizer)))
         self._by_hand = HandUpdates(dict.fromkeys(parameters))
         measurer = self.measurer_for(self._by_hand)  # type: ignore[arg-type] # has `param_groups`
         measurer.weights = WeightWatch(measurer.tracked.parameters)

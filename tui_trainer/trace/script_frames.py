@@ -23,6 +23,8 @@ GENERIC_NAMES = frozenset(
 )
 """Variable names that do not distinguish several models or optimizers."""
 
+GENERIC_ATTRIBUTES = ("optimizer", "opt", "optim")
+
 T = TypeVar("T")
 
 
@@ -90,12 +92,31 @@ def _variable_in(frame: FrameType, things: tuple[object, ...]) -> str:
     held |= submodules(variables.get("self"))
     if frame.f_globals is not variables:
         held = {**frame.f_globals, **held}
+    in_list = ""
     for name, value in held.items():
         if name in GENERIC_NAMES or name.startswith("_") or len(name) > MAX_NAME:
             continue
         for suffix, element in _named_elements(value):
             if any(_holds(element, thing) for thing in things):
-                return name + suffix
+                if not suffix.startswith("["):
+                    return name + suffix
+                in_list = in_list or name + suffix
+    return _attribute_of(held, things) or in_list
+
+
+def _attribute_of(held: dict[str, Any], things: tuple[object, ...]) -> str:
+    """`actor.optimizer`, for what is such an attribute of an object in a variable."""
+    for name, value in held.items():
+        if name == "self" or name.startswith("_") or not type(value).__dictoffset__:
+            continue
+        try:  # not getattr(), which would run the code of lazy objects
+            attributes = object.__getattribute__(value, "__dict__")
+        except (AttributeError, TypeError):
+            continue
+        for attribute in GENERIC_ATTRIBUTES:
+            element = attributes.get(attribute)
+            if element is not None and any(_holds(element, thing) for thing in things):
+                return f"{name}.{attribute}" if len(name) <= MAX_NAME else ""
     return ""
 
 

@@ -34,11 +34,17 @@ class UpdateRatios(Rule):
         return name.startswith("lbfgs") or seen.evaluations > 1
 
     def ratios(self, row: TableRow) -> tuple[NDArray[np.float32], list[str]]:
-        """Ratios and names of the weight matrices, or of all parameters if there are none."""
+        """Ratios and names of the weight matrices that an optimizer holds, or of all its parameters
+        if there are none."""
         if row.names is not self._names:
             self._names = row.names
-            chosen = [i for i, name in enumerate(row.names) if self.facts.is_matrix(name)]
-            self._matrices = np.array(chosen or range(len(row.names)), np.intp)
+            held = [
+                i
+                for i, name in enumerate(row.names)
+                if (info := self.facts.parameters.get(name)) is None or info.optimizer
+            ]
+            chosen = [i for i in held if self.facts.is_matrix(row.names[i])]
+            self._matrices = np.array(chosen or held, np.intp)
         indices = self._matrices[np.isfinite(row.values[self._matrices])]
         return row.values[indices], [row.names[i] for i in indices.tolist()]
 
