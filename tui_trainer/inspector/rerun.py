@@ -33,6 +33,7 @@ from tui_trainer.trace.torch_private import (
     is_sharded,
     own_buffers,
     tensors_of,
+    tree_map,
     unwrapped,
     version_of,
 )
@@ -349,9 +350,9 @@ def call_again(model: torch.nn.Module, call: ModelCall, wide: bool = False) -> A
     given = tensors_of((call.args, call.kwargs))
     if [version_of(each) for each in given] != call.versions:
         raise InspectionError("the batch of this step has been overwritten since")
-    args, kwargs = torch.utils._pytree.tree_map(_without_graph, (call.args, call.kwargs))
+    args, kwargs = tree_map(_without_graph, (call.args, call.kwargs))
     if wide:
-        args, kwargs = torch.utils._pytree.tree_map(_wide, (args, kwargs))
+        args, kwargs = tree_map(_wide, (args, kwargs))
     return model(*args, **kwargs)
 
 

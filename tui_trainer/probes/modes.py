@@ -9,11 +9,11 @@ from operator import itemgetter
 from typing import Any
 
 import torch
-from torch.nn.modules.dropout import _DropoutNd
 
 from tui_trainer.history.records import Floats
 from tui_trainer.trace.parameters import TrackedParameters
 from tui_trainer.trace.probe import Probe, ProbeOptions, Readings, StepFacts, Values
+from tui_trainer.trace.torch_private import DropoutLayer
 
 LISTED_AGAIN = 100
 """Steps after which the layers of a model are listed again."""
@@ -60,7 +60,7 @@ class Modes(Probe):
                 (child, parent)
                 for parent in root.modules()
                 for child in parent.children()
-                if isinstance(child, _DropoutNd)
+                if isinstance(child, DropoutLayer)
             ]
             self._layers = [(weakref.ref(child), weakref.ref(parent)) for child, parent in found]
             self._attributes = [vars(child) for child, _ in found]

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from tui_trainer.history.records import Floats, Producer
 from tui_trainer.protocol.absent import why_absent
@@ -20,7 +19,7 @@ from tui_trainer.trace.module_calls import SubmoduleCalls, tensors_in
 from tui_trainer.trace.parameters import TrackedParameters
 from tui_trainer.trace.probe import Probe, ProbeOptions, Readings, StepFacts, Values
 from tui_trainer.trace.source_places import place_of_call
-from tui_trainer.trace.torch_private import PLAIN, version_of
+from tui_trainer.trace.torch_private import PLAIN, DropoutLayer, version_of
 
 FIRST_STEPS = 3
 ARMED_STEPS = 500
@@ -43,7 +42,7 @@ MAX_HELD_BYTES = 1 << 26
 """Bytes of tensors that are kept until the end of a forward instead of being summed."""
 PASSING = (
     *(nn.Identity, nn.Flatten, nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh),
-    *(_DropoutNd, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
+    *(DropoutLayer, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
 )
 """Modules whose output is finite where their input is."""
 

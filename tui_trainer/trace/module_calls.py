@@ -22,10 +22,14 @@ from threading import get_ident
 from typing import Any, Protocol
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 
-from tui_trainer.trace.torch_private import call_impl, is_compiled, set_call_impl
+from tui_trainer.trace.torch_private import (
+    BatchNormLayer,
+    DropoutLayer,
+    call_impl,
+    is_compiled,
+    set_call_impl,
+)
 
 _ABSENT = object()
 _DEPENDS_ON_MODE: weakref.WeakKeyDictionary[torch.nn.Module, bool] = weakref.WeakKeyDictionary()
@@ -186,8 +190,8 @@ def depends_on_mode(module: torch.nn.Module) -> bool:
     known = _DEPENDS_ON_MODE.get(module)
     if known is None:
         known = _DEPENDS_ON_MODE[module] = any(
-            isinstance(each, _BatchNorm)
-            or (isinstance(each, _DropoutNd) and each.p > 0)
+            isinstance(each, BatchNormLayer)
+            or (isinstance(each, DropoutLayer) and each.p > 0)
             or (isinstance(each, torch.nn.MultiheadAttention) and each.dropout > 0)
             for each in module.modules()
         )

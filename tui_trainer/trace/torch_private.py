@@ -52,6 +52,13 @@ TreeSpec = torch.utils._pytree.TreeSpec
 """How values are nested in tuples, lists and dictionaries."""
 tree_flatten = torch.utils._pytree.tree_flatten
 tree_unflatten = torch.utils._pytree.tree_unflatten
+tree_map = torch.utils._pytree.tree_map
+
+
+# ---------------------------------------------------------------- classes of layers
+
+DropoutLayer = torch.nn.modules.dropout._DropoutNd
+BatchNormLayer = torch.nn.modules.batchnorm._BatchNorm
 
 
 # ---------------------------------------------------------------- modes
