@@ -132,7 +132,7 @@ QUANTITIES = ("loss", "clip", "attention", "grad_norm", "memory", *PHASES)
 
 @given(snapshot=snapshots())
 @settings(
-    max_examples=examples(8), suppress_health_check=list(HealthCheck), phases=[Phase.generate]
+    max_examples=examples(6), suppress_health_check=list(HealthCheck), phases=[Phase.generate]
 )
 def test_every_screen_draws_whatever_is_missing(opened, snapshot):
     with warnings.catch_warnings():
