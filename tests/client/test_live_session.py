@@ -15,6 +15,7 @@ from tui_trainer.client.connection import connector
 from tui_trainer.client.live import LiveSession
 from tui_trainer.protocol.actions import Mark, Pause, Resume
 from tui_trainer.protocol.framing import encode, read_to_run
+from tui_trainer.protocol.inspection import ListTensors
 from tui_trainer.protocol.messages import Ack, Command, Hello, Poll, Refused, Rows, Status, Update
 from tui_trainer.runs.errors import NotListening, RunGone
 
@@ -369,3 +370,13 @@ def test_closing_interrupts_an_attempt_to_connect():
     session.close()
     assert left.wait(240)
     assert not refused.result(240).ok
+
+
+def test_every_inspection_is_answered_or_cancelled(start):
+    """Also one that the next request replaces before it was sent."""
+    _, session = start()
+    until(lambda: session.poll().link.state == "live")
+    answers = [session.inspect(ListTensors()) for _ in range(50)]
+    until(lambda: all(answer.done() for answer in answers[:-1]))
+    session.close()
+    until(answers[-1].done)
