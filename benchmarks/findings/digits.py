@@ -27,6 +27,7 @@ CLEAN = (
     "clip",
     "dropout",
     "evaluate",
+    "groups",
     "restarts",
     "transfer",
     "warm-up",
@@ -102,6 +103,11 @@ rates = {"rate-too-high": 10.0, "rate-too-low": 1e-9, "raw-pixels": 1e-6, "minus
 rates |= {"regression": 1e-3, "broadcast": 1e-3, "large-weights": 1e-5, "binary": 0.01}
 rates |= {"bad-rows": 0.01}
 rate = rates.get(bug, 0.1)
+if bug in ("groups", "group-at-zero"):
+    parameters = [
+        {"params": net.fc1.parameters(), "lr": 0.01 if bug == "groups" else 0.0},
+        {"params": [*net.fc2.parameters(), *net.head.parameters()]},
+    ]
 optimizer = torch.optim.SGD(parameters, lr=rate, momentum=0.9)
 if bug == "replaced-model":
     net = copy.deepcopy(net)
