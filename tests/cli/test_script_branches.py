@@ -41,6 +41,9 @@ def test_what_a_script_does_after_going_back_is_a_branch(tmp_path: Path) -> None
 
     options = ("--paused", "--plain", "--snapshots", "16MB", "--name", "one")
     with started("run", *options, "train.py", cwd=tmp_path) as run:
+        until(lambda: call("pause", "one", cwd=tmp_path).returncode == 0, "the run has begun")
+        within = call("branch", "one", "lr=1", cwd=tmp_path)
+        assert_refused(within, "a branch begins at the end of a step")
         until(lambda: call("step", "one", "6", cwd=tmp_path).returncode == 0, "the run steps")
         assert "the script's own variables" in done("back", "one", "--to", "1")
         assert list(listed()) == ["one"], "nothing has followed yet"

@@ -378,6 +378,12 @@ class Host:
         from tui_trainer.settings.edits import SettingEdit
 
         travel, edits, gate = self._time_travel(), self._live_edits(), self.gate
+        if gate.mode == "paused" and gate.phase not in ("", "step"):
+            raise Refusal(
+                f"paused after {gate.phase} of step {gate.step_in_progress:,}: a branch begins at "
+                "the end of a step",
+                "finish the step first: s on the screen, or tui-trainer step",
+            )
         edits.require_possible(asked.changes)
         directory = self._branches.new_directory(asked.name)
         changes = " ".join(change.text for change in asked.changes)
