@@ -111,6 +111,7 @@ def test_the_run_that_is_guided(tmp_path: Path) -> None:
         spec = demo_spec(demo, options, guided=True)
         assert [each.condition for each in spec.breakpoints] == [demo.breakpoint]
         assert spec.steps_per_second == demo.pace
+        assert spec.budget == 0, "a finding comes, however short the steps are"
         assert (spec.snapshots > 0) == (demo.back > 0)
         assert spec.name.startswith(f"{demo.name}-")
         assert read_spec(spec.directory) == spec

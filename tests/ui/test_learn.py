@@ -11,6 +11,7 @@ from textual.pilot import Pilot
 
 from tests.ui.fake import fake_gpt
 from tests.ui.screens import SIZES, app_on, frame, settle, text_of, until
+from tests.ui.test_contrast import hard_to_read
 from tests.ui.test_findings import finding
 from tui_trainer.learn.catalog import PAGES
 from tui_trainer.learn.measurement_messages import PageMeasurement, Value
@@ -23,6 +24,7 @@ from tui_trainer.ui.leaving import Leaving
 from tui_trainer.ui.lessons import OF_ANY_SCREEN, OF_SCREEN, lessons_for
 from tui_trainer.ui.screens import FURTHER_SCREENS, SCREENS, learn
 from tui_trainer.ui.screens.learn import LearnScreen
+from tui_trainer.ui.theme import THEMES
 from tui_trainer.ui.widgets.lines import LineView
 
 
@@ -236,6 +238,21 @@ async def test_a_page_without_a_command_has_no_key_for_it(monkeypatch: pytest.Mo
     async with app.run_test(size=(80, 24)) as pilot:
         await shows(pilot, app, "measured")
         assert "Try it" not in text_of(app)
+
+
+@pytest.mark.parametrize("theme", [each.name for each in THEMES])
+async def test_the_text_of_pages_and_guided_runs_can_be_read(theme: str) -> None:
+    app = app_on("learn", None)
+    async with app.run_test(size=(160, 45)) as pilot:
+        app.theme = theme
+        await settle(pilot)
+        await press(pilot, *["down"] * len(PAGES))
+        assert hard_to_read(app) == []
+        await press(pilot, "home", "enter")
+        await shows(pilot, app, "seed 1, measured")
+        await press(pilot, "r")
+        await shows(pilot, app, "underlined: the same with seed 1")
+        assert hard_to_read(app) == []
 
 
 # ---------------------------------------------------------------- from other screens
