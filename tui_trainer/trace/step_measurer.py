@@ -273,7 +273,9 @@ class StepMeasurer:
                 return None
             positions = sorted({*(positions or ()), *changed_norms})
         if positions is not None and not (positions := self._kept(positions, after)):
-            if not self.thrown_away():  # else that is noticed at the next forward or backward
+            if self.thrown_away():
+                self._latest = before  # by which that is noticed at the next forward or backward
+            else:
                 self.marks.remember()
             return None
         self.changed_by_hand = self.changed_by_hand or changed or self._on_host
