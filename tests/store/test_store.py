@@ -472,9 +472,12 @@ def work(place):
         print("fault", fault, file=writer.report)
     thread = SinkThread(writer, Status, failed)
     thread.put([InfoChanged(INFO)])
-    for step in range(1, 1_000_000):
+    step, end = 0, time.monotonic() + 300  # should nobody be left to kill it
+    while time.monotonic() < end:
+        step += 1
         thread.put([stepped(step, np.full(3, step, np.float32), wide(step))])
         time.sleep(0.004)
+    os._exit(0)
 
 for place in sys.argv[1:]:
     child = os.fork()
