@@ -144,3 +144,11 @@ def test_a_window_is_moved_by_whole_steps() -> None:
     assert 296 <= filled[-1] <= 300
     assert np.isnan(shown.last[~shown.filled]).all()
     assert (shown.last[shown.filled] == 2.0).all()
+
+
+def test_the_newest_value_is_that_of_the_width_that_was_read_last() -> None:
+    run = related_runs.CachedRun(Branch.run, lambda: None)  # type: ignore[arg-type]
+    for buckets, newest in ((60, 2.0), (80, 1.25)):
+        curve = related_runs.CachedCurve(RelatedCurve(None, newest), (1, 301))
+        run.keep({("step", "loss", buckets): curve})
+    assert run.newest("step", "loss") == 1.25

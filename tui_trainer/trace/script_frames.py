@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterator
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any, TypeVar
 
 MAX_FRAMES = 64
@@ -108,6 +108,8 @@ def _attribute_of(held: dict[str, Any], things: tuple[object, ...]) -> str:
     """`actor.optimizer`, for what is such an attribute of an object in a variable."""
     for name, value in held.items():
         if name == "self" or name.startswith("_") or not type(value).__dictoffset__:
+            continue
+        if issubclass(type(value), ModuleType):  # its variables are searched with its frames
             continue
         try:  # not getattr(), which would run the code of lazy objects
             attributes = object.__getattribute__(value, "__dict__")

@@ -77,8 +77,9 @@ class CachedRun:
 
     def newest(self, table: str, column: str) -> float | None:
         """The newest value of a column that has been read."""
-        curves = (each for key, each in self._curves.items() if key[:2] == (table, column))
-        return next((each.curve.newest for each in curves), None)
+        # Backwards: curves of a former width are not read any more.
+        curves = reversed(self._curves.items())
+        return next((c.curve.newest for key, c in curves if key[:2] == (table, column)), None)
 
     def keep(self, curves: Mapping[CurveKey, CachedCurve]) -> None:
         """Show these from now on."""
