@@ -458,3 +458,37 @@ def test_optimizers_that_are_attributes_are_named_after_their_objects():
 
     recorder, _ = trace(loop)
     assert recorder.info["optimizers"] == ("actor.optimizer", "critic.optimizer")
+
+
+def test_schedulers_give_no_names_to_the_optimizers_that_they_refer_to():
+    def alone():
+        first, second = mlp(), mlp()
+        optimizer, other = sgd(first), sgd(second)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+        for _ in range(2):
+            for model, each in ((first, optimizer), (second, other)):
+                each.zero_grad()
+                loss_of(model).backward()
+                each.step()
+            scheduler.step()
+
+    recorder, _ = trace(alone)
+    assert all("scheduler" not in name for name in recorder.info["optimizers"])
+    assert "other" in recorder.info["optimizers"]
+
+    def in_lists():
+        models = [mlp(), mlp()]
+        optimizers = [sgd(model) for model in models]
+        scheduler_a, scheduler_b = (
+            torch.optim.lr_scheduler.StepLR(optimizer, 1) for optimizer in optimizers
+        )
+        for _ in range(2):
+            for model, opt in zip(models, optimizers, strict=True):
+                opt.zero_grad()
+                loss_of(model).backward()
+                opt.step()
+            scheduler_a.step()
+            scheduler_b.step()
+
+    recorder, _ = trace(in_lists)
+    assert recorder.info["optimizers"] == ("optimizers[0]", "optimizers[1]")

@@ -24,6 +24,9 @@ GENERIC_NAMES = frozenset(
 """Variable names that do not distinguish several models or optimizers."""
 
 GENERIC_ATTRIBUTES = ("optimizer", "opt", "optim")
+REFERRING_CLASSES = ("scheduler", "warmup")
+"""In the names of classes, in lower case, whose objects refer to an optimizer of the script's:
+torch's `LRScheduler`, and those of timm, Accelerate and others."""
 
 T = TypeVar("T")
 
@@ -111,6 +114,8 @@ def _attribute_of(held: dict[str, Any], things: tuple[object, ...]) -> str:
             continue
         if issubclass(type(value), ModuleType):  # its variables are searched with its frames
             continue
+        if _refers_to_optimizer(type(value)):
+            continue
         try:  # not getattr(), which would run the code of lazy objects
             attributes = object.__getattribute__(value, "__dict__")
         except (AttributeError, TypeError):
@@ -120,6 +125,12 @@ def _attribute_of(held: dict[str, Any], things: tuple[object, ...]) -> str:
             if element is not None and any(_holds(element, thing) for thing in things):
                 return f"{name}.{attribute}" if len(name) <= MAX_NAME else ""
     return ""
+
+
+def _refers_to_optimizer(kind: type) -> bool:
+    """Whether its instances are learning-rate schedulers, which do not own their optimizer."""
+    names = [each.__name__.lower() for each in kind.__mro__]
+    return any(word in name for word in REFERRING_CLASSES for name in names)
 
 
 def _holds(value: Any, thing: object) -> bool:
