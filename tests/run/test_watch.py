@@ -163,6 +163,33 @@ def test_an_exception_ends_the_run_as_crashed():
     assert "ZeroDivisionError" in state_of(run).reason
 
 
+def test_a_trainer_that_raised_is_followed_by_a_new_run(monkeypatch):
+    from tui_trainer.integrations import huggingface
+
+    monkeypatch.setattr(huggingface, "TrainerCallback", type("TrainerCallback", (), {}))
+    model, optimizer = make()
+    runs = []
+
+    def train_with(callback, steps, fails=False):
+        callback.on_train_begin(None, None, None, model=model, optimizer=optimizer)
+        runs.append(callback.run)
+        train(model, optimizer, steps)
+        optimizer.zero_grad()
+        if not fails:
+            callback.on_train_end(None, None, None)
+
+    callback = huggingface.TuiTrainerCallback(name="r")
+    train_with(callback, 2, fails=True)
+    train_with(callback, 3, fails=True)
+    train_with(huggingface.TuiTrainerCallback(name="new"), 4)  # the cell is executed again
+    states = [state_of(run) for run in runs]
+    assert [(each.name, each.state, each.step) for each in states] == [
+        ("r", "stopped", 2),
+        ("r-2", "stopped", 3),
+        ("new", "finished", 4),
+    ]
+
+
 def test_its_pictures():
     model, optimizer = make()
     with tui_trainer.watch(model, optimizer, name="<b>"[1]) as run:

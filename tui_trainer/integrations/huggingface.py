@@ -6,10 +6,10 @@ launcher. Under `tui-trainer run` it does nothing.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from tui_trainer.run.scalars import active_log
-from tui_trainer.run.watch import Run, watch
+from tui_trainer.run.watch import Run, WatchedRun, watch
 
 try:
     from transformers import TrainerCallback
@@ -18,7 +18,11 @@ except ImportError:  # reported when a callback is created
 
 
 class TuiTrainerCallback(TrainerCallback):  # type: ignore[misc]
-    """Takes the options `name`, `runs_dir` and `paused` of `tui_trainer.watch`."""
+    """Takes the options `name`, `runs_dir` and `paused` of `tui_trainer.watch`. Further calls of
+    `train` with the same callback are recorded as `name-2`, `name-3`, …"""
+
+    _newest: ClassVar[Run | None] = None
+    """The run that any callback in this process has started last."""
 
     def __init__(self, **options: Any) -> None:
         if TrainerCallback is object:
@@ -26,12 +30,21 @@ class TuiTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self._options = options
         self.run: Run | None = None
         """The run that is being recorded; None before the training begins."""
+        self._started = 0
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any, **_: Any
     ) -> None:
+        # A training that raised has no end: in a notebook its run is still open.
+        newest = TuiTrainerCallback._newest
+        if isinstance(newest, WatchedRun) and newest.open:
+            newest.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
         if active_log() is None:
-            self.run = watch(model, optimizer, **self._options)
+            options = dict(self._options)
+            self._started += 1
+            if self._started > 1 and options.get("name"):
+                options["name"] += f"-{self._started}"
+            self.run = TuiTrainerCallback._newest = watch(model, optimizer, **options)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.run is not None:
