@@ -18,7 +18,9 @@ from tui_trainer.trace.probe import ProbeOptions
 from tui_trainer.trace.tracer import Tracer
 
 
-def clip_grad_norm_(parameters: Any, max_norm: float, mpu: Any = None) -> torch.Tensor:
+def clip_grad_norm_(
+    parameters: Any, max_norm: float, norm_type: float = 2, mpu: Any = None
+) -> torch.Tensor:
     given = list(parameters)
     total = torch.stack([p.grad.norm() for p in given]).norm()
     for parameter in given:
@@ -68,7 +70,11 @@ def test_clipping(partitioned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
             losses.append(loss.item())
             loss.backward()
             if not partitioned:
-                norms.append(utilities.clip_grad_norm_(model.parameters(), max_norm=0.1).item())
+                norms.append(
+                    utilities.clip_grad_norm_(
+                        parameters=model.parameters(), max_norm=0.1, mpu=None
+                    ).item()
+                )
             optimizer.step()
     patches.restore()
     assert not recorder.notices_of("fault")

@@ -36,7 +36,7 @@ from tui_trainer.protocol.actions import (
 )
 from tui_trainer.protocol.attention import ExamineAttention
 from tui_trainer.protocol.autograd import CheckGradient, DescribeGraph
-from tui_trainer.protocol.events import Notice
+from tui_trainer.protocol.events import Clip, Notice
 from tui_trainer.protocol.framing import read_as
 from tui_trainer.protocol.inspection import (
     DescribeUse,
@@ -620,7 +620,7 @@ SHARDED = """
             optimizer.zero_grad()
             loss.backward()
             shard = model[0].weight.grad.to_local().norm()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5 if step % 2 else 100.0)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05 if step % 2 else 100.0)
             optimizer.step()
             print("SEEN", rank, step, loss.item().hex(), shard.item().hex(),
                   norm.full_tensor().item().hex(), flush=True)
@@ -658,6 +658,9 @@ def test_sharded_parameters_are_measured_without_a_collective(place):
     history = StoredHistory(place.runs / "sharded", ended=True)
     info = history.store.info()
     assert all(parameter.sharded for parameter in info.parameters)
+    clips = StoredEvents(history.store).of_kind("clip", 100)
+    assert clips
+    assert not any(clip.shares for clip in clips if isinstance(clip, Clip))
     tables = place.tables("sharded")
     for line in place.printed("SEEN", 2):
         _, rank, step, loss, shard, norm = line.split()

@@ -1,9 +1,18 @@
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 
-from tests.ui.fake import fake_empty, fake_extremes, fake_gpt, fake_large, fake_non_finite
+from tests.ui.fake import (
+    FakeSession,
+    fake_empty,
+    fake_extremes,
+    fake_gpt,
+    fake_large,
+    fake_non_finite,
+)
+from tests.ui.fake_run import describe, synthesise
 from tests.ui.screens import app_on, frame, settle, text_of
 from tui_trainer.protocol import schema
 from tui_trainer.ui.panels.parameters import ParameterTable, ParameterValues
@@ -91,6 +100,18 @@ async def test_a_click_on_a_title_sorts_and_on_a_row_selects() -> None:
         assert table.current_row is not None
         selected = text_of(app).split("\n")[app.screen.query_one("#selected").region.y]
         assert app.snapshot.info.parameters[table.current_row].name in selected
+
+
+async def test_norms_of_a_shard_are_marked() -> None:
+    run = synthesise(describe())
+    sharded = [msgspec.structs.replace(p, sharded=True) for p in run.info.parameters]
+    run.info = msgspec.structs.replace(run.info, parameters=tuple(sharded))
+    for session, marked in ((FakeSession(run, 20), True), (fake_gpt(20), False)):
+        app = app_on("parameters", session)
+        async with app.run_test(size=(80, 24)) as pilot:
+            await settle(pilot)
+            selected = text_of(app).split("\n")[app.screen.query_one("#selected").region.y]
+            assert ("norms of rank 0's shard" in selected) is marked
 
 
 async def test_filter_keeps_what_has_all_words() -> None:

@@ -84,7 +84,8 @@ class ClippingProbe(Probe):
     ) -> ClipRecord:
         parameters: tuple[int, ...] = ()
         shares: tuple[float, ...] = ()
-        norms = self._norms(clip, facts)
+        # Norms of this process's shards are no parts of the total of all processes.
+        norms = None if self.tracked.sharded else self._norms(clip, facts)
         if norms is not None:
             total = clip.total_before
             if why_absent(total) is not None:

@@ -201,6 +201,8 @@ class ParametersScreen(DetailScreen):
         facts = f"{shape}  {dtype}  {parameter.numel:,} elements"
         by = f"updated by {optimizer}" if optimizer else "not updated"
         pieces: list[Span] = [(parameter.name, "accent"), (facts, "dim"), (by, "dim")]
+        if parameter.sharded:
+            pieces.insert(1, ("norms of rank 0's shard", "dim"))
         if reason := self.values.why_absent(row):  # what does not fit is cut off at the end
             absent = (f"{self.context.glyphs.missing} {reason}", "text")
             pieces = [pieces[0], absent, (by, "dim"), (facts, "dim")]
