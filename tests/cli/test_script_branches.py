@@ -46,6 +46,7 @@ def test_what_a_script_does_after_going_back_is_a_branch(tmp_path: Path) -> None
         assert_refused(within, "a branch begins at the end of a step")
         until(lambda: call("step", "one", "6", cwd=tmp_path).returncode == 0, "the run steps")
         assert "the script's own variables" in done("back", "one", "--to", "1")
+        assert_refused(call("back", "one", cwd=tmp_path), "no snapshot of an earlier step")
         assert list(listed()) == ["one"], "nothing has followed yet"
         done("set", "lr=0.02")  # the only live run
         done("step", "one", "4")

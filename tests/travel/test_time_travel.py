@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import types
 
@@ -211,6 +212,39 @@ def test_a_script_gets_weights_optimizer_scheduler_and_generators_back(tmp_path)
     assert same(weights(parts[0]), weights(model))
     assert same(parts[1].state_dict(), optimizer.state_dict())
     assert same(parts[2].state_dict(), scheduler.state_dict())
+
+
+def test_a_script_that_was_taken_back_keeps_the_true_snapshots_and_goes_back_further(tmp_path):
+    travels, found = [], []
+
+    def keep(run):
+        travels.append(TimeTravel(run.tracer, run.gate, run.recorder, run.edits, 1 << 30))
+        travels[0].every = 1000
+        travels[0]._take(4)
+
+    def back(run):
+        travel = travels[0]
+        snapshot = travel.ring.before(4)
+        for each in (dataclasses.replace(snapshot, edits=object()), snapshot):
+            try:
+                travel._restore_script(each)
+            except Refusal as refused:
+                found.append(refused.message)
+                found.extend((travel.take_failure(), travel.take_failure()))
+        travel._take_now()
+        found.extend((travel.state_step, travel.ring.steps))
+        try:
+            travel.back()
+        except Refusal as refused:
+            found.append(refused.message)
+
+    def later(run):
+        travels[0]._take_now()
+        found.append(travels[0].ring.steps)
+
+    Edited(lambda: script(*make(), Position()), {4: keep, 8: back, 9: later})
+    assert "step 4 could not be restored" in found.pop(0)
+    assert found == [True, False, 4, (4,), "no snapshot of an earlier step is kept", (4, 9)]
 
 
 def test_snapshots_share_what_has_not_changed_and_only_that():

@@ -389,7 +389,7 @@ class Host:
         changes = " ".join(change.text for change in asked.changes)
 
         def begin() -> None:
-            if travel.failed:
+            if travel.take_failure():
                 raise Refusal("it could not be taken back")
             self._branches.begin(gate.completed, travel.state_step, directory, changes)
             if asked.changes:

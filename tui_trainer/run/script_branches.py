@@ -163,7 +163,8 @@ class BranchRecording(Sink):
         self._ids = {"event": 0, "line": 0, "sample": 0}
         self._findings: dict[int, int] = {}
         """Number of a finding in the run → in the branch."""
-        self._left = ""
+        self._end: Status | None = None
+        """The status with which the script left it."""
         self._ended = False
         self.begun = False
 
@@ -177,8 +178,9 @@ class BranchRecording(Sink):
         self.begun = True
 
     def left(self, reason: str) -> None:
-        """The script was taken back once more, to go on in another branch."""
-        self._left = reason
+        """The script was taken back once more, to go on in another branch. On the training
+        thread, before the next step."""
+        self._end = msgspec.structs.replace(self._recorder.status, reason=reason)
 
     def take(self, items: Sequence[Item], status: Status) -> None:
         """See `record.events.Sink`."""
@@ -213,9 +215,12 @@ class BranchRecording(Sink):
 
     def _report_end(self) -> None:
         assert self._sinks is not None
-        status = self._status(self._recorder.status)
-        reason = self._left or "its recording has ended"
-        status = msgspec.structs.replace(status, state="stopped", reason=reason, waiting_for="")
+        status = self._end
+        if status is None:
+            status = msgspec.structs.replace(
+                self._recorder.status, reason="its recording has ended"
+            )
+        status = msgspec.structs.replace(self._status(status), state="stopped", waiting_for="")
         for sink in self._sinks:
             sink.take([RunEnded(status)], status)
 

@@ -158,8 +158,7 @@ class TimeTravel:
         now; returns the name of the branch that its next steps are."""
         self.restored: tuple[int, int] = (-1, -1)
         """The same two steps, of the last time."""
-        self.failed = False
-        """Whether a script could not be taken back, the last time."""
+        self._failed = False
         self._target: int | None = None
         """The step up to which steps are being repeated."""
         if budget_bytes:
@@ -191,7 +190,7 @@ class TimeTravel:
         if not budget_bytes:
             self.ring = SnapshotRing(0)
             return "no more snapshots are kept"
-        self._gate.call_soon(lambda: self._take(self._gate.completed))
+        self._gate.call_soon(self._take_now)
         each = self._state_bytes()
         many = f", {bytes_(each, 0)} each: up to {budget_bytes // each:,}" if each else ""
         return f"snapshots are kept in at most {bytes_(budget_bytes, 0)}{many}"
@@ -201,6 +200,11 @@ class TimeTravel:
         """The step whose state the training has, at the end of a step."""
         at, restored = self.restored
         return restored if at == self._gate.completed else self._gate.completed
+
+    def take_failure(self) -> bool:
+        """Whether a script could not be taken back, the last time; True only once."""
+        failed, self._failed = self._failed, False
+        return failed
 
     def back(
         self,
@@ -215,7 +219,8 @@ class TimeTravel:
         gate = self._gate
         if step is None:
             within = gate.mode == "paused" and gate.phase not in ("", "step")
-            step = gate.completed if within else gate.completed - 1
+            present = self.state_step if self.task is None else gate.completed
+            step = present if within else present - 1
         if step < 0:
             raise Refusal("there is no step before the first one")
         if step > self.newest:
@@ -399,6 +404,15 @@ class TimeTravel:
         if self.ring.budget_bytes:
             self._take(self._gate.completed)
 
+    def _take_now(self) -> None:
+        """Take a snapshot of the present step, unless it is kept or a script has the state of
+        another step."""
+        step = self._gate.completed
+        if step in self.ring.steps or self.state_step != step:
+            self._gate.due_after(self._after_step, step + (self.every or 1))
+        else:
+            self._take(step)
+
     def _take(self, step: int) -> None:
         """Take a snapshot between two steps."""
         parts = self._parts()
@@ -572,12 +586,12 @@ class TimeTravel:
     def _restore_script(self, snapshot: TrainingSnapshot) -> None:
         """Raises Refusal, without changing anything, where the snapshot no longer fits."""
         rescue, edits = TrainingState.take(snapshot.state.parts), self._edits.snapshot()
-        self.failed = False
+        self._failed = False
         try:
             snapshot.state.restore()
             self._edits.restore(snapshot.edits)
         except Exception as error:
-            self.failed = True
+            self._failed = True
             rescue.restore()
             self._edits.restore(edits)
             text = f"step {snapshot.step:,} could not be restored: {_reason(error)}"

@@ -62,13 +62,13 @@ def back(
         with RunClient.connect(found, "tui-trainer back", read_only=False) as client:
             status = _caught_up(client)
             action: Action = KeepSnapshots(_size(keep)) if keep is not None else Back(to, yes)
-            if isinstance(action, Back) and to is None:
+            info = client.snapshot.info
+            is_task = info is not None and info.task != SCRIPT
+            if isinstance(action, Back) and to is None and is_task:
                 action = Back(max(-1, _one_back(status)), yes)
             ack = client.command_in_control(action)
             if not ack.ok:
                 raise CommandError(f"{found.name} refuses: {ack.message}", ack.hint)
-            info = client.snapshot.info
-            is_task = info is not None and info.task != SCRIPT
             if isinstance(action, Back) and action.step is not None and is_task:
                 status = _wait(client, action.step)
             else:
