@@ -166,6 +166,25 @@ def test_what_a_sweep_shows_where_there_is_no_truncation_or_no_derivative():
     assert sweep(edge, 0)[-1].central is None
 
 
+@pytest.mark.parametrize(
+    ("text", "a"),
+    [("log(a)", 0.05), ("log(a)", 1e-12), ("relu(a)", 0.01), ("tanh(50*a)", 0.1), ("a**3", 0.0)],
+)
+def test_truncation_is_seen_wherever_it_begins(text, a):
+    graph = ScalarGraph.of(text, {"a": a})
+    index = graph.expression.index("a")
+    assert "right of it truncation" in sweep_summary(graph, index, sweep(graph, index))
+
+
+@pytest.mark.parametrize(
+    ("text", "a"), [("a**2", 3.0), ("(100*a)**2", 0.001), ("1e6*a - 1e6", 1.0)]
+)
+def test_rounding_of_values_larger_than_the_output_is_no_truncation(text, a):
+    graph = ScalarGraph.of(text, {"a": a})
+    index = graph.expression.index("a")
+    assert "only rounding" in sweep_summary(graph, index, sweep(graph, index))
+
+
 def test_three_learning_rates():
     small, right, large = three_rates(example("weight"), "w").runs
     assert [small.label, right.label, large.label] == ["too small", "right", "too large"]
@@ -176,11 +195,13 @@ def test_three_learning_rates():
     assert large.outputs[-1] > start
 
 
-def test_descent_without_a_minimum_and_without_a_gradient():
+def test_descent_that_no_rate_is_too_large_for_and_without_a_gradient():
     line = three_rates(ScalarGraph.of("(a*b + c) * f", AT), "a")
-    assert "without a minimum" in line.verdict
+    assert "no rate up to 1000 is too large" in line.verdict
     assert "a goes down" in line.verdict
     assert len(line.runs) == 3
+    far = three_rates(ScalarGraph.of("(0.001*a - 1)**2", {"a": 0}), "a")
+    assert far.verdict.endswith("a goes up; no rate up to 1000 is too large"), "its minimum is 1000"
     still = three_rates(example("neuron"), "w2")
     assert (still.runs, "no step of any size" in still.verdict) == ((), True)
 

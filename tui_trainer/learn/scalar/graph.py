@@ -120,6 +120,19 @@ class ScalarGraph:
         """The output with one node changed."""
         return evaluate(self.expression, self.inputs, {index: value})[self.output]
 
+    def largest_near(self, index: int, h: float) -> float:
+        """The largest |value| of a node with one node changed by ±h, at least 1: the rounding of
+        the output is a small multiple of float64's precision times this. Raises GraphError."""
+        at = self.values[index]
+        return max(
+            1.0,
+            *(
+                abs(value)
+                for changed in (at - h, at + h)
+                for value in evaluate(self.expression, self.inputs, {index: changed})
+            ),
+        )
+
     def output_with(self, name: str, value: float) -> float | None:
         """The output at another value of an input; None where it is undefined."""
         try:
@@ -257,7 +270,7 @@ SWEEP_LOW, SWEEP_HIGH = -15.0, 0.0
 """The exponents of 10 between which h is swept."""
 NEVER_AGREES = 1e-3
 ROUNDING = 1e-13
-"""Errors below this, relative to the output, are rounding alone."""
+"""Errors below this / h, relative to the largest value of a node, are rounding alone."""
 
 
 def sweep(graph: ScalarGraph, index: int, points: int = 61) -> list[SweepPoint]:
@@ -281,17 +294,14 @@ def sweep_summary(graph: ScalarGraph, index: int, points: Sequence[SweepPoint]) 
     known = [(point.central, point.h) for point in points if point.central is not None]
     if not known:
         return say("the numerical gradient of {name} is undefined at every h", name=name)
-    least, best = min(known)
+    least, best = min(known, key=lambda point: (point[0], -point[1]))
     if least > NEVER_AGREES * max(1.0, abs(graph.gradients[index] or 0.0)):
         return say(
             "they never agree: {output} has a kink at this {name}, and no derivative there",
             output=output,
             name=name,
         )
-    largest = max((error for error, h in known if h >= 0.1), default=0.0)
-    middle = max((error for error, h in known if 1e-3 <= h < 0.1), default=0.0)
-    if largest <= 10 * middle or largest <= ROUNDING * max(1.0, abs(graph.values[graph.output])):
-        # Rounding alone leaves errors that fall as 1/h up to the largest h.
+    if all(error * h <= ROUNDING * graph.largest_near(index, h) for error, h in known):
         return say(
             "only rounding: {output} is at most quadratic in {name}, so nothing is truncated",
             output=output,
@@ -406,7 +416,7 @@ def three_rates(graph: ScalarGraph, name: str) -> Descent:
             descend(graph, name, label, rate)
             for label, rate in zip(("small", "larger", "largest"), rates, strict=True)
         )
-        endless = say("{way}, without a minimum: no rate is too large", way=way)
+        endless = say("{way}; no rate up to {largest:g} is too large", way=way, largest=RATES[-1])
         return Descent(name, runs, endless)
     labelled = (
         ("too small", RATES[best] * TOO_SMALL),
