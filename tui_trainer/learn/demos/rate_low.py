@@ -1,4 +1,4 @@
-"""A learning rate that is too low: a step moves the weights by a millionth of their size."""
+"""A learning rate that is too low: a step moves the weights by a few billionths of their size."""
 
 from __future__ import annotations
 

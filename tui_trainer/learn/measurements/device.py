@@ -51,7 +51,7 @@ def measure() -> dict[str, Value]:
         "terms": TERMS,
         "difference": abs(numbers.sum().item() - numbers.cumsum(0)[-1].item()),
         "gpt2_parameters": sum(each.numel() for each in gpt2.parameters()),
-        "gpt2_megabytes": sum(each.nbytes for each in gpt2.parameters()) / 2**20,
+        "gpt2_megabytes": sum(each.nbytes for each in gpt2.parameters()) / 1e6,
         "gpt2_stored": sum(each.data_ptr() != 0 for each in gpt2.parameters()),
     }
 
