@@ -411,6 +411,46 @@ def test_times_of_the_phases_lie_within_the_step():
             assert row["backward"] > 0
 
 
+def test_time_of_an_environment_between_calls_of_a_policy_is_data(monkeypatch):
+    now = [1.0]
+    monkeypatch.setattr("tui_trainer.trace.phases.perf_counter", lambda: now[0])
+    model, optimizer = make()
+
+    def passes(seconds):
+        now[0] += seconds
+
+    def rollouts():
+        for _ in range(3):
+            chosen = []
+            for _ in range(4):
+                chosen.append(model(batch()[0]).log_softmax(1)[:, 0].mean())
+                passes(1)  # the environment's step
+            optimizer.zero_grad()
+            torch.stack(chosen).sum().backward()
+            passes(16)
+            optimizer.step()
+
+    def accumulates():
+        for _ in range(3):
+            optimizer.zero_grad()
+            for _ in range(2):
+                passes(4)
+                inputs, targets = batch()
+                F.cross_entropy(model(inputs), targets)  # of a batch that is left out
+                passes(1)
+                loss = F.cross_entropy(model(inputs), targets)
+                passes(1)
+                loss.backward()
+            optimizer.step()
+
+    recorder, _ = trace(rollouts)
+    row = recorder.rows("phase_ms")[2]
+    assert (row["data"], row["loss"], row["other"]) == (3000, 1000, 16000)
+    recorder, _ = trace(accumulates)
+    row = recorder.rows("phase_ms")[2]
+    assert (row["data"], row["loss"]) == (8000, 4000)
+
+
 def test_other_threads_pass_by():
     import threading
 

@@ -158,6 +158,7 @@ class ForwardPasses:
         result: Any,
     ) -> None:
         """A loss function was called with gradients."""
+        self._phases.loss_called()
         if not isinstance(result, torch.Tensor) or result.dim():
             return
         self._bad_batches.loss_called(function, name, args, kwargs)

@@ -3,7 +3,8 @@
 Rules:
 
 * Time between a step and the next forward is `data`; time between a forward and its backward is
-  `loss`. Evaluations, and checkpoints that the script saves, are taken out of both.
+  `loss`. Between two calls of the same model, with no loss function called in between, it is `data`
+  too: a rollout steps its environment there. Evaluations, and checkpoints that the script saves, are taken out of both.
 * All other time between phases is `tracing` where it is ours and `other` where it is the script's,
   so that the times of a step add up to it.
 * A phase inside another one (a backward inside a forward, …) is part of it; only inside a `step`
@@ -15,6 +16,7 @@ Rules:
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -268,6 +270,10 @@ class Phases:
         self._next_began: tuple[Any, float, float] | None = None
         """Since a forward while gradients wait, until the next backward: (the clock's mark, time,
         time in the gate) at its beginning. It may be the next iteration's."""
+        self._last_called: weakref.ref[torch.nn.Module] | None = None
+        """The model of the last forward."""
+        self._loss_called = False
+        """Whether a loss function was called since then, outside of a phase."""
         self._clips: list[_Clip] = []
         self._clip_began = 0.0
         self._clip_ended = 0.0
@@ -441,7 +447,16 @@ class Phases:
         if waiting and self._next_began is None:
             began = perf_counter() - self._clock.gap_s
             self._next_began = (self._clock.mark(), began, self._gate.idle_s)
+        again = self._last_called is not None and self._last_called() is module
+        if again and self._gap == LOSS and not self._loss_called:
+            self._clock.relabel_gap(DATA)
+        self._last_called, self._loss_called = weakref.ref(module), False
         self._end_data()
+
+    def loss_called(self) -> None:
+        """A loss function was called."""
+        if not self._open or self.in_closure:
+            self._loss_called = True
 
     def before_backward(self) -> None:
         """`backward` is open: the loss was computed, even where no model was seen being called."""
