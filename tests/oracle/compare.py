@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -489,27 +489,29 @@ def _skipped(line: Object, skipped: Skipped) -> Found:
 def alarms(comparison: Comparison) -> Found:
     """An alarm is raised where a loss or gradient is not finite, and nowhere else."""
     raised = [event for event in comparison.events if event["kind"] == "nonfinite"]
-    bad: dict[str, set[str]] = {"loss": set(), "gradient": set(), "weight": set()}
-    for true in comparison.truth.steps:
+    bad: dict[str, dict[int, set[str]]] = {"loss": {}, "gradient": {}, "weight": {}}
+
+    def note(quantity: str, step: int, names: Iterable[str]) -> None:
+        bad[quantity].setdefault(step, set()).update(names)
+
+    for step, true in enumerate(comparison.truth.steps, 1):
         if true.loss is not None and not math.isfinite(true.loss):
-            bad["loss"].add("")
-        bad["gradient"] |= set(true.poisoned)
-        bad["weight"] |= {n for n, norm in true.weights.items() if not math.isfinite(norm)}
+            note("loss", step, [""])
+        note("gradient", step, true.poisoned)
+        note("weight", step, [n for n, norm in true.weights.items() if not math.isfinite(norm)])
     for true_skip in comparison.truth.skipped:
         if not math.isfinite(true_skip.loss):
-            bad["loss"].add("")
-        bad["gradient"] |= {
-            name
-            for norms in (true_skip.norms, true_skip.outside)
-            for name, norm in norms.items()
-            if norm is not None and not math.isfinite(norm)
-        }
+            note("loss", true_skip.before_step, [""])
+        for norms in (true_skip.norms, true_skip.outside):
+            wrong = [n for n, norm in norms.items() if norm is not None and not math.isfinite(norm)]
+            note("gradient", true_skip.before_step, wrong)
     for event in raised:
-        names, blamed = bad[event["quantity"]], event["parameter"] or ""
+        names = bad[event["quantity"]].get(event["step"], set())
+        blamed = event["parameter"] or ""
         if not names:
             yield f"a false alarm: {event['text']} at step {event['step']}"
         elif names != {""} and not any(_is(blamed, name) for name in names):
-            yield f"{blamed} is blamed, and {sorted(names)} are not finite"
+            yield f"{blamed} is blamed at step {event['step']}, and {sorted(names)} are not finite"
     reported = {event["quantity"] for event in raised}
     for quantity in ("loss", "gradient"):
         stepped = any(

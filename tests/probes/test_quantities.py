@@ -334,6 +334,27 @@ def test_nonfinite_is_reported_once_with_the_first_parameter_and_again_after_rec
     assert ("weight", "0.bias", "nan", 6) in reported[7]
 
 
+def test_nan_in_a_gradient_that_is_clipped_but_in_no_optimizer_is_named_at_its_step():
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    poisoned = [False]
+    model[2].weight.register_hook(lambda g: g * float("nan") if poisoned[0] else g)
+
+    def loop():
+        for step in range(1, 7):
+            inputs, targets = batch()
+            model.zero_grad()
+            poisoned[0] = step == 6
+            F.cross_entropy(model(inputs), targets).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+
+    recorder, _ = trace(loop, options=ProbeOptions(budget=0.0))
+    found = [(r.step, *each[:3]) for r in recorder.records for each in r.nonfinite]
+    assert [each for each in found if each[1] == "gradient"] == [(6, "gradient", "2.weight", "nan")]
+
+
 def test_a_late_finding_has_the_last_finite_step():
     torch.manual_seed(0)
     model = mlp()

@@ -211,6 +211,41 @@ def test_a_layer_that_is_replaced():
     assert reason(norms["2.weight (replaced)"]) is Absent.NOT_IN_MODEL
 
 
+def test_zeros_left_on_frozen_and_replaced_parameters_are_no_gradients():
+    model = mlp()
+    optimizer = sgd(model)
+    totals = []
+
+    def loop():
+        for number in range(8):
+            if number == 3:
+                model[0].requires_grad_(False)
+            if number == 5:
+                model[2] = nn.Linear(8, 3)
+                optimizer.add_param_group({"params": model[2].parameters()})
+            optimizer.zero_grad(set_to_none=False)
+            loss_of(model).backward()
+            totals.append(total_of(p for p in model.parameters() if p.requires_grad))
+            optimizer.step()
+
+    recorder, _ = trace(loop)
+    close(recorder.series("step", "grad_norm_preclip"), totals)
+    by_step = {}
+    for record in recorder.records:
+        for number, values in record.rows:
+            table = recorder.tables[number]
+            if table.name == "grad_norm":
+                names = [column.name for column in table.columns]
+                by_step[record.step] = dict(zip(names, map(reason, values.tolist()), strict=True))
+    assert by_step[3]["0.weight"] is None
+    assert by_step[5]["0.weight"] is Absent.FROZEN
+    assert by_step[8]["0.bias"] is Absent.FROZEN
+    assert by_step[8]["2.weight (replaced)"] is Absent.NOT_IN_MODEL
+    assert by_step[8]["2.weight"] is None
+    trainable = {p.name: p.trainable for p in recorder.info["parameters"]}
+    assert (trainable["0.weight"], trainable["2.weight"]) == (False, True)
+
+
 def test_absent_gradients_have_a_reason():
     class Model(nn.Module):
         def __init__(self):

@@ -4,7 +4,8 @@ Rules:
 
 * Time between a step and the next forward is `data`; time between a forward and its backward is
   `loss`. Between two calls of the same model, with no loss function called in between, it is `data`
-  too: a rollout steps its environment there. Evaluations, and checkpoints that the script saves, are taken out of both.
+  too: a rollout steps its environment there. Evaluations, and checkpoints that the script saves,
+  are taken out of both.
 * All other time between phases is `tracing` where it is ours and `other` where it is the script's,
   so that the times of a step add up to it.
 * A phase inside another one (a backward inside a forward, …) is part of it; only inside a `step`

@@ -137,6 +137,8 @@ class StepMeasurer:
         """Norms of the waiting gradients, as read by the measurer that this one replaces: they may
         have been clipped since. Empty where that has not read them."""
         self._frozen = frozenset(i for i, t in enumerate(tracked.trainable) if not t)
+        self._frozen_zeros = NONE
+        """Positions of frozen parameters on which `zero_grad` has left a gradient of zeros."""
         self._on_host = self.probes.on_host
 
     def take_over(self, before: StepMeasurer) -> None:
@@ -466,6 +468,29 @@ class StepMeasurer:
             self.trainable_changed = True
         return absent
 
+    def _find_unused_zeros(self, reading: GradientReading) -> None:
+        """`zero_grad(set_to_none=False)` leaves zeros on parameters that were frozen or replaced
+        since: these have no gradient. Only on the CPU, where the norms are known."""
+        if not self._on_host or reading.norms is None:
+            return
+        zero = [i for i, norm in enumerate(reading.norms) if type(norm) is float and norm == 0]
+        if not zero and not self._frozen_zeros:
+            return
+        parameters, gone = self.tracked.parameters, self.tracked.gone
+        absent = reading.absent
+        if absent is not None:
+            zero = [place for place in zero if not absent[place]]
+        frozen = frozenset(i for i in zero if i not in gone and not parameters[i].requires_grad)
+        if frozen != self._frozen_zeros:
+            self._frozen_zeros = frozen
+            self.trainable_changed = True
+        replaced = gone.intersection(zero)
+        if frozen or replaced:
+            codes = np.zeros(len(parameters), np.uint8) if absent is None else absent.copy()
+            codes[list(frozen)] = Absent.FROZEN
+            codes[list(replaced)] = Absent.NOT_IN_MODEL
+            reading.absent = codes
+
     def use_clip_norms(
         self, captured: NormCapture, clipped: Any, limit: Any, total: torch.Tensor
     ) -> None:
@@ -537,6 +562,7 @@ class StepMeasurer:
         """The optimizer has changed the weights: read them and start the transfer to the host."""
         measured = self.probes.after_update()
         reading = self.reading or GradientReading()
+        self._find_unused_zeros(reading)
         completed = self._complete(outcome, reading, measured)
         completed.signs = self._signs()
         passes = self.passes
@@ -556,7 +582,9 @@ class StepMeasurer:
 
     def lose(self) -> LostGradients:
         """The waiting gradients are discarded; returns what is known of them."""
-        lost = LostGradients(self, self.reading or GradientReading(), self.clips)
+        reading = self.reading or GradientReading()
+        self._find_unused_zeros(reading)
+        lost = LostGradients(self, reading, self.clips)
         self.probes.forget_readings()
         self._forget()
         return lost
