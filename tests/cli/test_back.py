@@ -99,6 +99,13 @@ def test_a_branch_goes_on_from_an_earlier_step_with_another_rate(tmp_path: Path)
     with started(*command, cwd=tmp_path, starts=True):
         until(lambda: call("step", "one", "8", cwd=tmp_path).returncode == 0, "the run steps")
         changes = ("lr=0.5", "clip=0.01")
+        for wrong, words in (
+            (("lr=0.5", "--name", "one"), "there is a run one already"),
+            (("momentum=0.5",), "adamw has no momentum"),
+        ):
+            assert_refused(call("branch", "one", *wrong, "--to", "5", cwd=tmp_path), words)
+        shown = json.loads(call("show", "one", "--json", cwd=tmp_path).stdout)
+        assert shown["step"] == 8, "a refused branch does not take the run back"
         done = call("branch", "one", *changes, "--to", "5", "--json", cwd=tmp_path)
         assert done.returncode == 0, done
         assert json.loads(done.stdout) == {

@@ -64,6 +64,9 @@ def test_what_a_script_does_after_going_back_is_a_branch(tmp_path: Path) -> None
         done("step", "hot", "2")  # commands for the branch go to the process
         refused = call("branch", "one", "lr=1", "--name", "../out", cwd=tmp_path)
         assert_refused(refused, "a branch cannot be called")
+        for wrong in (("--name", "hot"), ("nothing=1",)):
+            assert call("branch", "one", "--to", "1", *wrong, cwd=tmp_path).returncode != 0
+        assert listed()["hot"]["state"] != "stopped", "a refused branch does not take it back"
         done("back", "one", "--to", "12")
         done("resume", "one")
         run.wait()

@@ -110,6 +110,8 @@ class Branch(msgspec.Struct, tag="branch", frozen=True):
     name: str = ""
     """"": that of this run and a number."""
     paused: bool = False
+    only_check: bool = False
+    """Only say whether the name and the changes are possible."""
 
 
 class UndoSettings(msgspec.Struct, tag="undo_settings", frozen=True):

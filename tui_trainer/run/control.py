@@ -135,7 +135,8 @@ class CommandHandler:
             return CommandResult(False, error.pointed, error.hint)
         except (Refusal, BreakpointError) as refused:
             return CommandResult(False, refused.message, refused.hint)
-        if not isinstance(action, LOGGED):
+        checked = isinstance(action, Branch) and action.only_check
+        if not checked and not isinstance(action, LOGGED):
             # The gate's step: the recorder has not yet seen the steps in its queue.
             step = self._gate.completed
             kind: NoticeKind = "control" if isinstance(action, TakeControl) else "command"

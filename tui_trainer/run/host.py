@@ -57,7 +57,7 @@ from tui_trainer.run.server import Server
 from tui_trainer.run.signals import StopHandler
 from tui_trainer.runs.checkpoints import checkpoint_steps
 from tui_trainer.runs.errors import RunError
-from tui_trainer.runs.launch import free_name, start_branch
+from tui_trainer.runs.launch import start_branch
 from tui_trainer.store.writer import StoreWriter
 from tui_trainer.trace.gate import Gate, Refusal
 
@@ -366,8 +366,10 @@ class Host:
             return self._branch_in_script(asked)
         if self.edits is None:
             raise Refusal("the training has not begun yet")
-        name = asked.name or free_name(Path(self.spec.directory))
+        name = self._branches.new_directory(asked.name).name
         self.edits.require_possible(asked.changes)
+        if asked.only_check:
+            return f"branch {name} can be started"
         made = (asked, name, self._save_soon())
         threading.Thread(target=self._make_branch, args=made, daemon=True).start()
         return f"branch {name} is being started"
@@ -386,6 +388,8 @@ class Host:
             )
         edits.require_possible(asked.changes)
         directory = self._branches.new_directory(asked.name)
+        if asked.only_check:
+            return f"branch {directory.name} can be started"
         changes = " ".join(change.text for change in asked.changes)
 
         def begin() -> None:

@@ -166,6 +166,8 @@ class Experiments:
         def before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             nonlocal smallest
             self._require_wanted()
+            if len(losses) > steps:  # the GradScaler has skipped the last step
+                raise _Enough
             if before_step:
                 raise _Enough
             if not rates:
@@ -191,7 +193,7 @@ class Experiments:
         finally:
             for handle in handles:
                 handle.remove()
-        return [float(loss) for loss in losses]
+        return [float(loss) for loss in losses[:steps]]
 
     def _require_wanted(self) -> None:
         """Raises Refusal once no viewer waits for the result."""

@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch.optim.optimizer import Optimizer
 
@@ -28,9 +31,9 @@ from tui_trainer.trace.torch_private import local, version_of
 MAX_SHARE = 0.02
 """Largest share of the time of a step that taking snapshots may cost: it sets their cadence."""
 MAX_INTERVAL = 1000
+"""Most steps between two snapshots."""
 MAX_KEPT = 1000
 """Snapshots that share most of their tensors take little memory each."""
-"""Most steps between two snapshots."""
 
 
 class Stateful(Protocol):
@@ -60,13 +63,25 @@ class TrainingParts:
                     yield tensor
 
     def nbytes(self) -> int:
-        """The size of a copy, without making it."""
-        own = sum(_nbytes(tensor) for tensor in self.tensors())
-        return own + sum(_nbytes(each) for each in self._optimizer_states())
+        """The size of a copy, without making it. That of `others` is left out: their `state_dict`
+        may read from the device, which no other thread than the training one may do."""
+        return sum(map(_nbytes, self.tensors())) + self._nbytes_of_the_rest()
 
-    def _optimizer_states(self) -> Iterator[Any]:
-        for optimizer in self.optimizers:
-            yield from optimizer.state.values()
+    def changing_nbytes(self) -> int:
+        """The size of what a copy cannot be expected to share with an earlier one."""
+        trained = (each for model in self.models for each in model.parameters())
+        frozen = {id(each) for each in trained if not each.requires_grad}
+        own = sum(_nbytes(each) for each in self.tensors() if id(each) not in frozen)
+        return own + self._nbytes_of_the_rest()
+
+    def _nbytes_of_the_rest(self) -> int:
+        states = [list(optimizer.state.values()) for optimizer in self.optimizers]
+        groups = [
+            {key: value for key, value in group.items() if key != "params"}
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+        ]
+        return _nbytes([states, groups]) + _random_nbytes()
 
 
 @dataclass(eq=False)
@@ -81,7 +96,10 @@ class TrainingState:
     random: dict[str, Any]
     versions: list[int] = field(default_factory=list)
     """`_version` of each of the original `tensors`."""
-    nbytes: int = field(default=0)
+    devices: dict[int, torch.device] = field(default_factory=dict)
+    """id of a copy in `optimizers` → where the original was. Counts of steps (0-d) of fused and
+    capturable optimizers are on the device, others on the host."""
+    nbytes: int = 0
 
     @classmethod
     def take(cls, parts: TrainingParts, earlier: TrainingState | None = None) -> TrainingState:
@@ -102,8 +120,15 @@ class TrainingState:
                 random_state(),
                 versions,
             )
-        state.nbytes = _nbytes([state.tensors, state.optimizers])
+        for optimizer, saved in zip(parts.optimizers, state.optimizers, strict=True):
+            state.devices |= _devices(optimizer, saved)
+        state.nbytes = _nbytes([state.tensors, state.optimizers]) + state.unshared_nbytes
         return state
+
+    @property
+    def unshared_nbytes(self) -> int:
+        """The size of what no other copy shares."""
+        return _nbytes(self.others) + _random_nbytes()
 
     def held(self) -> Iterator[torch.Tensor]:
         """The tensors of the copy, some of which other copies may share."""
@@ -118,7 +143,7 @@ class TrainingState:
                 local(tensor).copy_(saved)
                 tensor.grad = None
             for optimizer, (groups, states) in zip(parts.optimizers, self.optimizers, strict=True):
-                _restore_optimizer(optimizer, groups, states)
+                _restore_optimizer(optimizer, groups, states, self.devices)
         for each, saved_dict in zip(parts.others, self.others, strict=True):
             each.load_state_dict(_copied(saved_dict))
         restore_random_state(self.random)
@@ -162,24 +187,43 @@ def _optimizer_state(
     return groups, states
 
 
+def _devices(
+    optimizer: Optimizer, saved: tuple[list[dict[str, Any]], list[Any]]
+) -> dict[int, torch.device]:
+    groups, states = saved
+    live = [
+        [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in optimizer.param_groups
+        ],
+        [optimizer.state.get(p) for p in _parameters(optimizer)],
+    ]
+    pairs = zip(_tensors_in([groups, states]), _tensors_in(live), strict=True)
+    return {id(copied): original.device for copied, original in pairs}
+
+
 def _restore_optimizer(
-    optimizer: Optimizer, groups: list[dict[str, Any]], states: list[Any]
+    optimizer: Optimizer,
+    groups: list[dict[str, Any]],
+    states: list[Any],
+    devices: Mapping[int, torch.device],
 ) -> None:
     for group, saved in zip(optimizer.param_groups, groups, strict=True):
         for key in [key for key in group if key != "params" and key not in saved]:
             del group[key]
         for key, value in saved.items():
-            group[key] = _restored(group.get(key), value, None)
+            group[key] = _restored(group.get(key), value, devices)
     for parameter, state in zip(_parameters(optimizer), states, strict=True):
         if state is None:
             optimizer.state.pop(parameter, None)
         else:
             present = optimizer.state.get(parameter)
-            optimizer.state[parameter] = _restored(present, state, parameter)
+            optimizer.state[parameter] = _restored(present, state, devices)
 
 
-def _restored(present: Any, saved: Any, parameter: torch.Tensor | None) -> Any:
-    """A copy of what was saved: in the present tensor where one of the same kind is there."""
+def _restored(present: Any, saved: Any, devices: Mapping[int, torch.device]) -> Any:
+    """A copy of what was saved: in the present tensor where one of the same kind is there, else
+    where the original was."""
     match saved:
         case torch.Tensor():
             if (
@@ -189,17 +233,14 @@ def _restored(present: Any, saved: Any, parameter: torch.Tensor | None) -> Any:
             ):
                 local(present).copy_(saved)
                 return present
-            # Counts of steps (0-d) stay on the host, where the optimizers keep them.
-            if parameter is not None and saved.dim():
-                return saved.to(parameter.device, copy=True)
-            return saved.clone()
+            return saved.to(devices.get(id(saved), saved.device), copy=True)
         case dict():
             held = present if isinstance(present, dict) else {}
-            return {k: _restored(held.get(k), v, parameter) for k, v in saved.items()}
+            return {k: _restored(held.get(k), v, devices) for k, v in saved.items()}
         case list() | tuple():
             same = isinstance(present, (list, tuple)) and len(present) == len(saved)
             old = present if same else [None] * len(saved)
-            parts = [_restored(o, v, parameter) for o, v in zip(old, saved, strict=True)]
+            parts = [_restored(o, v, devices) for o, v in zip(old, saved, strict=True)]
             return parts if isinstance(saved, list) else tuple(parts)
         case _:
             return copy.deepcopy(saved)
@@ -260,12 +301,22 @@ def _nbytes(value: Any) -> int:
         case torch.Tensor():
             held = local(value)
             return held.numel() * held.element_size()
+        case np.ndarray():
+            return value.nbytes
         case dict():
             return sum(_nbytes(part) for part in value.values())
         case list() | tuple():
             return sum(_nbytes(part) for part in value)
         case _:
             return 0
+
+
+@cache
+def _random_nbytes() -> int:
+    """The size of a copy of the states of the generators. Python's is a tuple of integers."""
+    state = random_state()
+    _, words, _ = state["python"]
+    return _nbytes([state["torch"], state["numpy"]]) + sum(map(sys.getsizeof, (words, *words)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -299,6 +350,7 @@ class SnapshotRing:
         if snapshot.step in steps:
             self._drop(steps.index(snapshot.step))
         self._kept.insert(bisect_right(self.steps, snapshot.step), snapshot)
+        self.nbytes += snapshot.state.unshared_nbytes
         for tensor in snapshot.state.held():
             self._holders[id(tensor)] += 1
             if self._holders[id(tensor)] == 1:
@@ -309,7 +361,9 @@ class SnapshotRing:
             self._drop(self._least_needed(snapshot.step))
 
     def _drop(self, index: int) -> None:
-        for tensor in self._kept.pop(index).state.held():
+        state = self._kept.pop(index).state
+        self.nbytes -= state.unshared_nbytes
+        for tensor in state.held():
             self._holders[id(tensor)] -= 1
             if not self._holders[id(tensor)]:
                 del self._holders[id(tensor)]
@@ -327,8 +381,9 @@ class SnapshotRing:
 
     def before(self, step: int) -> TrainingSnapshot | None:
         """The nearest one at or before `step`."""
-        position = bisect_right(self.steps, step)
-        return self._kept[position - 1] if position else None
+        kept = tuple(self._kept)  # the training thread may add one meanwhile
+        position = bisect_right(kept, step, key=lambda each: each.step)
+        return kept[position - 1] if position else None
 
     def forget_after(self, step: int) -> None:
         """Drop the snapshots of later steps, which this training will not repeat."""

@@ -150,7 +150,7 @@ class TimeTravel:
         self._last_step = 0
         self._schedulers = KnownSchedulers()
         self._announced = 0
-        """Bytes of a snapshot that were announced."""
+        """Bytes of two snapshots when their size was announced."""
         self._edit_history: list[SettingEdit] = []
         """All changes of settings up to the newest step."""
         self.went_back: Callable[[int, int], str] | None = None
@@ -416,7 +416,7 @@ class TimeTravel:
     def _take(self, step: int) -> None:
         """Take a snapshot between two steps."""
         parts = self._parts()
-        if not self._announce(parts.nbytes()):
+        if not self._announce(parts):
             return
         began = time.perf_counter()
         before = self.ring.before(step)
@@ -426,15 +426,16 @@ class TimeTravel:
         self._copy_s = time.perf_counter() - began
         self._gate.due_after(self._after_step, step + (self.every or 1))
 
-    def _announce(self, size: int) -> bool:
+    def _announce(self, parts: TrainingParts) -> bool:
         """Announce how much memory snapshots will take, and again if that has grown: an optimizer
         allocates its state at its first step. False where not even two snapshots fit."""
-        budget = self.ring.budget_bytes
-        if size <= self._announced:
+        budget, size = self.ring.budget_bytes, parts.nbytes()
+        two = size + parts.changing_nbytes()
+        if two <= self._announced:
             return True
-        self._announced = size
+        self._announced = two
         each, most = bytes_(size, 0), bytes_(budget, 0)
-        if 2 * size > budget:
+        if two > budget:
             self.ring = SnapshotRing(0)
             text = f"no snapshots are kept: one takes {each}, and two do not fit in {most}"
             self._recorder.notice("state", text, "warning", self._gate.completed)
