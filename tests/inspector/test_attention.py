@@ -298,9 +298,18 @@ def test_a_layer_that_is_not_called_has_its_weights_alone():
 
 
 def test_the_softmax_of_one_zero_and_minus_one():
-    weights = torch.tensor([1.0, 0.0, -1.0]).softmax(-1)
-    assert [round(x, 3) for x in weights.tolist()] == [0.665, 0.245, 0.09]
-    assert float(entropy(weights)) == pytest.approx(0.832, abs=1e-3)
+    attention = Own("matmul")
+    with torch.no_grad():
+        for parameter in (*attention.q_proj.parameters(), *attention.k_proj.parameters()):
+            parameter.zero_()
+        attention.q_proj.bias[0] = attention.q_proj.bias[4] = 1
+        attention.k_proj.weight[0, 0] = attention.k_proj.weight[4, 0] = 2
+    x = torch.randn(1, 3, 8)
+    x[0, :, 0] = torch.tensor([1.0, 0.0, -1.0])
+    found = examined(nn.Sequential(attention), x, ExamineAttention(query=2))
+    assert values(found.row.scores, 3).tolist() == [1, 0, -1]
+    assert values(found.row.weights, 3).tolist() == pytest.approx([0.665, 0.245, 0.09], abs=1e-3)
+    assert found.by_head[0].entropy == pytest.approx(0.832, abs=1e-3)
     product, angle = products(torch.tensor([1.0, 0]), torch.tensor([[2.0, 0], [0, 3], [-1, 0]]))
     assert product.tolist() == [2, 0, -1]
     assert angle.tolist() == pytest.approx([0, 90, 180])

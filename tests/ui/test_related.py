@@ -67,6 +67,22 @@ async def test_a_branch_has_a_dim_line_and_its_name_on_the_charts() -> None:
         assert panel.snapshot.related == app.related_runs.runs
 
 
+def test_an_error_while_related_runs_are_read_does_not_end_the_reading() -> None:
+    tried = threading.Event()
+    found = related_runs.RelatedRuns(lambda call, *given: call(*given), lambda: None)
+    found._reading = found._refreshing = True
+
+    def broken() -> None:
+        raise ValueError("unexpected")
+
+    found._load(broken)
+    found._load(tried.set)
+    assert tried.wait(60)
+    assert not found._reading
+    assert not found._refreshing
+    found.close()
+
+
 async def shown_on(mode: str, size: tuple[int, int], app: TuiTrainerApp) -> str:
     app.related_runs.find = lambda: None  # type: ignore[method-assign]
     async with app.run_test(size=size) as pilot:

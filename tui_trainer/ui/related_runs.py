@@ -177,7 +177,10 @@ class RelatedRuns:
             self._jobs = SimpleQueue()
             # A daemon: leaving does not wait for a disk that does not answer.
             Thread(
-                target=_run, args=(self._jobs,), name="tui-trainer related runs", daemon=True
+                target=_run,
+                args=(self._jobs, lambda: self._schedule(self._failed)),
+                name="tui-trainer related runs",
+                daemon=True,
             ).start()
         self._jobs.put(job)
 
@@ -205,6 +208,10 @@ class RelatedRuns:
             run.run = entry
         if self.runs != before:
             self._changed()
+
+    def _failed(self) -> None:
+        """After an error in a job: what is drawn and what is live is asked for again."""
+        self._reading = self._refreshing = False
 
     def _refreshed(self, entries: Mapping[Path, RunEntry]) -> None:
         self._refreshing = False
@@ -258,6 +265,10 @@ class RelatedRuns:
         self._recordings = open_related((), self._recordings)
 
 
-def _run(jobs: SimpleQueue[Callable[[], None] | None]) -> None:
+def _run(jobs: SimpleQueue[Callable[[], None] | None], failed: Callable[[], None]) -> None:
     while (job := jobs.get()) is not None:
-        job()
+        try:
+            job()
+        except Exception:
+            with suppress(Exception):  # the event loop has been closed
+                failed()
