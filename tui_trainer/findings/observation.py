@@ -34,7 +34,13 @@ from tui_trainer.protocol.schema import AttentionInfo, ParameterInfo, RunInfo
 _REASON = 0xFF
 
 
-_UNKNOWN = (Absent.NOT_MEASURED, Absent.CHANGED_BY_HAND, Absent.OUT_OF_RANGE, Absent.OVERFLOW)
+_UNKNOWN = (
+    Absent.NOT_MEASURED,
+    Absent.CHANGED_BY_HAND,
+    Absent.CHANGED_BY_FRAMEWORK,
+    Absent.OUT_OF_RANGE,
+    Absent.OVERFLOW,
+)
 
 
 class TableRow:

@@ -57,10 +57,11 @@ class Gradients(Probe):
             there[list(facts.left_alone)] = False
         if there is not None:
             if not there.any():
-                unknown = codes is not None and (codes == Absent.CHANGED_BY_HAND).all()
-                facts.total_norm = absent(
-                    Absent.CHANGED_BY_HAND if unknown else Absent.NO_GRADIENTS
-                )
+                why = Absent.NO_GRADIENTS
+                for unknown in (Absent.CHANGED_BY_HAND, Absent.CHANGED_BY_FRAMEWORK):
+                    if codes is not None and (codes == unknown).all():
+                        why = unknown
+                facts.total_norm = absent(why)
                 return (to_float32(norms),)
             own = own[there]
         facts.total_norm = self._total_of_shards(facts) if self.tracked.sharded else norm_of(own)

@@ -43,6 +43,7 @@ class Absent(IntEnum):
     NO_DEVICE = 18
     OVERFLOW = 19
     SHARDED = 20
+    CHANGED_BY_FRAMEWORK = 21
 
     @property
     def reason(self) -> str:
@@ -70,6 +71,7 @@ _REASONS = {
     Absent.NOT_COMPARABLE: "not comparable",
     Absent.NO_DEVICE: "no accelerator",
     Absent.OVERFLOW: "overflowed in float32 while it was computed",
+    Absent.CHANGED_BY_FRAMEWORK: "unscaled and clipped by the framework before it was measured",
     Absent.SHARDED: "only this process's shards are known",
 }
 

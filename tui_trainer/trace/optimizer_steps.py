@@ -88,7 +88,7 @@ class OptimizerSteps:
         if optimizer in self._waiting.rescaled:
             self._waiting.rescaled.discard(optimizer)
             self._waiting.take_unseen()
-            measurer.do_not_read()
+            measurer.do_not_read(Absent.CHANGED_BY_FRAMEWORK)
         if not closure:
             self._waiting.take_unseen()
             self._waiting.follow_changes_by_hand(compare=True)

@@ -436,9 +436,9 @@ class StepMeasurer:
         reading.norms = norms
         self.probes.gradient_norms(norms)
 
-    def do_not_read(self) -> None:
+    def do_not_read(self, why: Absent = Absent.CHANGED_BY_HAND) -> None:
         """The waiting gradients have been changed in a way that is not known."""
-        codes = np.full(len(self.tracked.parameters), Absent.CHANGED_BY_HAND, np.uint8)
+        codes = np.full(len(self.tracked.parameters), why, np.uint8)
         self.reading = GradientReading(None, None, codes)
 
     def norms_now(self) -> Readings:
