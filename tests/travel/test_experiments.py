@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
+import types
 
 import pytest
+import torch
 
 from tests.travel.support import Run, same, tiny
 from tui_trainer.config.live_settings import parse_changes
@@ -17,6 +20,9 @@ from tui_trainer.protocol.travel import (
     WhatIf,
 )
 from tui_trainer.trace.gate import Refusal
+from tui_trainer.trace.random_state import restore_random_state
+from tui_trainer.travel.experiments import Experiments
+from tui_trainer.travel.snapshots import SnapshotRing, TrainingParts
 
 
 def ask(run, experiment):
@@ -46,6 +52,102 @@ def test_what_if_says_what_happens_then_and_changes_nothing(options, tmp_path):
         assert changed.loss == pytest.approx(other.losses[4:7], rel=1e-5)
         assert changed.loss != pytest.approx(present.loss, rel=1e-5)
     assert not [line for line in run.log if "differs" in line or "Error" in line]
+
+
+class ByHand:
+    """A training without us, in the state of a step."""
+
+    def __init__(self, seen, **options):
+        self.training = tiny("vit", **options)
+        self.seen = seen
+        self.weights = list(self.training.model.parameters())
+        self.optimizer = self.training.stateful["optimizer"]
+
+    def begin(self):
+        self.training.model.load_state_dict(self.seen["weights"])
+        for name, part in self.training.stateful.items():
+            part.load_state_dict(copy.deepcopy(self.seen["states"][name]))
+        restore_random_state(self.seen["random"])
+        self.training.model.train()
+        return iter(self.training.stateful["batches"])
+
+    def loss(self, batches):
+        images, labels = next(batches)
+        return torch.nn.functional.cross_entropy(self.training.model(images), labels)
+
+    def losses(self, rates):
+        found, batches = [], self.begin()
+        for rate in rates:
+            self.optimizer.zero_grad()
+            loss = self.loss(batches)
+            loss.backward()
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+            found.append(float(loss.detach()))
+        return found
+
+    def gradients(self):
+        loss = self.loss(self.begin())
+        return torch.autograd.grad(loss, self.weights)
+
+    @torch.no_grad()
+    def loss_at(self, origin, direction, along):
+        batches = self.begin()
+        for parameter, start, way in zip(self.weights, origin, direction, strict=True):
+            parameter.copy_(start + along * way)
+        return float(self.loss(batches))
+
+
+def test_rates_and_directions_have_the_losses_of_a_loop_by_hand(tmp_path):
+    with Run(tiny("vit", clip="off"), tmp_path) as run:
+        early = run.to(2)
+        seen = run.to(5)
+        found = ask(run, FindLearningRate(1e-4, 1e-1, 5)).curves[0]
+        asked = (
+            MeasureLandscape("gradient", 3, 0.5),
+            MeasureLandscape("random", 3, 0.5),
+            MeasureLandscape("snapshots", 4, 1.0, 2, 5),
+        )
+        gradient, random, between = (ask(run, each).curves[0] for each in asked)
+        run.to(6)
+        recorded, rate = run.losses[5], run.training.schedule.at(5)
+    hand = ByHand(seen, clip="off")
+    assert found.loss == pytest.approx(hand.losses(found.x), rel=1e-5)
+    assert len(found.x) == 5
+    here = [parameter.clone() for parameter in map(seen["weights"].get, names_of(hand))]
+    before = [parameter.clone() for parameter in map(early["weights"].get, names_of(hand))]
+    assert gradient.loss[1] == random.loss[1] == pytest.approx(recorded, rel=1e-5)
+    assert between.loss[2] == pytest.approx(recorded, rel=1e-5), "where the next step begins"
+    downhill = [-rate * each for each in hand.gradients()]
+    assert gradient.loss[2] == pytest.approx(hand.loss_at(here, downhill, 0.5), rel=1e-5)
+    generator = torch.Generator().manual_seed(1)
+    drawn = [torch.randn(each.shape, generator=generator) for each in here]
+    scaled = [d / d.norm() * w.norm() for d, w in zip(drawn, here, strict=True)]
+    assert random.loss[2] == pytest.approx(hand.loss_at(here, scaled, 0.5), rel=1e-5)
+    way = [b - a for a, b in zip(before, here, strict=True)]
+    assert between.loss[3] == pytest.approx(hand.loss_at(before, way, 2.0), rel=1e-5)
+
+
+def names_of(hand):
+    return [name for name, _ in hand.training.model.named_parameters()]
+
+
+def test_a_last_step_that_is_skipped_ends_the_search_for_a_rate():
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+
+    def loop():
+        for step in range(6):
+            optimizer.zero_grad()
+            (weight * weight).sum().backward()
+            if step != 2:  # as a GradScaler does
+                optimizer.step()
+
+    task = types.SimpleNamespace(loop=loop, stateful={})
+    parts = TrainingParts([], [optimizer])
+    found = Experiments(task, None, parts, SnapshotRing(0))._losses(3, [0.1, 0.1, 0.1])
+    assert found == pytest.approx([1, 0.8**2, 0.8**4])
 
 
 def test_the_learning_rate_and_the_loss_along_directions(tmp_path):

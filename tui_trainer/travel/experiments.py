@@ -228,7 +228,7 @@ class Experiments:
 
 @contextmanager
 def _backward_replaced(note: Callable[[torch.Tensor], object], run: bool) -> Iterator[None]:
-    """Call `observe` before `backward` of a loss, which then runs or not."""
+    """Call `note` before `backward` of a loss, which then runs or not."""
     original: Callable[..., Any] = torch.Tensor.backward
 
     def backward(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
