@@ -118,6 +118,14 @@ TWO = (Optimizer("sgd", ("a", "b")), Optimizer("sgd", ("b",)))
 THREE = (Optimizer("sgd", ("a",)), Optimizer("rmsprop", ("b",)), Optimizer("sgd", ("c",)))
 NETS = (("a",), ("b",), ("c",))
 WRONG_BEFORE = (
+    Loop(
+        iterations=2,
+        nets=(("a", "b"), ("c",)),
+        optimizers=(Optimizer("sgd", ("a", "b")), Optimizer("sgd", ("c",))),
+        clips=(Clip(over="own", tight=False),),
+        scaler="unscale",
+        overflow_at=1,
+    ),
     Loop(optimizers=(Optimizer(layers=("a",)), Optimizer(layers=("b",)))),
     Loop(size="tiny", clips=(Clip(),)),
     Loop(iterations=2, optimizers=BY_HAND, clips=(Clip("strict", tight=False),), poison_at=1),

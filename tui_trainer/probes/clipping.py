@@ -9,7 +9,7 @@ import numpy as np
 
 from tui_trainer.history.records import ClipRecord, Floats
 from tui_trainer.protocol import schema
-from tui_trainer.protocol.absent import float32_row, why_absent
+from tui_trainer.protocol.absent import Absent, absent, float32_row, why_absent
 from tui_trainer.trace.norms import norm_of
 from tui_trainer.trace.parameters import TrackedParameters
 from tui_trainer.trace.probe import (
@@ -70,7 +70,9 @@ class ClippingProbe(Probe):
             # The function's own sum of squares in float32 may have underflowed.
             if hardest.two_norm and before == 0 and hardest.total_before > 0:
                 before = hardest.total_before
-            after = before * scale if scale else 0.0
+            after = before * scale
+            if scale == 0 and math.isinf(before):
+                after = self._after_overflow(hardest, facts)
         else:
             after = hardest.norm_after
         # By value single elements may be cut without the norm changing in float32.
@@ -107,6 +109,14 @@ class ClippingProbe(Probe):
             kind=clip.kind,
             gradient_scale=clip.gradient_scale,
         )
+
+    def _after_overflow(self, clip: ClipMeasurement, facts: StepFacts) -> float:
+        """Norm of gradients that were multiplied by 0: their infinite elements are nan then, and
+        finite ones, of which only the sum of squares was infinite, are 0."""
+        norms = self._norms(clip, facts)
+        if norms is None:
+            return absent(Absent.NOT_MEASURED)
+        return 0.0 if np.isfinite(norms).all() else math.nan
 
     def _norms(self, clip: ClipMeasurement, facts: StepFacts) -> Values | None:
         """Norms of the clipped gradients before the clipping; 0 for the others."""
