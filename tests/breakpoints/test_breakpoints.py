@@ -11,7 +11,10 @@ import torch
 from torch import nn
 
 from tui_trainer.breakpoints.breakpoint_list import BreakpointError
+from tui_trainer.breakpoints.compiled import Selector
 from tui_trainer.breakpoints.expression import ExpressionError
+from tui_trainer.breakpoints.observed_values import nothing_matches
+from tui_trainer.breakpoints.quantities import COLUMN_QUANTITIES
 from tui_trainer.config.run_spec import RunSpec, saved_breakpoints
 from tui_trainer.findings.engine import FindingsEngine
 from tui_trainer.probes import PROBES
@@ -19,7 +22,7 @@ from tui_trainer.protocol import schema
 from tui_trainer.protocol.absent import Absent, absent
 from tui_trainer.protocol.events import Notice
 from tui_trainer.protocol.messages import Breakpoint, Poll
-from tui_trainer.protocol.schema import RunInfo
+from tui_trainer.protocol.schema import ProcessInfo, RunInfo
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.run.breakpoints import RunBreakpoints
 from tui_trainer.run.scalars import ScalarLog
@@ -35,14 +38,17 @@ class Run:
     """A loop of twenty steps whose loss spikes at step 10 and is nan from step 15 on, and which
     goes on by itself wherever it pauses."""
 
-    def __init__(self, folder: Path, *conditions: str, budget: float = 0.01) -> None:
+    def __init__(
+        self, folder: Path, *conditions: str, budget: float = 0.01, processes: int = 1
+    ) -> None:
         spec = RunSpec(
             name="run",
             directory=str(folder),
             task="script",
             breakpoints=tuple(Breakpoint(n, each) for n, each in enumerate(conditions)),
         )
-        self.recorder = Recorder(RunInfo(name="run", task="script"))
+        ranks = tuple(ProcessInfo(rank) for rank in range(processes)) if processes > 1 else ()
+        self.recorder = Recorder(RunInfo(name="run", task="script", processes=ranks))
         self.recorder.evaluate_with(FindingsEngine())
         self.gate = Gate()
         self.run = RunBreakpoints(spec, self.gate, self.recorder)
@@ -230,7 +236,7 @@ def test_they_are_saved_and_restored(tmp_path: Path) -> None:
     again = Run(tmp_path)
     again.breakpoints.restore((*saved, Breakpoint(9, "loss >")))
     assert again.breakpoints.list() == saved
-    assert "breakpoint loss > was not restored" in again.notices()[0]
+    assert "breakpoint loss > was not set" in again.notices()[0]
     (tmp_path / "breakpoints.json").write_bytes(b"{")
     assert saved_breakpoints(tmp_path) == ()
 
@@ -244,7 +250,8 @@ def test_the_results_of_evaluations_stop_the_run_before_the_next_step(tmp_path: 
 
 def test_ranks_are_compared_at_the_same_step(tmp_path: Path) -> None:
     """Rank 1 reports its steps two steps late, and another loss in step 9."""
-    run = Run(tmp_path, "rank(1).loss != loss", "rank(any).grad_norm > 1e6")
+    conditions = ("rank(1).loss != loss", "rank(any).grad_norm > 1e6")
+    run = Run(tmp_path, *conditions, processes=2)
 
     def rank_one(step: int) -> None:
         late = step - 2
@@ -261,5 +268,32 @@ def test_ranks_are_compared_at_the_same_step(tmp_path: Path) -> None:
     assert text.endswith("at step 9)")
 
 
-def test_without_other_ranks_nothing_is_compared(tmp_path: Path) -> None:
-    assert Run(tmp_path, "rank(1).loss != loss").train() == []
+def test_before_other_ranks_have_sent_steps_nothing_is_compared(tmp_path: Path) -> None:
+    assert Run(tmp_path, "rank(1).loss != loss", processes=2).train() == []
+
+
+@pytest.mark.parametrize(
+    ("condition", "processes", "message", "hint"),
+    [
+        ("loss > 5 or rank(1).loss != loss", 1, "the run has one process", "leave out the rank"),
+        ("loss > 5 or rank(any).loss > 5", 1, "the run has one process", "leave out the rank"),
+        ("loss > 5 or rank(4).loss > 5", 4, "there is no rank 4", "the run has ranks 0 to 3"),
+    ],
+)
+def test_a_rank_that_the_run_does_not_have_is_refused_at_its_place(
+    tmp_path: Path, condition: str, processes: int, message: str, hint: str
+) -> None:
+    run = Run(tmp_path, condition, processes=processes)
+    assert not run.breakpoints.list()
+    assert f"{condition} was not set: {message} ({hint}" in run.notices()[0]
+    with pytest.raises(ExpressionError, match=message) as refused:
+        run.breakpoints.add(condition)
+    marked = condition[refused.value.start : refused.value.end]
+    assert marked in ("rank(1)", "rank(any)", "rank(4)")
+
+
+def test_a_layer_that_is_not_there_is_answered_with_those_that_are() -> None:
+    quantity = COLUMN_QUANTITIES["grad_norm"]
+    names = ["embedding.weight", "blocks.0.weight", "blocks.1.weight"]
+    error = nothing_matches(quantity, Selector(layer=7), names)
+    assert (error.message, error.hint) == ("grad_norm has no layer=7", "its layers are 0 to 1")

@@ -73,6 +73,8 @@ def test_a_condition_that_cannot_be_understood_starts_no_run(tmp_path: Path) -> 
     (tmp_path / "train.py").write_text(LOOP)
     done = call("run", "--break", "loss >", "train.py", cwd=tmp_path)
     assert_refused(done, "--break: this is not a valid condition", "loss >", status=2)
+    done = call("run", "--break", "rank(1).loss != loss", "train.py", cwd=tmp_path)
+    assert_refused(done, "--break: the run has one process", "^^^^^^^", status=2)
     done = call("run", "--break-on-finding", "bad", "train.py", cwd=tmp_path)
     assert_refused(done, "warning", status=2)
     assert not (tmp_path / "runs").exists()

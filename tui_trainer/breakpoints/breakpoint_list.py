@@ -116,6 +116,8 @@ class Breakpoints:
         """Add a breakpoint. Raises ExpressionError and BreakpointError."""
         expression = parse(condition)
         self._check_selectors(expression)
+        # Only the ranks of a launcher send their steps, not processes that a script starts.
+        expression.check_ranks(sum(not each.label for each in self._run.info().processes))
         _check_ignore(ignore)
         if expression.findings:
             self._values.known_findings = levels(self._run.findings())
@@ -137,7 +139,8 @@ class Breakpoints:
                     each.condition, ignore=each.ignore, once=each.once, log_only=each.log_only
                 )
             except UserError as error:
-                text = f"breakpoint {each.condition} was not restored: {error.message}"
+                hint = f" ({error.hint})" if error.hint else ""
+                text = f"breakpoint {each.condition} was not set: {error.message}{hint}"
                 self._run.notice("breakpoint", text, "warning", 0)
             else:
                 if not each.enabled:

@@ -116,8 +116,9 @@ class Expression:
     """The tables that it reads."""
     findings: bool = False
     """Whether it reads findings."""
-    ranks: bool = False
-    """Whether it compares processes, and so is evaluated for steps that all of them have ended."""
+    ranks: tuple[tuple[int | None, int, int], ...] = ()
+    """Each rank that it reads (None: any), with the start and end of its place in the text. It is
+    then evaluated for steps that all processes have ended."""
     selectors: tuple[tuple[ConditionQuantity, Selector, int, int], ...] = ()
     """Each selector with its quantity and the start and end of its place in the text."""
     _evaluate: Evaluate = field(default=lambda context, matched: True, repr=False)
@@ -128,6 +129,17 @@ class Expression:
         if self._evaluate(context, matched) is not True:
             return ConditionResult(False)
         return ConditionResult(True, tuple(dict.fromkeys(matched))[:MAX_READINGS])
+
+    def check_ranks(self, count: int) -> None:
+        """Raise ExpressionError for a rank that a run of `count` processes does not have."""
+        for rank, start, end in self.ranks:
+            if count < 2:
+                message, hint = "the run has one process", "leave out the rank, as in loss > 5"
+            elif rank is not None and rank >= count:
+                message, hint = f"there is no rank {rank}", f"the run has ranks 0 to {count - 1}"
+            else:
+                continue
+            raise ExpressionError(message, self.text, start, end, hint)
 
 
 _AT = re.compile(r"(?:^|\s)at\s+(\S+)\s*$")
@@ -171,7 +183,7 @@ def _compiled(text: str, condition: str, phase: Phase) -> Expression:
         phase,
         frozenset(compiler.tables),
         compiler.findings,
-        compiler.ranks is not None,
+        tuple(compiler.ranks),
         tuple(compiler.selectors),
         compiled,
     )
@@ -225,8 +237,7 @@ class _Compiler:
         self._phase: Phase = phase
         self.tables: set[str] = set()
         self.findings = False
-        self.ranks: ast.expr | None = None
-        """The first quantity of a rank."""
+        self.ranks: list[tuple[int | None, int, int]] = []
         self._not_with_ranks: tuple[str, ast.expr] | None = None
         self.selectors: list[tuple[ConditionQuantity, Selector, int, int]] = []
 
@@ -240,7 +251,7 @@ class _Compiler:
         part = self._part(tree.body, 0)
         if part.kind != "truth":
             raise self._error("this is a number, not a condition", tree.body, "such as loss > 3")
-        if self.ranks is not None and self._not_with_ranks is not None:
+        if self.ranks and self._not_with_ranks is not None:
             name, node = self._not_with_ranks
             known = ", ".join(WITH_RANKS)
             raise self._error(f"{name} cannot be compared with ranks", node, f"only {known} can")
@@ -494,7 +505,7 @@ class _Compiler:
             case _:
                 hint = "such as rank(1).loss or rank(any).loss"
                 raise self._error("rank takes a number or any", call, hint)
-        self.ranks = self.ranks or node
+        self.ranks.append((number, *self._place(call)))
         self.tables.add(schema.STEP)
         if number is None:
             return Compiled("several", lambda context, matched: context.ranks(column), label=name)

@@ -380,7 +380,12 @@ def nothing_matches(
     quantity: ConditionQuantity, selector: Selector, names: Sequence[str]
 ) -> UserError:
     if selector.layer is not None:
-        return UserError(f"{quantity.name} has no {selector}")
+        numbers = [_first_number(name) for name in names]
+        if quantity.table in ATTENTION_TABLES:
+            numbers = [*map(str, range(len(names)))]
+        known = list(dict.fromkeys(filter(None, numbers)))
+        hint = f"its layers are {known[0]} to {known[-1]}" if known else ""
+        return UserError(f"{quantity.name} has no {selector}", hint)
     pattern = selector.pattern or ""
     near = difflib.get_close_matches(pattern, names, n=2, cutoff=0.3) or list(names[:2])
     hint = f"such as {' or '.join(near)}" if near else ""

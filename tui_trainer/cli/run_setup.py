@@ -16,6 +16,7 @@ from tui_trainer.cli.script import Script
 from tui_trainer.config.errors import ConfigurationError, did_you_mean
 from tui_trainer.config.live_settings import parse_changes
 from tui_trainer.config.options import parse_size
+from tui_trainer.config.ranks import rank_here
 from tui_trainer.config.run_spec import (
     RUN_NAME,
     SPEC_FILE,
@@ -52,11 +53,17 @@ def check_options(options: RunOptions) -> None:
     check_rules(options.rules)
     for target in options.alert:
         _check_alert(target)
+
+
+def _check_breakpoints(options: RunOptions, script: Script | None, launched: bool) -> None:
+    """Raise UsageError for a condition that cannot be met in this run."""
     if options.breakpoints:
         from tui_trainer.cli.commands.breakpoints import check_condition
 
+        rank = rank_here() if script else None
+        processes = options.nproc if launched else rank.world_size if rank else 1
         for condition in options.breakpoints:
-            check_condition(condition, "--break: ")
+            check_condition(condition, "--break: ", processes)
 
 
 def _check_ranks_over(given: str) -> None:
@@ -119,6 +126,7 @@ def prepare(
     """Create the run directory and write the spec; on CommandError nothing is left behind. `stem`:
     how the name of the run begins; "": as that of the script, or the task."""
     check_options(options)
+    _check_breakpoints(options, script, bool(launcher))
     _check_text(script)
     stem = stem or (re.sub(r"[^\w+-]+", "-", script.stem).strip("-") if script else task)
     try:

@@ -95,10 +95,13 @@ def break_(
     return 0
 
 
-def check_condition(condition: str, option: str = "") -> None:
-    """Raise UsageError, pointing at the place, for a condition that cannot be understood."""
+def check_condition(condition: str, option: str = "", processes: int | None = None) -> None:
+    """Raise UsageError, pointing at the place, for a condition that cannot be understood, or that
+    reads a rank that a run of so many `processes` does not have (None: not known yet)."""
     try:
-        parse(condition)
+        expression = parse(condition)
+        if processes is not None:
+            expression.check_ranks(processes)
     except ExpressionError as error:
         raise UsageError(f"{option}{error.pointed}", error.hint) from error
 
