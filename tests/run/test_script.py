@@ -284,6 +284,27 @@ def test_a_child_that_is_terminated_right_after_the_fork_ends(place):
     assert ours(place, "train.py").stdout == "-15\n"
 
 
+def test_a_child_that_is_terminated_before_its_interpreter_is_ready_ends(place):
+    """Python drops a signal that comes this early if it has a handler for it."""
+    write(
+        place,
+        """
+        import os, signal, time
+        for _ in range(50):
+            child = os.fork()
+            if not child:
+                time.sleep(60)
+                os._exit(0)
+            os.kill(child, signal.SIGTERM)
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            print(status)
+            if status == 0:
+                break
+        """,
+    )
+    assert ours(place, "train.py").stdout == "-15\n" * 50
+
+
 def test_a_megabyte_passes_unchanged(place):
     write(place, "import sys; sys.stdout.write('x' * 1_000_000)")
     assert ours(place, "train.py").stdout == "x" * 1_000_000

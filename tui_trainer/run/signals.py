@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Callable
 from types import FrameType
 
@@ -20,6 +21,13 @@ GRACE_S = 20.0
 """How long a script that was asked to stop may take to reach the end of a step …"""
 GRACE_STEPS = 3.0
 """… or this many times its longest recent step, if that is more; then it is interrupted."""
+
+DEFAULTS: dict[signal.Signals, Callable[[int, FrameType | None], None] | signal.Handlers] = {
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGHUP: signal.SIG_DFL,
+    signal.SIGINT: signal.default_int_handler,
+}
+"""Handlers of a Python program that sets none."""
 
 
 class StopHandler:
@@ -45,7 +53,7 @@ class StopHandler:
         self._is_script = False
         self._sigterm_interrupts = False
         """Whether the next SIGTERM was sent by `_interrupt`."""
-        self._pid = os.getpid()
+        self._before_fork = threading.local()
 
     @property
     def requested(self) -> bool:
@@ -71,6 +79,33 @@ class StopHandler:
             signal.signal(signal.SIGINT, self._on_interrupt)
         elif own_session and ignored:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+        reference = weakref.ref(self)
+        os.register_at_fork(
+            before=lambda: _call(reference(), StopHandler._block_signals),
+            after_in_parent=lambda: _call(reference(), StopHandler._unblock_signals),
+            after_in_child=lambda: _call(reference(), StopHandler._reset_signals),
+        )
+
+    def _block_signals(self) -> None:
+        """Python drops signals that reach a forked child before its interpreter is ready. Without
+        our handlers they would have ended it, so they wait until `_reset_signals`."""
+        ours = [number for number in DEFAULTS if self._handles(number)]
+        self._before_fork.handled = ours
+        self._before_fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, ours)
+
+    def _unblock_signals(self) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._before_fork.mask)
+
+    def _reset_signals(self) -> None:
+        """In a forked child, which ends as it would without us."""
+        try:
+            for number in self._before_fork.handled:
+                signal.signal(number, DEFAULTS[number])
+        finally:
+            self._unblock_signals()
+
+    def _handles(self, number: signal.Signals) -> bool:
+        return signal.getsignal(number) in (self._on_terminate, self._on_interrupt)
 
     def stop(self, checkpoint: bool) -> None:
         """Stop at the end of the current step. Before the first step, and on a second request,
@@ -133,12 +168,6 @@ class StopHandler:
             self._warn("the script ignores SIGINT and handles SIGTERM: it is not interrupted")
 
     def _on_terminate(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._pid:
-            # A forked child has inherited the handler. It ends as it would without us: an exception
-            # would be lost in what runs right after the fork, and a lock may be held for ever.
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-            return
         if self._sigterm_interrupts and number == signal.SIGTERM:
             self._sigterm_interrupts = False
             raise KeyboardInterrupt
@@ -163,6 +192,11 @@ class StopHandler:
         if not in_step or self._requests > 1:
             raise StopTraining
         self._start_grace_period()
+
+
+def _call(handler: StopHandler | None, method: Callable[[StopHandler], None]) -> None:
+    if handler is not None:
+        method(handler)
 
 
 def _send_to_main_thread(number: int) -> None:
