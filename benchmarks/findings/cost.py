@@ -30,7 +30,7 @@ from tui_trainer.findings.engine import FindingsEngine
 from tui_trainer.inspector.checked_rerun import CheckedRerun
 from tui_trainer.inspector.inspector import Inspector
 from tui_trainer.probes import PROBES, RULE_PROBES
-from tui_trainer.probes.nonfinite_module import OutputSums
+from tui_trainer.probes.nonfinite import OutputSums
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.trace.gate import Gate

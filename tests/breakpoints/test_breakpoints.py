@@ -13,8 +13,7 @@ from torch import nn
 from tui_trainer.breakpoints.breakpoint_list import BreakpointError
 from tui_trainer.breakpoints.compiled import Selector
 from tui_trainer.breakpoints.expression import ExpressionError
-from tui_trainer.breakpoints.observed_values import nothing_matches
-from tui_trainer.breakpoints.quantities import COLUMN_QUANTITIES
+from tui_trainer.breakpoints.quantities import COLUMN_QUANTITIES, nothing_matches
 from tui_trainer.config.run_spec import RunSpec, saved_breakpoints
 from tui_trainer.findings.engine import FindingsEngine
 from tui_trainer.probes import PROBES
@@ -178,7 +177,7 @@ def test_a_fault_in_an_evaluation_disables_the_breakpoint_and_stops_nothing(
     def broken(*_: object) -> None:
         raise RuntimeError("no value")
 
-    monkeypatch.setattr("tui_trainer.breakpoints.observed_values._present", broken)
+    monkeypatch.setattr("tui_trainer.breakpoints.quantities._present", broken)
     assert [stop[:2] for stop in run.train()] == [("step", 5)]
     assert "breakpoint 1 is disabled: loss > 1: RuntimeError: no value" in run.notices()
 

@@ -10,10 +10,10 @@ import pytest
 from tests.cli.calling import StartedRun, assert_refused, call, started
 from tests.runs.starting import last_step, stored_step, until
 from tests.travel.support import same
-from tui_trainer.comparison.related_runs import find_related, open_related
 from tui_trainer.run.checkpoints import load_checkpoint
 from tui_trainer.runs.checkpoints import checkpoint_path
 from tui_trainer.runs.recording import reported_info
+from tui_trainer.ui.related_runs import find_related, open_related
 
 OPTIONS = """
     --steps 12 --layers 1 --width 16 --heads 2 --block-size 8 --batch-size 4 --threads 1

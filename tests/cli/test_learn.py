@@ -14,8 +14,7 @@ from tui_trainer.cli.commands import learn
 from tui_trainer.cli.main import run
 from tui_trainer.learn import measurement_process
 from tui_trainer.learn.catalog import PAGES
-from tui_trainer.learn.measurement_messages import PageMeasurement
-from tui_trainer.learn.measurement_process import MeasurementError
+from tui_trainer.learn.measurement_process import MeasurementError, PageMeasurement
 from tui_trainer.learn.page import titles
 from tui_trainer.learn.reading_progress import load_progress
 

@@ -10,8 +10,8 @@ import pytest
 from tests.cli.calling import assert_refused, call, started
 from tests.cli.test_back import losses_from
 from tests.runs.starting import stored_step, until
-from tui_trainer.comparison.related_runs import find_related
 from tui_trainer.runs.recording import reported_info
+from tui_trainer.ui.related_runs import find_related
 
 SCRIPT = """
 import torch

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from tests.rows import step_row
+from tui_trainer.client.api import SnapshotBuilder
 from tui_trainer.client.connection import next_poll
-from tui_trainer.client.snapshot import SnapshotBuilder
 from tui_trainer.history.records import ClipRecord, StepRecord
 from tui_trainer.protocol.events import Clip, Notice
 from tui_trainer.protocol.messages import Poll

@@ -8,7 +8,7 @@ import time
 
 from tui_trainer.client import ssh
 from tui_trainer.client.ssh import SshProcess
-from tui_trainer.protocol.relay_greeting import RelayGreeting, encode_greeting
+from tui_trainer.protocol.framing import RelayGreeting, encode_greeting
 
 
 def test_a_greeting_that_arrives_as_a_wait_ends_is_not_lost(monkeypatch):

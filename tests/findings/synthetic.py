@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from tui_trainer.findings.engine import FindingsEngine
-from tui_trainer.findings.finding_order import in_order
-from tui_trainer.findings.rule_settings import parse_settings
+from tui_trainer.findings.rule import parse_settings
 from tui_trainer.findings.rules import RULES
 from tui_trainer.history.records import NonFiniteRecord, SkipRecord, StepRecord
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.absent import Absent, absent
+from tui_trainer.protocol.events import in_order
 from tui_trainer.protocol.schema import (
     AttentionInfo,
     Column,

@@ -8,12 +8,10 @@ import pytest
 
 from tests.findings.synthetic import Run
 from tui_trainer.findings.document import PAGE, page
-from tui_trainer.findings.finding_order import newest_findings
 from tui_trainer.findings.observation import Observation
-from tui_trainer.findings.rule import Found, Rule
-from tui_trainer.findings.rule_settings import SettingsError, parse_settings
+from tui_trainer.findings.rule import Found, Rule, SettingsError, parse_settings
 from tui_trainer.findings.rules import RULES
-from tui_trainer.protocol.events import Finding
+from tui_trainer.protocol.events import Finding, newest_findings
 from tui_trainer.store.codec import decode_event, encode
 
 

@@ -19,7 +19,7 @@ from tests.findings.test_trainings import Net, batch, findings_of, train
 from tests.trace.support import KeepingRecorder
 from tui_trainer.history.records import Producer
 from tui_trainer.probes import PROBES
-from tui_trainer.probes.nonfinite_module import ARMED_BY_GROWTH, ARMED_STEPS, OutputSums
+from tui_trainer.probes.nonfinite import ARMED_BY_GROWTH, ARMED_STEPS, OutputSums
 from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.probe import ProbeOptions
 from tui_trainer.trace.tracer import Tracer
@@ -224,7 +224,7 @@ class Branches(nn.Module):
 @pytest.mark.parametrize("bad", ["first", "second", "head"])
 @pytest.mark.parametrize("held", [1 << 26, 0], ids=["kept", "summed"])
 def test_the_first_layer_is_named_whether_tensors_are_kept_or_summed(bad, held, monkeypatch):
-    monkeypatch.setattr("tui_trainer.probes.nonfinite_module.MAX_HELD_BYTES", held)
+    monkeypatch.setattr("tui_trainer.probes.nonfinite.MAX_HELD_BYTES", held)
     found = first_producer(lambda: train(net=Branches(bad), rate=0.0, steps=BAD_STEP + 1))
     assert (found.source, found.name, found.kind) == ("module", bad, "Linear")
 

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from tui_trainer.findings.engine import FindingsEngine
-from tui_trainer.findings.finding_order import newest_findings
 from tui_trainer.probes import PROBES
+from tui_trainer.protocol.events import newest_findings
 from tui_trainer.protocol.messages import Poll
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.recorder import Recorder

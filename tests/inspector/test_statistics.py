@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.examples import examples
-from tui_trainer.inspector import statistics, tensor_reading
+from tui_trainer.inspector import statistics, tensor_catalog
 from tui_trainer.inspector.errors import InspectionError
 from tui_trainer.inspector.heat_map import heat_map
 from tui_trainer.inspector.statistics import statistics_of
-from tui_trainer.inspector.tensor_reading import evenly_spaced, readable
+from tui_trainer.inspector.tensor_catalog import evenly_spaced, readable
 from tui_trainer.protocol.heat_map import HeatMap, HeatMapWindow
 from tui_trainer.protocol.inspection import TensorStatistics
 
@@ -24,7 +24,7 @@ from tui_trainer.protocol.inspection import TensorStatistics
 @pytest.fixture
 def small_parts(monkeypatch):
     """Parts of seven elements, so that small tensors have many."""
-    monkeypatch.setattr(tensor_reading, "CPU_ELEMENTS", 7)
+    monkeypatch.setattr(tensor_catalog, "CPU_ELEMENTS", 7)
 
 
 def cells(heat: HeatMap) -> np.ndarray:
@@ -117,11 +117,11 @@ def test_bfloat16_and_complex_numbers():
 @example([0.0, 1e-30])
 def test_what_is_not_finite_is_counted_and_left_out(numbers):
     tensor = torch.tensor(numbers, dtype=torch.float32)
-    before, tensor_reading.CPU_ELEMENTS = tensor_reading.CPU_ELEMENTS, 11
+    before, tensor_catalog.CPU_ELEMENTS = tensor_catalog.CPU_ELEMENTS, 11
     try:
         found = statistics_of(tensor, 3)
     finally:
-        tensor_reading.CPU_ELEMENTS = before
+        tensor_catalog.CPU_ELEMENTS = before
     assert_matches(found, tensor.numpy())
     assert len(found.nonfinite) == min(3, found.not_finite)
 
@@ -186,14 +186,14 @@ def blocks(matrix: np.ndarray, height: int, width: int, reduction: str) -> np.nd
 def test_heat_maps_of_any_window(shape, size, reduction, part, transposed, corner):
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(5))
     tensor = tensor.T.contiguous().T if transposed else tensor
-    before, tensor_reading.CPU_ELEMENTS = tensor_reading.CPU_ELEMENTS, part
+    before, tensor_catalog.CPU_ELEMENTS = tensor_catalog.CPU_ELEMENTS, part
     try:
         window = HeatMapWindow(
             *size, row_from=corner[0], column_from=corner[1], reduction=reduction
         )
         heat = heat_map(tensor, window)
     finally:
-        tensor_reading.CPU_ELEMENTS = before
+        tensor_catalog.CPU_ELEMENTS = before
     assert heat.matrix == shape
     assert heat.rows <= size[0]
     assert heat.columns <= size[1]
@@ -224,7 +224,7 @@ def test_further_dimensions_become_columns():
 
 @pytest.mark.parametrize("part", [7, 12, 1 << 20])
 def test_without_a_view_only_the_parts_in_work_are_copied(monkeypatch, part):
-    monkeypatch.setattr(tensor_reading, "CPU_ELEMENTS", part)
+    monkeypatch.setattr(tensor_catalog, "CPU_ELEMENTS", part)
     tensor = torch.randn(5, 3, 2, 4, generator=torch.Generator().manual_seed(6))
     last = tensor.contiguous(memory_format=torch.channels_last)
     window = HeatMapWindow(3, 7, row_from=1, column_from=2, column_to=23)

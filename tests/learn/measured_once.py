@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from tui_trainer.learn.measurement_messages import PageMeasurement
+from tui_trainer.learn.measurement_process import PageMeasurement
 from tui_trainer.learn.measurements import measure_page
 
 

@@ -16,11 +16,11 @@ from torch import nn
 from tui_trainer.config.live_settings import parse_changes
 from tui_trainer.config.run_spec import RunSpec
 from tui_trainer.findings.engine import FindingsEngine
-from tui_trainer.findings.finding_order import newest_findings
 from tui_trainer.findings.rules import RULES
 from tui_trainer.learn.demos import DEMOS, Demo, demo_of, demo_texts, find_demo
 from tui_trainer.learn.page import LANGUAGES
 from tui_trainer.probes import PROBES
+from tui_trainer.protocol.events import newest_findings
 from tui_trainer.protocol.messages import Breakpoint, Poll
 from tui_trainer.protocol.schema import SCRIPT, STEP, RunInfo
 from tui_trainer.record.recorder import Recorder

@@ -13,15 +13,13 @@ import msgspec
 import pytest
 
 from tui_trainer.learn import reading_progress as progress_module
-from tui_trainer.learn.measurement_messages import (
-    PageFailure,
-    PageMeasurement,
-    PageRequest,
-)
 from tui_trainer.learn.measurement_process import (
     COMMAND,
     MeasurementError,
     MeasurementProcess,
+    PageFailure,
+    PageMeasurement,
+    PageRequest,
     checked,
 )
 from tui_trainer.learn.measurements.__main__ import answer

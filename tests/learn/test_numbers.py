@@ -20,7 +20,7 @@ from tui_trainer.models.vit import ViT
 
 from tests.learn.measured_once import measured
 from tui_trainer.learn.catalog import PAGES
-from tui_trainer.learn.measurement_messages import Value
+from tui_trainer.learn.measurement_process import Value
 from tui_trainer.learn.measurements import measure_page
 from tui_trainer.learn.measurements.small_models import random_batch, small_gpt
 

@@ -6,8 +6,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from tui_trainer.learn.scalar.examples import EXAMPLES
-from tui_trainer.learn.scalar.expression import MAX_NODES, GraphError, parse, parse_values
+from tui_trainer.learn.scalar.expression import EXAMPLES, MAX_NODES, GraphError, parse, parse_values
 from tui_trainer.learn.scalar.graph import ScalarGraph, sweep, sweep_summary, three_rates
 from tui_trainer.learn.scalar.layout import layout
 from tui_trainer.learn.scalar.steps import steps_of

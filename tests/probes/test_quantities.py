@@ -393,7 +393,7 @@ def test_non_finite_loss():
 
 
 def test_memory_by_the_clock(monkeypatch):
-    monkeypatch.setattr("tui_trainer.probes.resources.monotonic", lambda: 100.0)
+    monkeypatch.setattr("tui_trainer.probes.step.monotonic", lambda: 100.0)
     recorder = traced(5, 1.0)
     rows = recorder.rows("memory")
     assert list(rows) == [1]

@@ -13,8 +13,8 @@ from pathlib import Path
 import msgspec
 
 from tui_trainer.protocol import PROTOCOL_VERSION
+from tui_trainer.protocol.framing import RelayGreeting
 from tui_trainer.protocol.messages import ToRun, ToViewer
-from tui_trainer.protocol.relay_greeting import RelayGreeting
 
 PINNED = Path(__file__).parent / "wire.txt"
 WHAT_TO_DO = """

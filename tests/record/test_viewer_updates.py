@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
+from tui_trainer.client.api import SnapshotBuilder
 from tui_trainer.client.connection import next_poll
-from tui_trainer.client.snapshot import SnapshotBuilder
 from tui_trainer.history.records import ClipRecord, StepRecord
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.events import LogLine

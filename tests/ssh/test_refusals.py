@@ -17,7 +17,7 @@ from tui_trainer.client.ssh import (
     ssh_command,
 )
 from tui_trainer.protocol import PROTOCOL_VERSION
-from tui_trainer.protocol.relay_greeting import (
+from tui_trainer.protocol.framing import (
     MAX_NOISE_BYTES,
     NoGreeting,
     RelayGreeting,

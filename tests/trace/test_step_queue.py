@@ -10,13 +10,12 @@ import torch
 
 from tests.trace.support import KeepingRecorder, mlp
 from tui_trainer.probes import PROBES
-from tui_trainer.trace import step_queue, transfer
+from tui_trainer.trace import transfer
 from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.governor import WINDOW
 from tui_trainer.trace.probe import ProbeOptions
-from tui_trainer.trace.step_queue import BATCH, StepQueue
 from tui_trainer.trace.tracer import Tracer
-from tui_trainer.trace.transfer import UNWRITTEN, HostTransfer, TransferPart
+from tui_trainer.trace.transfer import BATCH, UNWRITTEN, HostTransfer, StepQueue, TransferPart
 
 
 class Clock:
@@ -30,7 +29,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(step_queue, "perf_counter", clock)
+    monkeypatch.setattr(transfer, "perf_counter", clock)
     monkeypatch.setattr(transfer, "perf_counter", clock)
     return clock
 
@@ -122,7 +121,7 @@ def test_a_forked_child_records_nothing_of_its_parent(clock):
 
 def test_every_step_is_recorded_once_in_order_while_two_threads_record(monkeypatch):
     """With a governor that changes cadences all the time: it decides on either thread."""
-    monkeypatch.setattr(step_queue, "IDLE_S", 0.0)
+    monkeypatch.setattr(transfer, "IDLE_S", 0.0)
     recorder, steps = KeepingRecorder(), 6 * WINDOW
     tracer = Tracer(recorder, Gate(), PROBES, ProbeOptions(budget=1e-6))
     over = threading.Event()

@@ -12,7 +12,7 @@ import torch
 
 from tests.travel.support import Edited, Run, same, tiny, until, weights
 from tui_trainer.findings.engine import FindingsEngine
-from tui_trainer.findings.rule_settings import RuleSettings
+from tui_trainer.findings.rule import RuleSettings
 from tui_trainer.protocol.actions import Back
 from tui_trainer.protocol.settings import SettingChange
 from tui_trainer.run.breakpoints import RunBreakpoints

@@ -11,8 +11,11 @@ from textual.css.model import RuleSet
 from textual.css.stylesheet import Stylesheet
 from textual.pilot import Pilot
 
-from tui_trainer.learn.measurement_messages import PageMeasurement
-from tui_trainer.learn.measurement_process import MeasurementError, MeasurementProcess
+from tui_trainer.learn.measurement_process import (
+    MeasurementError,
+    MeasurementProcess,
+    PageMeasurement,
+)
 
 IDLE_AFTER_S = 0.005
 

@@ -16,7 +16,7 @@ from tui_trainer.protocol.schema import Column, Table
 from tui_trainer.ui import theme
 from tui_trainer.ui.glyphs import ASCII, UNICODE, to_ascii
 from tui_trainer.ui.widgets import braille
-from tui_trainer.ui.widgets.axes import AXIS_WIDTH, value_labels
+from tui_trainer.ui.widgets.axes import AXIS_WIDTH, Scale, fit_scale, step_window, value_labels
 from tui_trainer.ui.widgets.braille import sparklines
 from tui_trainer.ui.widgets.chart import Chart
 from tui_trainer.ui.widgets.chart_layers import (
@@ -28,7 +28,6 @@ from tui_trainer.ui.widgets.chart_layers import (
     Threshold,
     smooth,
 )
-from tui_trainer.ui.widgets.scale import Scale, fit_scale, step_window
 
 PALETTE = theme.palette(theme.DARK.to_color_system().generate())
 STYLE = Style(color="red")

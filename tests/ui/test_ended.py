@@ -13,9 +13,8 @@ from tests.ui.screens import app_on, frame, settle, text_of, until
 from tests.ui.test_replay import record_run
 from tui_trainer.client.replay import ReplaySession
 from tui_trainer.protocol.schema import RunInfo
-from tui_trainer.ui.leaving import Leaving
+from tui_trainer.ui.leaving import EndedDialog, Leaving, next_steps
 from tui_trainer.ui.replay_app import ReplayApp
-from tui_trainer.ui.screens.ended import EndedDialog, next_steps
 
 
 def ended(directory: Path | None = None) -> FakeSession:

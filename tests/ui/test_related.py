@@ -14,12 +14,12 @@ import pytest
 
 from tests.ui.fake import fake_gpt
 from tests.ui.screens import app_on, frame, settle, text_of, until
-from tui_trainer.comparison.related_runs import RelatedCurve
 from tui_trainer.history.window import Window
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.ui import related_runs
 from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.panels.loss import LossPanel
+from tui_trainer.ui.related_runs import RelatedCurve
 
 
 class Branch:

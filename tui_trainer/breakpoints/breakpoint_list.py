@@ -15,7 +15,7 @@ from tui_trainer.breakpoints.expression import (
     ExpressionError,
     parse,
 )
-from tui_trainer.breakpoints.observed_values import (
+from tui_trainer.breakpoints.quantities import (
     STEPS_OF_RANKS,
     LiveContext,
     LiveStep,

@@ -19,8 +19,7 @@ from tui_trainer.cli.run_text import finding_lines
 from tui_trainer.cli.script import Script
 from tui_trainer.config.run_spec import RunSpec
 from tui_trainer.config.training import resolve, to_flat
-from tui_trainer.findings.finding_order import finding_object, newest_findings
-from tui_trainer.protocol.events import Finding
+from tui_trainer.protocol.events import Finding, finding_object, newest_findings
 from tui_trainer.protocol.formatting import counted
 from tui_trainer.protocol.messages import Status
 from tui_trainer.protocol.schema import SCRIPT, Scalar

@@ -30,9 +30,9 @@ from tui_trainer.config.run_spec import (
 from tui_trainer.config.run_state import read_state
 from tui_trainer.protocol.messages import Breakpoint
 from tui_trainer.protocol.schema import Scalar, SourceInfo
-from tui_trainer.runs.boot_log import BOOT_LOG
 from tui_trainer.runs.checkpoints import ResumePoint
 from tui_trainer.runs.errors import RunError
+from tui_trainer.runs.liveness import BOOT_LOG
 from tui_trainer.runs.security import check_directory
 
 
@@ -87,7 +87,7 @@ def check_rules(text: str) -> None:
     """Raise UsageError unless this is a list of changes to the rules."""
     if not text:
         return
-    from tui_trainer.findings.rule_settings import SettingsError, parse_settings
+    from tui_trainer.findings.rule import SettingsError, parse_settings
     from tui_trainer.findings.rules import RULES
 
     try:

@@ -13,14 +13,13 @@ import numpy as np
 from tui_trainer.cli.commands.ls import RunOverview, overview_of
 from tui_trainer.client.connection import RunClient
 from tui_trainer.client.replay import ReplaySession
-from tui_trainer.findings.finding_order import newest_findings
 from tui_trainer.history import History
 from tui_trainer.history.columns import attention_tables, logged_series
 from tui_trainer.history.ranks import RankSummary, summarize_ranks
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import Phase, schema
 from tui_trainer.protocol.absent import why_absent
-from tui_trainer.protocol.events import Event, Finding, Notice
+from tui_trainer.protocol.events import Event, Finding, Notice, newest_findings
 from tui_trainer.protocol.formatting import nonfinite
 from tui_trainer.protocol.messages import END_STATES, EntryState, Status
 from tui_trainer.protocol.schema import RunInfo

@@ -21,8 +21,7 @@ from typing import Any
 import msgspec
 
 from tui_trainer import __version__
-from tui_trainer.client.api import Snapshot
-from tui_trainer.client.snapshot import SnapshotBuilder
+from tui_trainer.client.api import Snapshot, SnapshotBuilder
 from tui_trainer.protocol import PROTOCOL_VERSION
 from tui_trainer.protocol.actions import Action, TakeControl
 from tui_trainer.protocol.framing import FrameBuffer, ProtocolError, encode

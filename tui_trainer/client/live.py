@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from tui_trainer import __version__
-from tui_trainer.client.api import Link, LinkState, Snapshot
+from tui_trainer.client.api import Link, LinkState, Snapshot, SnapshotBuilder
 from tui_trainer.client.connection import (
     Connection,
     ConnectionLost,
@@ -24,7 +24,6 @@ from tui_trainer.client.connection import (
     poll_again,
     whoami,
 )
-from tui_trainer.client.snapshot import SnapshotBuilder
 from tui_trainer.protocol import PROTOCOL_VERSION
 from tui_trainer.protocol.actions import Action
 from tui_trainer.protocol.inspection import Inspected, InspectionRequest

@@ -29,7 +29,7 @@ from urllib.parse import unquote, urlsplit
 from tui_trainer import __version__
 from tui_trainer.client.connection import PeerClosed
 from tui_trainer.protocol import PROTOCOL_VERSION
-from tui_trainer.protocol.relay_greeting import NoGreeting, RelayGreeting, RemoteRun, find_greeting
+from tui_trainer.protocol.framing import NoGreeting, RelayGreeting, RemoteRun, find_greeting
 from tui_trainer.protocol.text import single_line
 from tui_trainer.runs.errors import RunError, RunGone, Unreachable
 

@@ -79,7 +79,7 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
     checkpoint_every: int | None = None
     """Steps between checkpoints; None: at the end, on request, and at the best validation loss."""
     rules: str = ""
-    """Changes to the rules of the findings (see `findings.rule_settings`)."""
+    """Changes to the rules of the findings (see `findings.rule.RuleSettings`)."""
     breakpoints: tuple[Breakpoint, ...] = ()
     """Breakpoints that the run begins with."""
     alerts: tuple[str, ...] = ()

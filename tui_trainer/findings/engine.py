@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 import msgspec
 
 from tui_trainer.findings.observation import LossTrend, Reader, TableRow
-from tui_trainer.findings.rule import Found, Rule
-from tui_trainer.findings.rule_settings import RuleSettings
+from tui_trainer.findings.rule import Found, Rule, RuleSettings
 from tui_trainer.findings.rules import RULES
 from tui_trainer.findings.rules.nonfinite import origin_text
 from tui_trainer.history.records import Floats, Producer, SkipRecord, StepRecord

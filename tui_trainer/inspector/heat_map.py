@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from tui_trainer.inspector.errors import InspectionError
-from tui_trainer.inspector.tensor_reading import as_real, matrix_shape, part_elements
+from tui_trainer.inspector.tensor_catalog import as_real, matrix_shape, part_elements
 from tui_trainer.protocol.heat_map import MAX_CELLS, HeatMap, HeatMapWindow, Reduction
 
 

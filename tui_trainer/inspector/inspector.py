@@ -12,8 +12,7 @@ from msgspec import structs
 
 from tui_trainer.inspector.errors import InspectionError
 from tui_trainer.inspector.rerun import StepCapture
-from tui_trainer.inspector.tensor_catalog import TensorCatalog, info_of
-from tui_trainer.inspector.tensor_reading import readable
+from tui_trainer.inspector.tensor_catalog import TensorCatalog, info_of, readable
 from tui_trainer.protocol.attention import ExamineAttention
 from tui_trainer.protocol.autograd import CheckGradient, DescribeGraph
 from tui_trainer.protocol.formatting import bytes_

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tui_trainer.inspector.tensor_reading import evenly_spaced, flat_values, parts_of
+from tui_trainer.inspector.tensor_catalog import evenly_spaced, flat_values, parts_of
 from tui_trainer.protocol.inspection import Histogram, TensorEntry, TensorStatistics
 
 SAMPLED = 1 << 16

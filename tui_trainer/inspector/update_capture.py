@@ -16,8 +16,7 @@ import torch
 
 from tui_trainer.inspector.errors import InspectionError
 from tui_trainer.inspector.parameter_groups import scalar_of
-from tui_trainer.inspector.tensor_catalog import TensorCatalog, info_of
-from tui_trainer.inspector.tensor_reading import readable
+from tui_trainer.inspector.tensor_catalog import TensorCatalog, info_of, readable
 from tui_trainer.inspector.update_formulas import UpdateInputs, explain, formula_of, is_decoupled
 from tui_trainer.protocol.inspection import (
     NOT_OBSERVED,

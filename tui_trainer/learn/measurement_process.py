@@ -7,6 +7,7 @@ it does not disturb a training on this machine; it ends when its standard input 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import subprocess
 import sys
@@ -15,14 +16,47 @@ import threading
 
 import msgspec
 
-from tui_trainer.learn.measurement_messages import (
-    PageFailure,
-    PageMeasurement,
-    PageRequest,
-    all_finite,
-)
 from tui_trainer.protocol.errors import UserError
 from tui_trainer.protocol.text import sanitize_message, single_line
+
+Value = bool | int | float | str | list[float | int | str]
+"""A number, a text, or a vector. Floats are finite."""
+
+
+class PageMeasurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The measured values of one page."""
+
+    page: str
+    seed: int
+    values: dict[str, Value]
+    """Values by the name of the placeholder."""
+    milliseconds: float
+    torch: str
+    """Version of PyTorch."""
+
+
+class PageFailure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The reason why a measurement could not be run."""
+
+    message: str
+    hint: str = ""
+
+
+class PageRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The page to measure, and the seed of its random numbers."""
+
+    page: str
+    seed: int
+
+
+def all_finite(values: dict[str, Value]) -> bool:
+    """Whether no value is nan or infinite: JSON could not hold it, and no page states one."""
+    return all(
+        not isinstance(item, float) or math.isfinite(item)
+        for value in values.values()
+        for item in (value if isinstance(value, list) else [value])
+    )
+
 
 TIMEOUT_S = 180.0
 """Importing PyTorch takes seconds, and minutes on a cold disk; a measurement less than one."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from tui_trainer.learn.measurement_messages import Value
+from tui_trainer.learn.measurement_process import Value
 
 TEXTS = Path(__file__).parent / "pages"
 """A folder for each language, with a file for each page and the words of the screen."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
 
-from tui_trainer.learn.measurement_messages import Value
+from tui_trainer.learn.measurement_process import Value
 from tui_trainer.learn.page import NARROW_NO_BREAK, NO_BREAK, PLACEHOLDER, written
 
 if TYPE_CHECKING:

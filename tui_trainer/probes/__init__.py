@@ -15,12 +15,10 @@ from tui_trainer.probes.batch import BatchProbe
 from tui_trainer.probes.clipping import ClippingProbe
 from tui_trainer.probes.initial_weights import InitialWeights
 from tui_trainer.probes.modes import Modes
-from tui_trainer.probes.nonfinite import NonFiniteProbe
-from tui_trainer.probes.nonfinite_module import OutputSums
+from tui_trainer.probes.nonfinite import NonFiniteProbe, OutputSums
 from tui_trainer.probes.parameter_norms import Gradients, Weights
 from tui_trainer.probes.replica import ReplicaChecksum, ReplicaSample
-from tui_trainer.probes.resources import Memory, Overhead
-from tui_trainer.probes.step import PhasesProbe, StepProbe
+from tui_trainer.probes.step import Memory, Overhead, PhasesProbe, StepProbe
 from tui_trainer.probes.units import UnitsProbe
 from tui_trainer.probes.update_ratio import KeptUpdates, UpdateRatio
 from tui_trainer.trace.probe import Probe

@@ -1,23 +1,33 @@
-"""Reports nan and inf in loss, gradients and weights when they appear.
+"""Reports nan and inf in loss, gradients and weights, and the first module whose output is not
+finite although its inputs are.
 
-The module that produced them is found in `nonfinite_module.py`, the operation in
-`trace/nonfinite_origin.py`.
+The operation that produced them is found in `trace/nonfinite_origin.py`, at a pause in
+`inspector/checked_rerun.py`.
 """
 
 from __future__ import annotations
 
 import math
+import weakref
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import nn
 
-from tui_trainer.history.records import Floats, NonFiniteRecord
+from tui_trainer.history.records import Floats, NonFiniteRecord, Producer
 from tui_trainer.protocol.absent import why_absent
 from tui_trainer.protocol.events import NonFiniteQuantity
 from tui_trainer.protocol.formatting import nonfinite
+from tui_trainer.trace.module_calls import SubmoduleCalls, tensors_in
 from tui_trainer.trace.parameters import TrackedParameters
-from tui_trainer.trace.probe import Probe, ProbeOptions, StepFacts, Values
+from tui_trainer.trace.probe import Probe, ProbeOptions, Readings, StepFacts, Values
+from tui_trainer.trace.script_frames import place_of_call
+from tui_trainer.trace.torch_private import PLAIN, DropoutLayer, version_of
 
 
 class NonFiniteProbe(Probe):
@@ -73,3 +83,271 @@ class NonFiniteProbe(Probe):
             value = nonfinite(float(found[first]))
             finite_at = self._finite_at.get(quantity)
             facts.nonfinite.append(NonFiniteRecord(quantity, parameter, value, finite_at))
+
+
+FIRST_STEPS = 3
+ARMED_STEPS = 500
+"""Steps that are watched after something was not finite."""
+ARMED_BY_GROWTH = 100
+"""The same after the loss or the gradient norm grew: what does not go on to grow, and arms it
+again, was a single spike."""
+GROWTH = 10.0
+"""Times its usual value at which a loss or gradient norm arms the probe."""
+RECENT = 16
+MAX_SUMS = 4096
+PROPAGATING = (
+    *(nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+)
+"""Modules whose output is not finite wherever their input is not."""
+READ_BY_OTHERS = (*PROPAGATING, nn.Embedding)
+"""Layers whose output is hardly ever the end of a model's computation."""
+MAX_HELD_BYTES = 1 << 26
+"""Bytes of tensors that are kept until the end of a forward instead of being summed."""
+PASSING = (
+    *(nn.Identity, nn.Flatten, nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh),
+    *(DropoutLayer, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
+)
+"""Modules whose output is finite where their input is."""
+
+
+@dataclass(slots=True)
+class _Sum:
+    """One tensor that went into or came out of a module."""
+
+    module: weakref.ref[torch.nn.Module] | None
+    """None: the arguments of the model itself."""
+    entering: bool
+    tensor: weakref.ref[torch.Tensor]
+    held: torch.Tensor | None = None
+    """The tensor itself, to be summed only if a later one is not finite."""
+
+
+class OutputSums(Probe):
+    """No table: sets `StepFacts.producer` at steps with a value that is not finite.
+
+    While armed, every tensor that a module returns is summed, and every one it is given that no
+    module returned: a sum is finite where all elements are, and costs less than `isfinite`. It is
+    armed in the first steps, once anything was not finite, while the loss or the gradient norm is
+    ten times its usual value, and at all steps with `ProbeOptions.watch_nonfinite`. Tensors that
+    are not finite in steps whose loss is (masks) do not count.
+
+    On an accelerator the sums stay there until the step is over. On the CPU, where the end of a
+    forward is soon enough, the inputs and outputs of linear layers, convolutions, normalisations
+    and embeddings are kept instead, and summed only if what was computed from them is not finite.
+    Autograd keeps most of these tensors as well; at most MAX_HELD_BYTES are kept.
+    """
+
+    name = "outputs"
+    importance = 100
+    every_forward = True
+    owns_readings = True
+
+    def __init__(self, tracked: TrackedParameters, options: ProbeOptions) -> None:
+        super().__init__(tracked, options)
+        self._always = options.watch_nonfinite
+        self._armed_until = math.inf if self._always else FIRST_STEPS
+        self._steps = 0
+        self._calls = SubmoduleCalls(self._called, self._returned)
+        self._own = {id(parameter) for parameter in tracked.parameters}
+        self._paths: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary(
+            {module: path for path, module in tracked.modules.items()}
+        )
+        # By weak references: a probe does not keep a model.
+        self._modules = weakref.WeakValueDictionary(tracked.modules)
+        self._sums: list[_Sum] = []
+        self._values: list[torch.Tensor | None] = []
+        """None: held instead."""
+        self._held_bytes = 0
+        self._known: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
+        """id → tensors of this forward that have been summed, with their version."""
+        self._on_host = all(parameter.is_cpu for parameter in tracked.parameters)
+        self._found: Producer | None = None
+        self._weights = False
+        """Whether the module that was found has weights that are not finite."""
+        self._under_way: deque[tuple[list[_Sum], Producer | None]] = deque()
+        self._usual: dict[tuple[str, bool], int] = {}
+        """(path, entering) of what was not finite in steps that were."""
+        self._losses: deque[float] = deque(maxlen=RECENT)
+        self._norms: deque[float] = deque(maxlen=RECENT)
+
+    @property
+    def armed(self) -> bool:
+        return self._steps < self._armed_until
+
+    @property
+    def resting(self) -> bool:
+        return not self.armed
+
+    # ------------------------------------------------------------ in the forward
+
+    def model_called(
+        self, root: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """The inputs of the model."""
+        if self.armed and not self._found and any(id(p) in self._own for p in root.parameters()):
+            self._known.clear()
+            with torch.no_grad():
+                for tensor in tensors_in((*args, *kwargs.values())):
+                    self._add(None, True, tensor)
+
+    def before_forward(self, root: torch.nn.Module) -> None:
+        if self.armed and not self._found and any(id(p) in self._own for p in root.parameters()):
+            self._calls.begin(root, under_way=True)
+
+    def after_forward(self) -> None:
+        """On the CPU the sums are looked at now, while the graph is alive."""
+        self._calls.end()
+        self._known.clear()
+        fault, self._calls.fault = self._calls.fault, None
+        if fault is not None:
+            raise fault
+        if self._on_host and self._values:
+            found, sums = self._values, self._sums
+            self._values, self._sums, self._held_bytes = [], [], 0
+            if sums[-1].held is not None:
+                found[-1] = _sum(sums[-1].held)
+            if not math.isfinite(float(torch.stack([v for v in found if v is not None]).sum())):
+                values = [
+                    _sum(entry.held) if value is None and entry.held is not None else value
+                    for value, entry in zip(found, sums, strict=True)
+                ]
+                numbers = [math.nan if value is None else value.item() for value in values]
+                self._found = self._first(np.array(numbers, np.float64), sums)
+
+    def _called(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if len(args) == 1 and not kwargs and type(args[0]) in PLAIN:
+            given: Sequence[torch.Tensor] = args
+        else:
+            given = tensors_in((*args, *kwargs.values()))
+        for tensor in given:
+            if not self._is_known(tensor):
+                self._add(module, True, tensor, isinstance(module, PROPAGATING))
+
+    def _returned(self, module: torch.nn.Module, result: Any) -> None:
+        single = type(result) in PLAIN
+        if single and isinstance(module, PASSING):
+            self._known[id(result)] = weakref.ref(result), version_of(result)
+            return
+        for tensor in (result,) if single else tensors_in(result):
+            if not self._is_known(tensor):
+                self._add(module, False, tensor, isinstance(module, READ_BY_OTHERS))
+
+    def _is_known(self, tensor: torch.Tensor) -> bool:
+        known = self._known.get(id(tensor))
+        return known is not None and known[0]() is tensor and known[1] == version_of(tensor)
+
+    def _add(
+        self,
+        module: torch.nn.Module | None,
+        entering: bool,
+        tensor: torch.Tensor,
+        passed_on: bool = False,
+    ) -> None:
+        """`passed_on`: another tensor is not finite either where this one is not."""
+        if (
+            type(tensor) not in PLAIN
+            or not tensor.is_floating_point()
+            or not tensor.numel()
+            or len(self._sums) >= MAX_SUMS
+        ):
+            return
+        reference = weakref.ref(tensor)
+        self._known[id(tensor)] = reference, version_of(tensor)
+        owner = weakref.ref(module) if module is not None else None
+        held = None
+        # Without gradients, as in a checkpointed block, autograd keeps nothing and neither do we.
+        if passed_on and self._on_host and torch.is_grad_enabled():
+            size = tensor.numel() * tensor.element_size()
+            if self._held_bytes + size <= MAX_HELD_BYTES:
+                self._held_bytes += size
+                held = tensor.detach()
+        self._values.append(_sum(tensor) if held is None else None)
+        self._sums.append(_Sum(owner, entering, reference, held))
+
+    # ------------------------------------------------------------ the end of the step
+
+    def after_update(self) -> Readings:
+        """On an accelerator: the sums."""
+        self._steps += 1
+        if not self._sums:
+            found, self._found = self._found, None
+            self._under_way.append(([], found))
+            return ()
+        values = [value for value in self._values if value is not None]
+        sums = [entry for entry in self._sums if entry.held is None]
+        self._values, self._sums = [], []
+        found, self._found = self._found, None
+        self._under_way.append((sums, found))
+        return values
+
+    def rows(self, values: Values, facts: StepFacts) -> Sequence[Floats | None]:
+        """Sets `facts.producer`, and arms the probe."""
+        sums, found = self._under_way.popleft() if self._under_way else ([], None)
+        finite = math.isfinite(facts.loss) and math.isfinite(facts.total_norm)
+        wrong = bool(facts.nonfinite) or (
+            not finite and (_not_finite(facts.loss) or _not_finite(facts.total_norm))
+        )
+        if values.size and not np.isfinite(values).all() and len(values) == len(sums):
+            found = self._first(values, sums)
+        if found is not None:
+            key = found.name, found.source == "input"
+            if not wrong:
+                self._usual[key] = self._usual.get(key, 0) + 1
+            elif key not in self._usual:
+                facts.producer = found
+        grows = self._grows(facts)
+        if wrong or grows:
+            steps = ARMED_STEPS if wrong else ARMED_BY_GROWTH
+            self._armed_until = max(self._armed_until, self._steps + steps)
+        return ()
+
+    def _grows(self, facts: StepFacts) -> bool:
+        grows = False
+        for value, recent in ((facts.loss, self._losses), (facts.total_norm, self._norms)):
+            if math.isfinite(value):
+                value = abs(value)
+                if len(recent) == RECENT and value > GROWTH * min(recent):
+                    grows = grows or value > GROWTH * sorted(recent)[RECENT // 2] > 0
+                recent.append(value)
+        return grows
+
+    def _first(self, values: Values, sums: Sequence[_Sum]) -> Producer | None:
+        """The module whose output has the first sum that is not finite."""
+        for index in np.flatnonzero(~np.isfinite(values)).tolist():
+            entry = sums[index]
+            tensor = entry.tensor()
+            if tensor is not None and tensor.is_cpu and bool(torch.isfinite(tensor).all()):
+                continue  # the sum overflowed
+            producer = self._producer(entry)
+            if (producer.name, producer.source == "input") not in self._usual:
+                return producer
+        return None
+
+    def _producer(self, entry: _Sum) -> Producer:
+        module = entry.module() if entry.module is not None else None
+        if module is None:
+            return Producer("input", "")
+        path = self._paths.get(module, "")
+        modules = self._modules
+        if entry.entering:  # computed between two modules, by the one around them
+            parent = path.rpartition(".")[0]
+            around = modules.get(parent)
+            kind = type(around).__name__ if around is not None else ""
+            return Producer("module", parent, kind, "", "")
+        if self._on_host:
+            for name, parameter in module.named_parameters(recurse=False):
+                if not bool(torch.isfinite(parameter.detach()).all()):
+                    return Producer("weight", f"{path}.{name}".lstrip("."), type(module).__name__)
+        return Producer("module", path, type(module).__name__, "", place_of_call(path, modules))
+
+
+def _sum(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().sum(dtype=torch.float32)
+
+
+def _not_finite(value: float) -> bool:
+    """Whether a value that is known is NaN or infinite."""
+    return not math.isfinite(value) and why_absent(value) is None

@@ -1,14 +1,19 @@
-"""Loss, learning rate, total gradient norm and duration of every step; the time of each phase."""
+"""Loss, learning rate, total gradient norm and duration of every step; the time of each phase; the
+memory in use and the time that measuring takes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from time import monotonic
 
 import numpy as np
+import psutil
+import torch
 
 from tui_trainer.history.records import Floats
 from tui_trainer.protocol import schema
-from tui_trainer.protocol.absent import float32_row
+from tui_trainer.protocol.absent import Absent, absent, float32_row
+from tui_trainer.protocol.schema import Column
 from tui_trainer.trace.parameters import TrackedParameters
 from tui_trainer.trace.probe import Probe, ProbeOptions, StepFacts, TableSpec, Values
 
@@ -47,3 +52,74 @@ class PhasesProbe(Probe):
 
     def rows(self, values: Values, facts: StepFacts) -> Sequence[Floats | None]:
         return (np.array(facts.phase_ms, dtype=np.float32),)
+
+
+MEMORY_PERIOD_S = 1.0
+OVERHEAD_STEPS = 10
+"""How many steps a row averages over."""
+
+
+class Memory(Probe):
+    """Table `memory`, at most once a second, at the end of a step."""
+
+    name = schema.MEMORY
+    importance = 100
+
+    def __init__(self, tracked: TrackedParameters, options: ProbeOptions) -> None:
+        super().__init__(tracked, options)
+        if tracked.key:  # one process: the first optimizer's probe is enough
+            self.unseen = "measured with the first optimizer"
+            return
+        self.tables = (TableSpec(schema.MEMORY, schema.MEMORY_COLUMNS, every=0),)
+        self._process = psutil.Process()
+        self._next = 0.0
+
+    def rows(self, values: Values, facts: StepFacts) -> Sequence[Floats | None]:
+        now = monotonic()
+        if now < self._next:
+            return (None,)
+        self._next = now + MEMORY_PERIOD_S
+        allocated, peak = device_memory(self.tracked.device)
+        return (float32_row((allocated, peak, self._process.memory_info().rss)),)
+
+
+def device_memory(device: torch.device) -> tuple[float, float]:
+    """Bytes that torch has allocated on `device`, now and at the peak; absent where it has none of
+    its own or does not report it."""
+    kind = device.type
+    if kind == "mps":
+        return float(torch.mps.current_allocated_memory()), absent(Absent.NOT_MEASURED)
+    if kind in ("cuda", "xpu"):
+        module = getattr(torch, kind)
+        return float(module.memory_allocated(device)), float(module.max_memory_allocated(device))
+    return absent(Absent.NO_DEVICE), absent(Absent.NO_DEVICE)
+
+
+class Overhead(Probe):
+    """Table `overhead_ms`: mean per step over the last ten; `tracer` is what no probe accounts
+    for."""
+
+    name = schema.OVERHEAD
+    importance = 100
+
+    def __init__(self, tracked: TrackedParameters, options: ProbeOptions) -> None:
+        super().__init__(tracked, options)
+        self._names = ("tracer", *options.probe_names)
+        columns = tuple(Column(name, "ms", "lower") for name in self._names)
+        self.tables = (TableSpec(schema.OVERHEAD, columns, every=OVERHEAD_STEPS),)
+        self._sums = dict.fromkeys(self._names, 0.0)
+        self._count = 0
+
+    def rows(self, values: Values, facts: StepFacts) -> Sequence[Floats | None]:
+        for name, ms in facts.own_ms.items():
+            if name in self._sums:
+                self._sums[name] += ms
+        self._count += 1
+        if self._count < OVERHEAD_STEPS:
+            return (None,)
+        row = np.array(
+            [self._sums[name] / OVERHEAD_STEPS for name in self._names], dtype=np.float32
+        )
+        self._sums = dict.fromkeys(self._names, 0.0)
+        self._count = 0
+        return (row,)

@@ -25,9 +25,8 @@ from typing import Any, Literal
 import msgspec
 
 from tui_trainer.config.run_state import process_identity, read_state
-from tui_trainer.findings.finding_order import LEVEL_ORDER, finding_object
 from tui_trainer.protocol import schema
-from tui_trainer.protocol.events import Finding, Level, Notice
+from tui_trainer.protocol.events import LEVEL_ORDER, Finding, Level, Notice, finding_object
 from tui_trainer.protocol.formatting import nonfinite, number
 from tui_trainer.protocol.messages import EndState, Status
 from tui_trainer.protocol.schema import RunInfo

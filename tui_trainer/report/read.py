@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from tui_trainer.findings.finding_order import newest_findings
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.history.window import Window
-from tui_trainer.protocol.events import Event, EventKind, Finding
+from tui_trainer.protocol.events import Event, EventKind, Finding, newest_findings
 from tui_trainer.protocol.messages import Status
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.store.events import StoredEvents

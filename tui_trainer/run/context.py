@@ -65,7 +65,7 @@ class RunContext(Protocol):
 
 def create_tracer(run: RunContext, first_step: int = 1) -> Tracer:
     """A tracer with all probes, or those of a rank; not attached yet. Imports torch."""
-    from tui_trainer.findings.rule_settings import known_settings
+    from tui_trainer.findings.rule import known_settings
     from tui_trainer.findings.rules import RULES
     from tui_trainer.findings.rules.nonfinite import NonFiniteRule
     from tui_trainer.inspector.checked_rerun import CheckedRerun

@@ -23,7 +23,7 @@ from tui_trainer.config.machine import OtherLoad
 from tui_trainer.config.ranks import rank_here
 from tui_trainer.config.run_spec import RunSpec, new_socket_path
 from tui_trainer.findings.engine import FindingsEngine
-from tui_trainer.findings.rule_settings import (
+from tui_trainer.findings.rule import (
     known_settings,
 )
 from tui_trainer.findings.rules import RULES

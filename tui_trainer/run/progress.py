@@ -23,8 +23,8 @@ from tui_trainer.run.loop_length import (
     loop_nest,
     name_of_data,
 )
+from tui_trainer.run.outcome import OUR_DIRECTORY
 from tui_trainer.run.scalars import ScalarLog
-from tui_trainer.run.tracebacks import OUR_DIRECTORY
 from tui_trainer.trace.tracer import Tracer
 
 SAMPLED_STEPS = 6

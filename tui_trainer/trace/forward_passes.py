@@ -13,13 +13,13 @@ from tui_trainer.trace.evaluation import EvaluationLosses, EvaluationModes
 from tui_trainer.trace.faults import Faults, guarded
 from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.module_calls import depends_on_mode
-from tui_trainer.trace.observers import Observers
 from tui_trainer.trace.optimizer_steps import OptimizerSteps
 from tui_trainer.trace.optimizers import OptimizerRegistry
 from tui_trainer.trace.phases import BACKWARD, FORWARD, LOSS, Phases
+from tui_trainer.trace.probe import Observers
 from tui_trainer.trace.reports import PhaseReporter
 from tui_trainer.trace.step_measurer import StepMeasurer
-from tui_trainer.trace.step_queue import StepQueue
+from tui_trainer.trace.transfer import StepQueue
 from tui_trainer.trace.waiting_gradients import WaitingGradients
 
 

@@ -19,8 +19,7 @@ from tui_trainer.history.records import Producer
 from tui_trainer.trace.module_calls import Patches
 from tui_trainer.trace.parameters import TrackedParameters
 from tui_trainer.trace.probe import Readings
-from tui_trainer.trace.script_frames import script_frames
-from tui_trainer.trace.source_places import place_in_frame, place_of_operation
+from tui_trainer.trace.script_frames import place_in_frame, place_of_operation, script_frames
 from tui_trainer.trace.torch_private import has_saved, node_name, saved, saved_tensors
 
 MAX_SEARCHES = 10

@@ -17,8 +17,7 @@ from tui_trainer.trace.optimizer_slot import OptimizerSlot, shapes_of
 from tui_trainer.trace.parameters import Names, TrackedParameters, parameters_of, track_parameters
 from tui_trainer.trace.probe import Probe, ProbeOptions, RecorderLike
 from tui_trainer.trace.script_changes import WeightWatch
-from tui_trainer.trace.script_frames import objects_of_script, variable_of
-from tui_trainer.trace.step_calls import may_be_stepped
+from tui_trainer.trace.script_frames import may_be_stepped, objects_of_script, variable_of
 from tui_trainer.trace.step_measurer import StepMeasurer
 from tui_trainer.trace.torch_private import is_sharded
 

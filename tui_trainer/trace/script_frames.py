@@ -1,12 +1,23 @@
-"""The frames of the training loop and its callers, and what their variables hold."""
+"""The frames of the training loop and its callers: what their variables hold, which line calls a
+submodule or computes an operation, and whether any of their code calls `step` of an optimizer."""
 
 from __future__ import annotations
 
+import ast
+import dis
 import inspect
+import linecache
+import os
 import sys
-from collections.abc import Iterator
-from types import FrameType, ModuleType
+import textwrap
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any, TypeVar
+
+from torch.amp.grad_scaler import GradScaler
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.optimizer import Optimizer
 
 MAX_FRAMES = 64
 MAX_HELD = 64
@@ -163,3 +174,220 @@ def _with_elements(held: list[Any]) -> Iterator[Any]:
 def _is_ours_or_torch(frame: FrameType) -> bool:
     name = str(frame.f_globals.get("__name__", ""))
     return name == _OWN_PACKAGE or name.startswith((f"{_OWN_PACKAGE}.", "torch.", "contextlib"))
+
+
+OPERATORS: dict[str, type[ast.operator]] = {
+    "div": ast.Div,
+    "mul": ast.Mult,
+    "pow": ast.Pow,
+    "sub": ast.Sub,
+    "add": ast.Add,
+    "mm": ast.MatMult,
+    "bmm": ast.MatMult,
+}
+CALLS = {
+    "addmm": ("linear", "addmm"),
+    "mm": ("linear", "matmul", "mm"),
+    "bmm": ("matmul", "bmm"),
+    "linalgvectornorm": ("norm", "vector_norm", "normalize"),
+    "logsoftmax": ("log_softmax", "cross_entropy"),
+    "binarycrossentropy": ("binary_cross_entropy",),
+}
+"""Operation of the autograd graph to the functions that compute it, where the names differ."""
+
+
+def place_of_call(path: str, modules: Mapping[str, Any]) -> str:
+    """`file.py:12`: where the forward of the nearest class that is not torch's calls the submodule
+    at `path`; "" where that is not one single line."""
+    parts = path.split(".")
+    while parts:
+        parent = ".".join(parts[:-1])
+        owner = modules.get(parent)
+        if owner is None:
+            return ""
+        if not type(owner).__module__.startswith("torch."):
+            return _line_in(type(owner).forward, lambda node: _calls_attribute(node, parts[-1]))
+        parts.pop()
+    return ""
+
+
+def place_of_operation(operation: str, module: Any) -> str:
+    """Where the forward of `module` computes an operation of the autograd graph."""
+    if type(module).__module__.startswith("torch."):
+        return ""
+    return _line_in(type(module).forward, lambda node: _computes(node, operation))
+
+
+def place_in_frame(operation: str, frame: FrameType) -> str:
+    """Where the function of `frame` computes an operation, at or before its current line."""
+    code, last = frame.f_code, frame.f_lineno
+    lines = linecache.getlines(code.co_filename, frame.f_globals)
+    if not lines:
+        return ""
+    first = 1 if code.co_name == "<module>" else code.co_firstlineno
+    text = "".join(lines[first - 1 :]) if first > 1 else "".join(lines)
+    return _single_line(
+        text, code.co_filename, first, lambda node: _computes(node, operation), last, code
+    )
+
+
+def _line_in(function: Any, matches: Any) -> str:
+    try:
+        lines, first = inspect.getsourcelines(function)
+        file = inspect.getsourcefile(function) or ""
+    except (OSError, TypeError):
+        return ""
+    return _single_line("".join(lines), file, first, matches, None, None)
+
+
+def _single_line(
+    text: str, file: str, first: int, matches: Any, last: int | None, code: CodeType | None
+) -> str:
+    """The place of the only line with a matching expression."""
+    try:
+        if code is not None and first > 1:
+            text = "".join(inspect.getblock(text.splitlines(keepends=True)))
+        tree = ast.parse(textwrap.dedent(text))
+    except (SyntaxError, ValueError, RecursionError):
+        return ""
+    found = {
+        node.lineno + first - 1
+        for node in _expressions(tree, whole_file=code is not None and first == 1)
+        if matches(node)
+    }
+    if last is not None:
+        found = {line for line in found if line <= last}
+    return f"{os.path.basename(file)}:{found.pop()}" if len(found) == 1 else ""
+
+
+def _expressions(tree: ast.AST, whole_file: bool) -> list[Any]:
+    """The calls and operators; of a whole file those outside of its functions and classes."""
+    found: list[Any] = []
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        if whole_file and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            continue
+        if isinstance(node, (ast.Call, ast.BinOp, ast.AugAssign)):
+            found.append(node)
+        waiting += ast.iter_child_nodes(node)
+    return found
+
+
+def _calls_attribute(node: Any, name: str) -> bool:
+    """`self.name(…)`"""
+    return (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == name
+        and isinstance(node.func.value, ast.Name)
+        and node.func.value.id == "self"
+    )
+
+
+def _computes(node: Any, operation: str) -> bool:
+    if isinstance(node, ast.Call):
+        function = node.func
+        name = function.attr if isinstance(function, ast.Attribute) else ""
+        name = function.id if isinstance(function, ast.Name) else name
+        return name in CALLS.get(operation, (operation,))
+    operator = OPERATORS.get(operation)
+    return operator is not None and isinstance(node.op, operator)
+
+
+NAME = "step"
+OTHERS = frozenset(("torch", "numpy", "tui_trainer", *sys.stdlib_module_names)) - {"__main__"}
+"""Packages whose code calls no step of the script's optimizers."""
+
+
+def may_be_stepped(optimizer: Optimizer) -> bool:
+    """Whether any code within reach of the training loop calls a `step` that may be this
+    optimizer's: that of the functions on the stack, of their modules and of what these import, and
+    of the optimizer's own class. True where that cannot be determined."""
+    try:
+        return _finds_call(optimizer)
+    except Exception:  # of an object of the script that raises where it is looked at
+        return True
+
+
+def _finds_call(optimizer: Optimizer) -> bool:
+    seen: set[CodeType] = set()
+    held: list[tuple[Any, Mapping[str, Any]]] = [(type(optimizer), {})]
+    for frame in script_frames():
+        names = frame.f_globals
+        variables = {**names, **frame.f_locals}
+        forget_variables(frame)
+        if _calls_step(frame.f_code, variables, optimizer, seen):
+            return True
+        del variables
+        held += [(value, names) for value in list(names.values())]
+        if names.get("__name__") == "__main__" and frame.f_code.co_name == "<module>":
+            break  # what called the script is no part of it
+    return any(
+        _calls_step(code, names, optimizer, seen)
+        for thing, names in held
+        for code in _codes_of(thing)
+    )
+
+
+def _codes_of(thing: Any, within_module: bool = False) -> Iterator[CodeType]:
+    """The code of a function, of the methods of a class, or of both in a module."""
+    kind = type(thing)
+    if kind is ModuleType and not within_module:
+        if thing.__name__.partition(".")[0] not in OTHERS:
+            for value in list(vars(thing).values()):
+                yield from _codes_of(value, within_module=True)
+    elif kind in (FunctionType, classmethod, staticmethod):
+        function = getattr(thing, "__func__", thing)
+        if isinstance(function, FunctionType) and _is_script(function):
+            yield function.__code__
+    elif issubclass(kind, type):
+        for each in thing.__mro__:
+            if _is_script(each):
+                for value in list(vars(each).values()):
+                    if type(value) in (FunctionType, classmethod, staticmethod):
+                        yield from _codes_of(value)
+
+
+def _is_script(thing: Any) -> bool:
+    return str(getattr(thing, "__module__", "")).partition(".")[0] not in OTHERS
+
+
+def _calls_step(
+    code: CodeType, variables: Mapping[str, Any], optimizer: Optimizer, seen: set[CodeType]
+) -> bool:
+    if code in seen:
+        return False
+    seen.add(code)
+    if NAME in code.co_names:
+        for before, call in pairwise(dis.get_instructions(code)):
+            if call.argval == NAME and _is_method(call):
+                of_name = before.opname.startswith("LOAD_") and before.opname != "LOAD_ATTR"
+                if not of_name or before.argval not in variables:
+                    return True
+                if _may_step(variables[before.argval], optimizer):
+                    return True
+    inner = (each for each in code.co_consts if isinstance(each, CodeType))
+    return any(_calls_step(each, variables, optimizer, seen) for each in inner)
+
+
+def _is_method(instruction: dis.Instruction) -> bool:
+    """Whether an attribute is loaded to be called."""
+    if instruction.opname == "LOAD_METHOD":  # until Python 3.11
+        return True
+    marked = instruction.opname == "LOAD_ATTR" and bool((instruction.arg or 0) & 1)
+    return marked and "LOAD_METHOD" not in dis.opmap
+
+
+def _may_step(thing: Any, optimizer: Optimizer) -> bool:
+    """Whether `thing.step` may step the optimizer."""
+    kind: type = type(thing)  # isinstance() would run the code of lazy objects
+    if issubclass(kind, Optimizer):
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return any(id(p) in own for group in thing.param_groups for p in group["params"])
+    if issubclass(kind, (GradScaler, ModuleType, type)):
+        return True
+    if issubclass(kind, LRScheduler):
+        return False
+    held = vars(thing) if kind.__dictoffset__ else {}
+    return any(issubclass(type(each), Optimizer) for each in held.values())

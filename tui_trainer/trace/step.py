@@ -443,7 +443,7 @@ class SkipRecorder:
         self._recorder = recorder
 
     def record(self, skipped: SkippedIteration) -> float:
-        """See `step_queue.StepRecorder`."""
+        """See `transfer.StepRecorder`."""
         records: list[StepRecord] = []
         spent = 0.0
         total = 0.0

@@ -40,11 +40,11 @@ from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.live_values import LiveValues
 from tui_trainer.trace.module_calls import Patches, RootModules
 from tui_trainer.trace.nonfinite_origin import NonFiniteOrigins
-from tui_trainer.trace.observers import Observers
 from tui_trainer.trace.optimizer_steps import OptimizerSteps
 from tui_trainer.trace.optimizers import OptimizerRegistry, unwrapped_optimizer
 from tui_trainer.trace.phases import CLIP, ZERO_GRAD, Phases
 from tui_trainer.trace.probe import (
+    Observers,
     Probe,
     ProbeOptions,
     RecorderLike,
@@ -56,8 +56,8 @@ from tui_trainer.trace.step import (
     SkipRecorder,
 )
 from tui_trainer.trace.step_measurer import StepMeasurer
-from tui_trainer.trace.step_queue import StepQueue
 from tui_trainer.trace.torch_hooks import TorchHooks
+from tui_trainer.trace.transfer import StepQueue
 from tui_trainer.trace.waiting_gradients import OpenStep, WaitingGradients
 
 GRAPHS_READ = 5

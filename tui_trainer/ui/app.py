@@ -28,12 +28,11 @@ from tui_trainer.protocol.inspection import Inspected, InspectionRequest, Tensor
 from tui_trainer.protocol.messages import BreakpointStop
 from tui_trainer.ui import textual_hacks, theme
 from tui_trainer.ui.command_palette import ActionProvider
-from tui_trainer.ui.frames import FrameScheduler, terminal_link
+from tui_trainer.ui.frames import FrameScheduler, OutputBacklog, terminal_link
 from tui_trainer.ui.glyphs import ASCII, UNICODE, AsciiFilter, Glyphs
 from tui_trainer.ui.guide import GuidedRuns
 from tui_trainer.ui.leaving import Leaving
 from tui_trainer.ui.lessons import lessons_for
-from tui_trainer.ui.output_backlog import OutputBacklog
 from tui_trainer.ui.related_runs import RelatedRuns
 from tui_trainer.ui.run_commands import RunCommands
 from tui_trainer.ui.screens import SCREENS

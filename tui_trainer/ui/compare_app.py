@@ -14,8 +14,7 @@ from tui_trainer.comparison.compared_runs import SERIES, ComparedRun, Divergence
 from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.command_palette import ActionProvider
 from tui_trainer.ui.panels.runs import DifferenceDetail, DifferencesTable, Legend, OverlayChart
-from tui_trainer.ui.screens.base import MIN_SIZE, RunScreen
-from tui_trainer.ui.screens.folding import FoldingScreen
+from tui_trainer.ui.screens.base import MIN_SIZE, FoldingScreen, RunScreen
 from tui_trainer.ui.theme import initial_theme
 from tui_trainer.ui.widgets.key_line import KeyLine, TooSmall
 from tui_trainer.ui.widgets.tabs import TabLine

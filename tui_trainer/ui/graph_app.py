@@ -16,8 +16,7 @@ from textual.widgets import Input, Static
 
 from tui_trainer.client.api import Snapshot
 from tui_trainer.learn.page import key_labels
-from tui_trainer.learn.scalar.examples import EXAMPLES
-from tui_trainer.learn.scalar.expression import GraphError, parse
+from tui_trainer.learn.scalar.expression import EXAMPLES, GraphError, parse
 from tui_trainer.learn.scalar.graph import DEFAULT_H, ScalarGraph, three_rates
 from tui_trainer.learn.scalar.layout import layout
 from tui_trainer.learn.scalar.svg import svg
@@ -31,14 +30,13 @@ from tui_trainer.ui.panels.scalar_graph.graph_view import (
     STEP_TEXT_ROWS,
     GraphTitle,
     GraphView,
+    NodeTable,
     StepList,
     StepText,
     graph_height,
 )
-from tui_trainer.ui.panels.scalar_graph.node_table import NodeTable
 from tui_trainer.ui.panels.scalar_graph.state import GraphState
-from tui_trainer.ui.screens.base import MIN_SIZE, RunScreen
-from tui_trainer.ui.screens.folding import FoldingScreen
+from tui_trainer.ui.screens.base import MIN_SIZE, FoldingScreen, RunScreen
 from tui_trainer.ui.theme import initial_theme
 from tui_trainer.ui.widgets.key_line import KeyLine, TooSmall
 from tui_trainer.ui.widgets.tabs import TabLine

@@ -20,13 +20,12 @@ from tui_trainer.client.api import OnLaunch, Session, Snapshot
 from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.config.live_settings import parse_changes
 from tui_trainer.config.run_spec import runs_directory
-from tui_trainer.findings.finding_order import newest_findings
 from tui_trainer.learn.catalog import PAGE_OF_RULE
 from tui_trainer.learn.demos import Demo, demo_of, demo_texts, find_demo
 from tui_trainer.learn.page import words
 from tui_trainer.learn.page_layout import Numbers, laid_out
 from tui_trainer.protocol import actions
-from tui_trainer.protocol.events import Notice
+from tui_trainer.protocol.events import Notice, newest_findings
 from tui_trainer.protocol.schema import SCRIPT
 from tui_trainer.protocol.text import wrap
 from tui_trainer.runs.launch import LaunchError, LaunchRequest

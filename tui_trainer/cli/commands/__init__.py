@@ -22,7 +22,7 @@ _RUNS = {
     "inspect": ("inspect", "inspect a tensor of a live run, or list its tensors"),
     "attention": ("attention", "what a head attends to, and what it adds to the stream"),
     "autograd": ("autograd", "show the autograd graph of a live run's loss"),
-    "gradcheck": ("gradcheck", "check a gradient of a live run against numerical ones"),
+    "gradcheck": ("autograd", "check a gradient of a live run against numerical ones"),
     "back": ("back", "take a live run back to an earlier step"),
     "branch": (
         "branch",
@@ -31,7 +31,7 @@ _RUNS = {
     "what-if": ("experiments", "compare the next steps with present and with changed settings"),
     "lr-finder": ("experiments", "measure the loss while the learning rate grows"),
     "landscape": ("experiments", "measure the loss along a direction from the weights"),
-    "set": ("set", "change the learning rate or another setting of a live run, or list them"),
+    "set": ("control", "change the learning rate or another setting of a live run, or list them"),
     "checkpoint": ("control", "write a checkpoint at the next step boundary"),
     "rm": ("rm", "remove runs that have ended"),
 }

@@ -27,7 +27,7 @@ from tui_trainer.client.ssh import (
 )
 from tui_trainer.config.run_state import RunState
 from tui_trainer.protocol.formatting import number, rough_duration, step_of
-from tui_trainer.protocol.relay_greeting import RemoteRun
+from tui_trainer.protocol.framing import RemoteRun
 from tui_trainer.protocol.text import sanitize
 from tui_trainer.runs.errors import RunError
 from tui_trainer.runs.liveness import RunEntry, inspect_run

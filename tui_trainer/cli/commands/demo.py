@@ -24,9 +24,8 @@ from tui_trainer.cli.table import new_table, table_lines
 from tui_trainer.cli.terminal import why_no_screen
 from tui_trainer.comparison.compared_runs import ComparedRun
 from tui_trainer.config.run_spec import RunSpec, read_spec
-from tui_trainer.findings.finding_order import finding_object
 from tui_trainer.learn.demos import DEMOS, Demo, demo_texts, demo_titled, find_demo
-from tui_trainer.protocol.events import Notice
+from tui_trainer.protocol.events import Notice, finding_object
 from tui_trainer.runs.launch import run_command
 from tui_trainer.runs.registry import resolve
 

@@ -18,8 +18,7 @@ from tui_trainer.cli.table import new_table, table_lines
 from tui_trainer.cli.terminal import why_no_screen
 from tui_trainer.cli.text_chart import TextCurve, text_chart
 from tui_trainer.config.errors import did_you_mean
-from tui_trainer.learn.scalar.examples import EXAMPLES
-from tui_trainer.learn.scalar.expression import GraphError, parse, parse_values
+from tui_trainer.learn.scalar.expression import EXAMPLES, GraphError, parse, parse_values
 from tui_trainer.learn.scalar.graph import (
     DEFAULT_H,
     Descent,

@@ -18,8 +18,11 @@ from tui_trainer.cli.options import StartOptions
 from tui_trainer.cli.start import start_screen
 from tui_trainer.cli.terminal import why_no_screen
 from tui_trainer.learn.catalog import PAGES, UnknownPage, find_page
-from tui_trainer.learn.measurement_messages import PageMeasurement
-from tui_trainer.learn.measurement_process import MeasurementError, MeasurementProcess
+from tui_trainer.learn.measurement_process import (
+    MeasurementError,
+    MeasurementProcess,
+    PageMeasurement,
+)
 from tui_trainer.learn.page import Page, command_to_try, load_page, titles, words
 from tui_trainer.learn.page_layout import Numbers, laid_out, plain
 from tui_trainer.learn.reading_progress import ReadingProgress, load_progress, save_progress

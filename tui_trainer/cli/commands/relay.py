@@ -20,7 +20,7 @@ from cyclopts import Parameter
 from tui_trainer.cli.commands.common import RunName, RunsDir
 from tui_trainer.config.ranks import find_run
 from tui_trainer.config.run_spec import find_socket
-from tui_trainer.protocol.relay_greeting import RelayGreeting, RemoteRun, encode_greeting
+from tui_trainer.protocol.framing import RelayGreeting, RemoteRun, encode_greeting
 from tui_trainer.runs.errors import NotListening, RunError
 from tui_trainer.runs.liveness import RunEntry
 from tui_trainer.runs.registry import list_runs, live_socket, newest, resolve

@@ -21,9 +21,16 @@ from tui_trainer.cli.run_summary import (
 )
 from tui_trainer.cli.run_text import picture
 from tui_trainer.client.connection import RunClient
-from tui_trainer.findings.finding_order import finding_object
 from tui_trainer.history.ranks import RankSummary
-from tui_trainer.protocol.events import Clip, Event, Finding, Notice, Skipped, event_kind
+from tui_trainer.protocol.events import (
+    Clip,
+    Event,
+    Finding,
+    Notice,
+    Skipped,
+    event_kind,
+    finding_object,
+)
 from tui_trainer.protocol.formatting import event_text
 from tui_trainer.protocol.messages import END_STATES
 from tui_trainer.runs.errors import RunError

@@ -8,7 +8,7 @@ import importlib
 import time
 from collections.abc import Callable
 
-from tui_trainer.learn.measurement_messages import PageMeasurement, Value
+from tui_trainer.learn.measurement_process import PageMeasurement, Value
 
 
 def measurement_of(page: str) -> Callable[[], dict[str, Value]]:

@@ -14,7 +14,7 @@ import sys
 import msgspec
 
 from tui_trainer.learn.catalog import PAGES, find_page
-from tui_trainer.learn.measurement_messages import (
+from tui_trainer.learn.measurement_process import (
     PageFailure,
     PageMeasurement,
     PageRequest,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tui_trainer.learn.measurement_messages import Value
+from tui_trainer.learn.measurement_process import Value
 from tui_trainer.learn.measurements.small_models import (
     gradient_vector,
     loss_of,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tui_trainer.learn.measurement_messages import Value
+from tui_trainer.learn.measurement_process import Value
 from tui_trainer.learn.measurements.small_models import (
     graph_nodes,
     leaves,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tui_trainer.learn.measurement_messages import Value
+from tui_trainer.learn.measurement_process import Value
 from tui_trainer.learn.measurements.small_models import loss_of, random_batch, small_gpt
 
 SHOWN = ("token_embedding.weight", "blocks.0.attention.W_query.weight", "blocks.1.mlp.down.weight")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tui_trainer.learn.measurement_messages import Value
+from tui_trainer.learn.measurement_process import Value
 from tui_trainer.learn.measurements.small_models import loss_of, random_batch, small_gpt
 from tui_trainer.models.gpt import GPT, CausalSelfAttention
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from tui_trainer.learn.measurement_messages import Value
+from tui_trainer.learn.measurement_process import Value
 from tui_trainer.learn.measurements.small_models import (
     BLOCK_SIZE,
     loss_of,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
-from tui_trainer.learn.measurement_messages import Value
+from tui_trainer.learn.measurement_process import Value
 
 LEARNING_RATE, MOMENTUM, DECAY = 0.1, 0.9, 0.1
 FACTOR = 1000

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils.data import BatchSampler, SequentialSampler
 
-from tui_trainer.learn.measurement_messages import Value
+from tui_trainer.learn.measurement_process import Value
 from tui_trainer.models.vit import Block, ViT
 
 IMAGE_SIZE, PATCH_SIZE, OTHER_PATCH_SIZE = 224, 14, 16

@@ -10,7 +10,6 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from tui_trainer.findings.finding_order import finding_object
 from tui_trainer.history.records import Floats, StepRecord
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.absent import Absent, why_absent
@@ -25,6 +24,7 @@ from tui_trainer.protocol.events import (
     Notice,
     Skipped,
     TextSample,
+    finding_object,
 )
 from tui_trainer.protocol.formatting import nonfinite as nonfinite_word
 from tui_trainer.protocol.messages import Status

@@ -15,6 +15,9 @@ from textual.geometry import Size
 from tui_trainer.client.api import Snapshot
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import schema
+from tui_trainer.protocol.attention import (
+    AttentionExamination,
+)
 from tui_trainer.protocol.events import Notice
 from tui_trainer.protocol.formatting import cadence, counted
 from tui_trainer.protocol.schema import RunInfo
@@ -202,3 +205,20 @@ def slowed_tables(info: RunInfo) -> list[tuple[str, str]]:
             text = f"{cadence(table.every)} instead of {cadence(table.natural)}{optimizer}"
             found.append((table.name, text))
     return found
+
+
+class ExaminationView(LineView):
+    """Draws a part of an examination from its top."""
+
+    def __init__(self, *, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self.found: AttentionExamination | None = None
+
+    def show_attention(self, found: AttentionExamination | None) -> None:
+        self.found = found
+        self.update_rows()
+
+
+def bar(share: float, glyph: str, width: int) -> str:
+    """A bar of at most `width` cells."""
+    return glyph * round(min(share, 1.0) * width) if share > 0 else ""

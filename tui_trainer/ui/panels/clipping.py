@@ -23,11 +23,11 @@ from tui_trainer.ui.panels.base import (
     unavailable_reason,
     user_event_marks,
 )
+from tui_trainer.ui.widgets.axes import step_window
 from tui_trainer.ui.widgets.chart import Chart, put_message
 from tui_trainer.ui.widgets.chart_layers import AxisMarks, Band, Layer, Threshold
 from tui_trainer.ui.widgets.lines import Row
 from tui_trainer.ui.widgets.related import related_curves, related_legend
-from tui_trainer.ui.widgets.scale import step_window
 
 CLIPS_SHARE = 0.42
 """Share of the panel's height for the list of clipped steps."""

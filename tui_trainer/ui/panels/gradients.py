@@ -28,9 +28,9 @@ from tui_trainer.ui.panels.base import (
     unavailable_reason,
     waiting_message,
 )
+from tui_trainer.ui.widgets.axes import round_up, step_window
 from tui_trainer.ui.widgets.braille import sparklines
 from tui_trainer.ui.widgets.lines import Row
-from tui_trainer.ui.widgets.scale import round_up, step_window
 from tui_trainer.ui.widgets.table import Cell, RowIds, TableColumn, VirtualTable
 
 NodeIds = NDArray[np.int64]

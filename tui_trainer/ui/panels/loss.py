@@ -17,11 +17,11 @@ from tui_trainer.ui.panels.base import (
     user_event_marks,
     waiting_message,
 )
+from tui_trainer.ui.widgets.axes import step_window
 from tui_trainer.ui.widgets.chart import Chart, put_message
 from tui_trainer.ui.widgets.chart_layers import AxisMarks, Band, Label, Layer, Line, Points, smooth
 from tui_trainer.ui.widgets.lines import Row
 from tui_trainer.ui.widgets.related import related_curves, related_legend
-from tui_trainer.ui.widgets.scale import step_window
 
 WINDOWS: tuple[int | None, ...] = (None, 1000, 200)
 """Steps that the chart can show: the whole run, or the last ones."""

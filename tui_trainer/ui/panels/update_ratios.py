@@ -25,11 +25,11 @@ from tui_trainer.ui.panels.base import (
     staleness,
     waiting_message,
 )
+from tui_trainer.ui.widgets.axes import step_window
 from tui_trainer.ui.widgets.chart import Chart, put_message
 from tui_trainer.ui.widgets.chart_layers import Band, Floats, Layer, Line, Threshold, fill_gaps
 from tui_trainer.ui.widgets.lines import Row
 from tui_trainer.ui.widgets.related import related_curves
-from tui_trainer.ui.widgets.scale import step_window
 
 MAX_CHARTED = 200
 """Parameters that the chart of the update ratios reads; of more, every n-th."""

@@ -26,10 +26,10 @@ from tui_trainer.ui.screens.base import (
     CONTROL_BINDINGS,
     MIN_SIZE,
     ControlScreen,
+    FoldingScreen,
     ScreenTabs,
     pause_label,
 )
-from tui_trainer.ui.screens.folding import FoldingScreen
 from tui_trainer.ui.widgets.key_line import KeyLine, TooSmall
 from tui_trainer.ui.widgets.search import SearchInput
 from tui_trainer.ui.widgets.table import VirtualTable

@@ -11,10 +11,9 @@ from textual.containers import Container
 from textual.widget import Widget
 
 from tui_trainer.client.api import Snapshot
-from tui_trainer.findings.finding_order import newest_findings
 from tui_trainer.learn.catalog import PAGE_OF_RULE
 from tui_trainer.protocol.actions import Back
-from tui_trainer.protocol.events import Evidence, Finding
+from tui_trainer.protocol.events import Evidence, Finding, newest_findings
 from tui_trainer.protocol.formatting import count, counted
 from tui_trainer.ui.panels.base import placeholder_message
 from tui_trainer.ui.panels.findings import STYLES, EvidenceChart, FindingDetail

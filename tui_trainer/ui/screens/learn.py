@@ -18,8 +18,11 @@ from textual.timer import Timer
 from tui_trainer.client.api import Snapshot
 from tui_trainer.learn.catalog import PAGES
 from tui_trainer.learn.demos import DEMOS, Demo, demo_texts, find_demo
-from tui_trainer.learn.measurement_messages import PageMeasurement
-from tui_trainer.learn.measurement_process import MeasurementError, MeasurementProcess
+from tui_trainer.learn.measurement_process import (
+    MeasurementError,
+    MeasurementProcess,
+    PageMeasurement,
+)
 from tui_trainer.learn.page import (
     LANGUAGES,
     Page,

@@ -19,11 +19,11 @@ from tui_trainer.protocol import BETWEEN, PHASES, formatting, schema
 from tui_trainer.protocol.text import wrap
 from tui_trainer.ui.panels.base import NO_STEP_YET, Figure, Panel, placeholder_message
 from tui_trainer.ui.screens.base import CONTROL_BINDINGS, DetailScreen
+from tui_trainer.ui.widgets.axes import step_window
 from tui_trainer.ui.widgets.caption import Caption, Placeholder
 from tui_trainer.ui.widgets.chart import Chart, put_message
 from tui_trainer.ui.widgets.chart_layers import Band, Layer, Line
 from tui_trainer.ui.widgets.lines import LineView, Row, Span
-from tui_trainer.ui.widgets.scale import step_window
 from tui_trainer.ui.widgets.table import Cell, TableColumn, VirtualTable
 
 ONE_PROCESS = "this run trains in one process"

@@ -14,11 +14,11 @@ from textual.widget import Widget
 from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol.events import ConfusionMatrix, ImageSample, TextSample
 from tui_trainer.ui.panels.base import placeholder_message
-from tui_trainer.ui.panels.logged import LoggedTable
 from tui_trainer.ui.panels.samples import (
     ConfusionView,
     GeneratedTexts,
     ImageGrid,
+    LoggedTable,
     accuracy,
     most_confused,
     tiles_of,

@@ -26,8 +26,10 @@ from tui_trainer.ui.widgets import braille
 from tui_trainer.ui.widgets.axes import (
     AXIS_WIDTH,
     Outliers,
+    Scale,
     fit_layers,
     step_axis,
+    step_window,
     value_labels,
 )
 from tui_trainer.ui.widgets.chart_layers import (
@@ -42,7 +44,6 @@ from tui_trainer.ui.widgets.chart_layers import (
 )
 from tui_trainer.ui.widgets.lines import LineView, Row
 from tui_trainer.ui.widgets.related import Figure, related_curves
-from tui_trainer.ui.widgets.scale import Scale, step_window
 
 SPACE = 0x20
 MIN_NAME_WIDTH = 8

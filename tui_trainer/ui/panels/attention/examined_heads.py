@@ -14,8 +14,7 @@ from tui_trainer.protocol.attention import (
     AttentionExamination,
 )
 from tui_trainer.protocol.formatting import number, signed
-from tui_trainer.ui.panels.attention.base import ExaminationView
-from tui_trainer.ui.panels.base import Figure, title_line
+from tui_trainer.ui.panels.base import ExaminationView, Figure, title_line
 from tui_trainer.ui.widgets.lines import Row
 from tui_trainer.ui.widgets.table import Cell, CellValue, TableColumn, VirtualTable
 

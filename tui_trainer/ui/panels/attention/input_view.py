@@ -22,8 +22,7 @@ from tui_trainer.protocol.attention import (
     PatchGrid,
 )
 from tui_trainer.protocol.text import strip_escapes
-from tui_trainer.ui.panels.attention.base import ExaminationView
-from tui_trainer.ui.panels.base import Figure, message_row, title_line
+from tui_trainer.ui.panels.base import ExaminationView, Figure, message_row, title_line
 from tui_trainer.ui.panels.samples import Pixels, half_blocks, resize
 from tui_trainer.ui.panels.tensor import Floats
 from tui_trainer.ui.widgets.lines import Row

@@ -31,11 +31,11 @@ from tui_trainer.ui.panels.base import (
     title_line,
     unavailable_reason,
 )
+from tui_trainer.ui.widgets.axes import step_window
 from tui_trainer.ui.widgets.chart import Chart
 from tui_trainer.ui.widgets.chart_layers import Band, Label, Layer, Line, smooth
 from tui_trainer.ui.widgets.lines import Row
 from tui_trainer.ui.widgets.related import related_curves
-from tui_trainer.ui.widgets.scale import step_window
 from tui_trainer.ui.widgets.table import NOT_COMPARABLE, Cell, TableColumn, VirtualTable
 
 COLUMNS = (

@@ -20,8 +20,7 @@ from tui_trainer.protocol.attention import (
 )
 from tui_trainer.protocol.formatting import number
 from tui_trainer.ui.glyphs import Glyphs
-from tui_trainer.ui.panels.attention.base import bar
-from tui_trainer.ui.panels.base import Figure, title_line
+from tui_trainer.ui.panels.base import Figure, bar, title_line
 from tui_trainer.ui.widgets.lines import Row
 from tui_trainer.ui.widgets.table import Cell, CellValue, TableColumn, VirtualTable
 

@@ -17,8 +17,7 @@ from tui_trainer.protocol.attention import (
 )
 from tui_trainer.protocol.formatting import number, signed
 from tui_trainer.protocol.text import wrap
-from tui_trainer.ui.panels.attention.base import bar
-from tui_trainer.ui.panels.base import Figure, title_line
+from tui_trainer.ui.panels.base import Figure, bar, title_line
 from tui_trainer.ui.widgets.lines import Row, ScrollingLines, Span
 from tui_trainer.ui.widgets.table import Cell, CellValue, TableColumn, VirtualTable
 

@@ -23,11 +23,10 @@ from tui_trainer.learn.scalar.graph import (
 from tui_trainer.learn.scalar.steps import short, update_line
 from tui_trainer.ui.panels.scalar_graph.graph_view import joined_spans
 from tui_trainer.ui.panels.scalar_graph.state import GraphState
-from tui_trainer.ui.widgets.axes import AXIS_WIDTH, value_labels
+from tui_trainer.ui.widgets.axes import AXIS_WIDTH, Scale, fit_scale, value_labels
 from tui_trainer.ui.widgets.chart import Canvas
 from tui_trainer.ui.widgets.chart_layers import Layer, Line, Moment, Points
 from tui_trainer.ui.widgets.lines import LineView, Row
-from tui_trainer.ui.widgets.scale import Scale, fit_scale
 
 
 class PlotView(LineView):
