@@ -112,6 +112,9 @@ class Branch(msgspec.Struct, tag="branch", frozen=True):
     paused: bool = False
     only_check: bool = False
     """Only say whether the name and the changes are possible."""
+    back_to: int | None = None
+    """The step to which a script was asked to go back just before: without that state there is no
+    branch."""
 
 
 class UndoSettings(msgspec.Struct, tag="undo_settings", frozen=True):

@@ -393,8 +393,8 @@ class Host:
         changes = " ".join(change.text for change in asked.changes)
 
         def begin() -> None:
-            if travel.take_failure():
-                raise Refusal("it could not be taken back")
+            if asked.back_to is not None and not travel.has_state_for(asked.back_to):
+                raise Refusal("the script could not be taken back")
             self._branches.begin(gate.completed, travel.state_step, directory, changes)
             if asked.changes:
                 edits.apply(SettingEdit(0, asked.changes))

@@ -158,7 +158,6 @@ class TimeTravel:
         now; returns the name of the branch that its next steps are."""
         self.restored: tuple[int, int] = (-1, -1)
         """The same two steps, of the last time."""
-        self._failed = False
         self._target: int | None = None
         """The step up to which steps are being repeated."""
         if budget_bytes:
@@ -201,10 +200,10 @@ class TimeTravel:
         at, restored = self.restored
         return restored if at == self._gate.completed else self._gate.completed
 
-    def take_failure(self) -> bool:
-        """Whether a script could not be taken back, the last time; True only once."""
-        failed, self._failed = self._failed, False
-        return failed
+    def has_state_for(self, step: int) -> bool:
+        """Whether a script has the state now that going back to `step` restores."""
+        snapshot = self.ring.before(step)
+        return snapshot is not None and snapshot.step == self.state_step
 
     def back(
         self,
@@ -587,12 +586,10 @@ class TimeTravel:
     def _restore_script(self, snapshot: TrainingSnapshot) -> None:
         """Raises Refusal, without changing anything, where the snapshot no longer fits."""
         rescue, edits = TrainingState.take(snapshot.state.parts), self._edits.snapshot()
-        self._failed = False
         try:
             snapshot.state.restore()
             self._edits.restore(snapshot.edits)
         except Exception as error:
-            self._failed = True
             rescue.restore()
             self._edits.restore(edits)
             text = f"step {snapshot.step:,} could not be restored: {_reason(error)}"

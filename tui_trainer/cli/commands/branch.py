@@ -87,8 +87,10 @@ def _start(run: RunEntry, to: int | None, asked: Branch) -> tuple[int, str]:
             _accepted(run, client.command_in_control(check))
             _accepted(run, client.command_in_control(Back(to, confirmed=True)))
             info = client.snapshot.info
-            if info is None or info.task != SCRIPT:  # a script's steps are numbered on
+            if info is None or info.task != SCRIPT:
                 _wait_until_at(client, to)
+            else:  # its steps are numbered on, and the branch is begun right after going back
+                asked = msgspec.structs.replace(asked, back_to=to)
         begun = _accepted(run, client.command_in_control(asked))
         name = begun.message.split()[1]
         while True:
