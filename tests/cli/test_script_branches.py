@@ -48,6 +48,13 @@ def test_what_a_script_does_after_going_back_is_a_branch(tmp_path: Path) -> None
         assert "the script's own variables" in done("back", "one", "--to", "1")
         assert_refused(call("back", "one", cwd=tmp_path), "no snapshot of an earlier step")
         assert list(listed()) == ["one"], "nothing has followed yet"
+        command = ("landscape", "one", "--direction", "random", "--points", "3", "--json")
+        along = json.loads(done(*command))
+        assert along["text"].startswith("the loss is lowest at ")
+        assert "on the batch of step 6; with the weights as they are now" in along["text"]
+        assert along["curves"][0]["random"] == [-1.0, 0.0, 1.0]
+        refused = call("what-if", "one", "lr=0.1", cwd=tmp_path)
+        assert_refused(refused, "the steps of a script cannot be made twice", "landscape")
         done("set", "lr=0.02")  # the only live run
         done("step", "one", "4")
         until(lambda: (runs / "one-2").is_dir() and stored_step(runs / "one-2") == 5, "a branch")

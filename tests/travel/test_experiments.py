@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import math
 import threading
 import types
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.travel.support import Run, same, tiny
 from tui_trainer.config.live_settings import parse_changes
@@ -21,8 +23,15 @@ from tui_trainer.protocol.travel import (
 )
 from tui_trainer.trace.gate import Refusal
 from tui_trainer.trace.random_state import restore_random_state
+from tui_trainer.travel import time_travel
 from tui_trainer.travel.experiments import Experiments
-from tui_trainer.travel.snapshots import SnapshotRing, TrainingParts
+from tui_trainer.travel.snapshots import (
+    SnapshotRing,
+    TrainingParts,
+    TrainingSnapshot,
+    TrainingState,
+)
+from tui_trainer.travel.time_travel import TimeTravel
 
 
 def ask(run, experiment):
@@ -202,7 +211,10 @@ def test_what_an_experiment_takes_is_known_before(tmp_path):
             )
         ]
         assert [cost.steps for cost in costs] == [14, 3, 9], "the training has 12 steps"
-        assert [cost.bytes for cost in costs] == [2 * snapshot, 2 * snapshot, 3 * snapshot]
+        sizes = [each.nbytes for each in run.training.model.parameters()]
+        along = snapshot + sum(sizes) + max(sizes)
+        assert [cost.bytes for cost in costs] == [snapshot, snapshot, along]
+        assert {(cost.device, cost.device_bytes) for cost in costs} == {("", 0)}
         assert all(cost.seconds > 0 and cost.free > 0 for cost in costs)
         assert not any(cost.large for cost in costs)
         timeline = run.gate.call_soon(run.travel.timeline).result(60)
@@ -218,6 +230,99 @@ def test_what_an_experiment_takes_is_known_before(tmp_path):
         run.at(4)
         text = run.travel.keep(10 * snapshot)
         assert text.endswith(f"{bytes_(snapshot, 0)} each: up to 10")
+
+
+class Allocated(TorchDispatchMode):
+    """The most bytes that malloc has held after an operation."""
+
+    def __init__(self):
+        super().__init__()
+        self._mallinfo = ctypes.CDLL(None).mallinfo2
+        self._mallinfo.restype = type(
+            "mallinfo2", (ctypes.Structure,), {"_fields_": [(n, ctypes.c_size_t) for n in MALLINFO]}
+        )
+        self.before = self.most = self.held()
+
+    def held(self):
+        info = self._mallinfo()
+        return info.uordblks + info.hblkhd
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.most = max(self.most, self.held())
+        return result
+
+
+MALLINFO = (
+    "arena", "ordblks", "smblks", "hblks", "hblkhd",
+    "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+)  # fmt: skip
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="not glibc")
+@pytest.mark.parametrize("direction", ["gradient", "random", "snapshots"])
+def test_losses_along_a_direction_take_no_more_memory_than_was_said(direction):
+    model = torch.nn.Sequential(*[torch.nn.Linear(300, 300) for _ in range(4)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+
+    def loop():
+        optimizer.zero_grad()
+        model(torch.ones(2, 300)).square().mean().backward()
+        optimizer.step()
+
+    parts, ring = TrainingParts([model], [optimizer]), SnapshotRing(1 << 30)
+    for step in (1, 2):
+        loop()
+        ring.add(TrainingSnapshot(step, TrainingState.take(parts), None))
+    optimizer.zero_grad()
+    task = types.SimpleNamespace(loop=loop, stateful={}, model=model)
+    edits = types.SimpleNamespace(snapshot=dict, restore=list)
+    travel, asked = travel_of(parts, task), MeasureLandscape(direction, 3, 1.0, 1, 2)
+    said = travel.cost(asked).bytes
+    with Allocated() as allocated:
+        Experiments(task, edits, parts, ring).run(asked)
+    assert said / 2 < allocated.most - allocated.before < 1.05 * said
+
+
+def travel_of(parts, task=None):
+    gate = types.SimpleNamespace(completed=3)
+    travel = TimeTravel(None, gate, None, types.SimpleNamespace())
+    travel.task, travel._parts, travel._step_s = task, lambda: parts, lambda: 0.1
+    return travel
+
+
+def test_copies_on_an_accelerator_are_counted_there_and_bounded(monkeypatch):
+    model = torch.nn.Linear(1000, 1000, device="meta")
+    frozen = torch.nn.Linear(1000, 1000, device="meta").requires_grad_(False)
+    parts = TrainingParts([model, frozen], [torch.optim.SGD(model.parameters(), lr=0.1)])
+    free = {"cpu": 10**9, "meta": None}
+    monkeypatch.setattr(time_travel, "free_bytes", lambda device: free[device.type])
+    size = 4 * 1001 * 1000
+    task = travel_of(parts, types.SimpleNamespace(total_steps=100))
+    script = travel_of(parts)
+    found = task.cost(MeasureLandscape(points=9))
+    assert (found.device, found.device_bytes, found.device_free) == ("meta", size, None)
+    assert found.bytes == parts.nbytes() + 4 * 1000 * 1000
+    assert task.cost(FindLearningRate()).device_bytes == 0
+    found = script.cost(MeasureLandscape(points=9))
+    assert (found.device_bytes, found.bytes) == (2 * size, 4 * 1000 * 1000)
+    assert not found.large
+    assert cost_text(found).endswith("with 3.8 MB of memory and 7.6 MB on meta")
+    free["meta"] = 3 * size
+    found = script.cost(MeasureLandscape(points=9))
+    assert found.large
+    assert found.possible
+    free["meta"] = size
+    with pytest.raises(Refusal, match=r"too little memory: 9 .* of which .* 3.8 MB on meta are"):
+        script._require_memory(MeasureLandscape(points=9))
+    free["meta"], free["cpu"] = None, 10**6
+    with pytest.raises(Refusal, match="too little memory"):
+        task._require_memory(FindLearningRate())
+    with pytest.raises(Refusal, match=r"a copy of the present state takes 7.7 MB"):
+        time_travel._require_room(parts)
+    for asked in (WhatIf(()), FindLearningRate()):
+        with pytest.raises(Refusal, match="the steps of a script cannot be made twice"):
+            script.cost(asked)
 
 
 def test_costs_are_large_beyond_a_minute_or_half_of_the_memory():

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from tests.ui.fake import fake_gpt
 from tests.ui.screens import app_on, frame, settle, text_of, until
+from tui_trainer.protocol.inspection import NOT_CAPTURED, Inspected
 from tui_trainer.protocol.settings import SettingChange
-from tui_trainer.protocol.travel import EstimateCost, FindLearningRate, ReadTimeline, WhatIf
-from tui_trainer.ui.screens.experiments import ExperimentsDialog
+from tui_trainer.protocol.travel import (
+    EstimateCost,
+    FindLearningRate,
+    MeasureLandscape,
+    ReadTimeline,
+    WhatIf,
+)
+from tui_trainer.ui.screens.experiments import ATTEMPTS, ExperimentsDialog
 
 
 async def test_cost_of_an_experiment_is_shown_and_its_curves_are_drawn() -> None:
@@ -52,3 +59,27 @@ async def test_what_takes_long_is_confirmed_and_can_be_ended() -> None:
         await settle(pilot)
         assert session.inspected[-1] == ReadTimeline(), "another request takes its place"
         assert isinstance(app.screen, ExperimentsDialog)
+
+
+async def test_a_running_script_is_asked_again_once_it_keeps_its_batches() -> None:
+    session = fake_gpt(steps=20)
+    app = app_on("dashboard", session)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await frame(pilot)
+        await pilot.press("X", "down", "down")
+        session.hold_answers = True
+        dialog = app.screen
+        assert isinstance(dialog, ExperimentsDialog)
+        asked = MeasureLandscape("gradient", reach=1.0)
+        dialog._asked = asked
+        dialog._make(asked, "")
+        for _ in range(ATTEMPTS):
+            number = session.inspected.count(asked)
+            early = Inspected(number, "failed", message=NOT_CAPTURED)
+            session.held[-1].set_result(early)
+            await until(
+                pilot, lambda n=number: session.inspected.count(asked) == n + 1, "it asks again"
+            )
+        session.held[-1].set_result(early)
+        await until(pilot, lambda: NOT_CAPTURED in text_of(app), "the reason")
+        assert session.inspected.count(asked) == 1 + ATTEMPTS

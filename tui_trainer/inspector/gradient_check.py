@@ -14,7 +14,13 @@ from typing import Any
 import torch
 
 from tui_trainer.inspector.errors import InspectionError
-from tui_trainer.inspector.rerun import ModelCall, StepCapture, call_context, evaluate
+from tui_trainer.inspector.rerun import (
+    ModelCall,
+    StepCapture,
+    call_context,
+    copy_parameters,
+    evaluate,
+)
 from tui_trainer.inspector.tensor_catalog import TensorCatalog
 from tui_trainer.protocol.autograd import (
     MAX_CHECKED,
@@ -24,7 +30,7 @@ from tui_trainer.protocol.autograd import (
     GradientStep,
 )
 from tui_trainer.protocol.formatting import bytes_
-from tui_trainer.trace.torch_private import own_buffers, own_parameters
+from tui_trainer.trace.torch_private import own_buffers
 from tui_trainer.trace.tracer import Tracer
 
 STEPS = tuple(10.0**-k for k in range(1, 10))
@@ -57,8 +63,14 @@ def check_gradient(
         if size > limit:
             needed = f"the parameters in float64 hold {bytes_(size, 0)}, of at most"
             notes.append(f"{needed} {bytes_(limit, 0)}: checked in their own type")
-        copied = _copy_parameters(model, parameter, wide)
-        target = copied[id(parameter)]
+        own = list(model.parameters())
+        if all(each is not parameter for each in own):
+            raise InspectionError("it is not a parameter of the model that was called last")
+        chosen = own if wide else [parameter]
+        copies = copy_parameters(model, chosen, wide)
+        target = next(c for c, each in zip(copies, chosen, strict=True) if each is parameter)
+        if wide:
+            _widen_buffers(model)
         with _without_autocast(call, wide):
             loss = evaluate(model, call, wide)
             if loss is None or loss.grad_fn is None:
@@ -81,10 +93,10 @@ def check_gradient(
                     notes.append(f"stopped after {MAX_S:.0f} s: further entries are left out")
                     break
                 entries.append(_checked(model, call, target, gradient, index, wide))
-    held = sum(each.numel() * each.element_size() for each in copied.values())
+    held = sum(each.numel() * each.element_size() for each in copies)
     dtype = str(target.dtype).removeprefix("torch.")
-    own = _gradients_of_step(tracer, parameter, entries)
-    return GradientCheck(request.name, dtype, value, tuple(entries), held, own, tuple(notes))
+    of_step = _gradients_of_step(tracer, parameter, entries)
+    return GradientCheck(request.name, dtype, value, tuple(entries), held, of_step, tuple(notes))
 
 
 def _double_bytes(model: torch.nn.Module) -> int:
@@ -92,35 +104,13 @@ def _double_bytes(model: torch.nn.Module) -> int:
     return sum(8 * tensor.numel() for tensor in tensors)
 
 
-def _copy_parameters(
-    model: torch.nn.Module, parameter: torch.Tensor, wide: bool
-) -> dict[int, torch.nn.Parameter]:
-    """Replace all parameters (`wide`: in float64), or one of them, and the buffers by copies;
-    `call_context` restores the modules' own."""
-    copies: dict[int, torch.nn.Parameter] = {}
-    for each in model.parameters():
-        if wide or each is parameter:
-            held = each.detach().clone()
-            held = held.double() if wide and held.is_floating_point() else held
-            copies[id(each)] = torch.nn.Parameter(held, each.requires_grad)
-    if id(parameter) not in copies:
-        raise InspectionError("it is not a parameter of the model that was called last")
+def _widen_buffers(model: torch.nn.Module) -> None:
+    """Replace buffers and plain tensors by copies in float64, which `call_context` undoes."""
     for module in model.modules():
-        named = own_parameters(module)
-        for name, own in named.items():
-            named[name] = copies.get(id(own), own)
-        for value in module.__dict__.values():
-            if isinstance(value, list):  # such as the flat weights of an LSTM
-                value[:] = [copies.get(id(each), each) for each in value]
-        buffers = own_buffers(module)
-        for name, buffer in buffers.items():
-            if wide and buffer is not None and buffer.is_floating_point():
-                buffers[name] = buffer.double()
-        if wide:
-            for name, each in module.__dict__.items():
+        for held in (own_buffers(module), module.__dict__):
+            for name, each in held.items():
                 if isinstance(each, torch.Tensor) and each.is_floating_point():
-                    module.__dict__[name] = each.double()
-    return copies
+                    held[name] = each.double()
 
 
 def _without_autocast(call: ModelCall, wide: bool) -> contextlib.AbstractContextManager[Any]:

@@ -14,7 +14,7 @@ import threading
 import warnings
 import weakref
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -32,6 +32,7 @@ from tui_trainer.trace.torch_private import (
     is_compiled,
     is_sharded,
     own_buffers,
+    own_parameters,
     tensors_of,
     tree_map,
     unwrapped,
@@ -266,7 +267,7 @@ class StepCapture:
                 _after_calls(model, returned)
             output = call_again(model, call)
             found = call.loss.recompute(output, model) if loss and call.returned else None
-            notes = self._notes(call, model, hooked)
+            notes = self.notes(call, model, hooked)
             if loss:
                 notes += self._loss_notes(call, found)
             yield Rerun(call, model, output, found, notes)
@@ -282,7 +283,8 @@ class StepCapture:
             return [f"without the loss: {call.loss.why_missing(call.returned)}"]
         return call.loss.notes(loss.detach(), self._stepped)
 
-    def _notes(self, call: ModelCall, model: torch.nn.Module, hooked: int) -> list[str]:
+    def notes(self, call: ModelCall, model: torch.nn.Module, hooked: int = 0) -> list[str]:
+        """How a re-run differs from the step. `hooked`: forward hooks of the script, which run."""
         notes = []
         if self._stepped:
             notes.append("with the weights as they are now, after the step")
@@ -343,6 +345,27 @@ def evaluate(model: torch.nn.Module, call: ModelCall, wide: bool) -> torch.Tenso
         for generator, state in call.generators:
             generator.set_state(state)
         return call.loss.recompute(call_again(model, call, wide), model, wide)
+
+
+def copy_parameters(
+    model: torch.nn.Module, chosen: Sequence[torch.Tensor], wide: bool = False
+) -> list[torch.nn.Parameter]:
+    """Replace these parameters of the model by copies (`wide`: in float64), which are returned;
+    `call_context` restores the modules' own."""
+    copies = []
+    for each in chosen:
+        held = each.detach().clone()
+        held = held.double() if wide and held.is_floating_point() else held
+        copies.append(torch.nn.Parameter(held, each.requires_grad))
+    replaced = dict(zip(map(id, chosen), copies, strict=True))
+    for module in model.modules():
+        named = own_parameters(module)
+        for name, own in named.items():
+            named[name] = replaced.get(id(own), own)
+        for value in module.__dict__.values():
+            if isinstance(value, list):  # such as the flat weights of an LSTM
+                value[:] = [replaced.get(id(each), each) for each in value]
+    return copies
 
 
 def call_again(model: torch.nn.Module, call: ModelCall, wide: bool = False) -> Any:

@@ -67,7 +67,8 @@ class FindLearningRate(msgspec.Struct, tag="find_learning_rate", frozen=True):
 
 
 class MeasureLandscape(msgspec.Struct, tag="measure_landscape", frozen=True):
-    """Asks for the loss of the next batch along a direction from the present weights."""
+    """Asks for the loss along a direction from the present weights: of the next batch, of a script
+    of the present one."""
 
     direction: Direction = "gradient"
     points: int = 25
@@ -114,11 +115,26 @@ class ExperimentCost(msgspec.Struct, tag="experiment_cost", frozen=True, array_l
     seconds: float | None
     """None where no step was measured yet."""
     bytes: int
-    """Memory while it works."""
+    """Memory of the host while it works."""
     free: int
-    """Memory that is free now."""
+    """Memory of the host that is free now."""
+    device: str = ""
+    """An accelerator that copies are made on: `cuda:0`; of several the fullest."""
+    device_bytes: int = 0
+    device_free: int | None = None
+    """None where it is not known."""
 
     @property
     def large(self) -> bool:
         """Whether it must be confirmed."""
-        return (self.seconds or 0.0) > LONG_S or self.bytes > LARGE_SHARE * self.free
+        return (
+            (self.seconds or 0.0) > LONG_S
+            or self.bytes > LARGE_SHARE * self.free
+            or (self.device_free is not None and self.device_bytes > LARGE_SHARE * self.device_free)
+        )
+
+    @property
+    def possible(self) -> bool:
+        """Whether the memory is there."""
+        on_device = self.device_free is None or self.device_bytes <= self.device_free
+        return self.bytes <= self.free and on_device

@@ -98,6 +98,7 @@ def create_tracer(run: RunContext, first_step: int = 1) -> Tracer:
         run.recorder.notice("state", text, "warning")
     travel = TimeTravel(tracer, run.gate, run.recorder, edits, memory)
     travel.every = run.spec.snapshots_every
+    travel.capture = inspector.capture
     run.edit_with(edits, travel)
     run.recorder.call_regularly(tracer.flush_idle)
     return tracer

@@ -1,6 +1,6 @@
 """Experiments on a shipped task: comparing settings, finding a learning rate, and measuring the
 loss along a direction. Each runs steps of the task's own loop from the present state, unrecorded,
-and then restores everything.
+and then restores everything. `script_landscape` measures the loss along a direction in a script.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ class Experiments:
         """Raises Refusal. Afterwards the training is bit for bit as before."""
         state, edits = TrainingState.take(self._parts), self._edits.snapshot()
         try:
+            state.restore()  # the loop was left within its step: the data continue after it
+            self._edits.restore(edits)
             match experiment:
                 case WhatIf():
                     return self._what_if(experiment, state, edits)
@@ -106,52 +108,39 @@ class Experiments:
         )
 
     def _landscape(self, asked: MeasureLandscape, state: TrainingState) -> ExperimentResult:
-        points = _limited(asked.points, MAX_POINTS)
+        positions = positions_of(asked)
         weights = [p for p in self._task.model.parameters() if p.requires_grad]
-        origin = [p.detach().clone() for p in weights]
-        if asked.direction == "snapshots":
-            ends = [self._weights_of(step, weights) for step in (asked.first, asked.second)]
-            origin, direction = ends[0], [b - a for a, b in zip(*ends, strict=True)]
-            x = [asked.reach * (3 * n / max(1, points - 1) - 1) for n in range(points)]
-        else:
-            direction = self._direction(asked, weights, state)
-            x = [asked.reach * (2 * n / max(1, points - 1) - 1) for n in range(points)]
+        origin: Sequence[torch.Tensor] | None = None
+        match asked.direction:
+            case "snapshots":
+                origin = weights_of(self._ring, asked.first, weights)
+                end = weights_of(self._ring, asked.second, weights)
+                direction = difference(origin, end, weights)
+            case "random":
+                direction = random_direction(weights)
+            case "gradient":
+                direction = self._downhill(weights)
         losses = []
-        for along in x:
+        for along in positions:
             state.restore()
             with torch.no_grad():
-                for parameter, start, step in zip(weights, origin, direction, strict=True):
-                    parameter.copy_(start + along * step)
+                for number, (parameter, way) in enumerate(zip(weights, direction, strict=True)):
+                    if origin is not None:
+                        parameter.copy_(origin[number])
+                    parameter.add_(way, alpha=along)
             losses.append(self._loss())
-        lowest = x[min(range(points), key=lambda n: _order(losses[n]))]
-        text = f"the loss is lowest at {lowest:.3g}, on the next batch"
-        return ExperimentResult(asked.direction, (Curve("loss", tuple(x), tuple(losses)),), text)
+        return landscape_result(asked, positions, losses, "on the next batch")
 
-    def _weights_of(self, step: int, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        snapshot = self._ring.before(step)
-        if snapshot is None or snapshot.step != step:
-            kept = ", ".join(f"{each:,}" for each in self._ring.steps) or "none"
-            raise Refusal(f"there is no snapshot of step {step:,}", f"kept are: {kept}")
-        saved = dict(
-            zip(map(id, snapshot.state.parts.tensors()), snapshot.state.tensors, strict=True)
-        )
-        return [saved[id(parameter)].to(parameter.device, copy=True) for parameter in weights]
-
-    def _direction(
-        self, asked: MeasureLandscape, weights: Sequence[torch.Tensor], state: TrainingState
-    ) -> list[torch.Tensor]:
-        if asked.direction == "random":
-            # As long as each parameter, so that layers of different scales count the same
-            # (Li et al. 2018).
-            generator = torch.Generator().manual_seed(1)
-            drawn = [torch.randn(p.shape, generator=generator).to(p) for p in weights]
-            return [d * (p.detach().norm() / (d.norm() + 1e-12))
-                    for d, p in zip(drawn, weights, strict=True)]  # fmt: skip
+    def _downhill(self, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The step that plain gradient descent makes: the gradients themselves, overwritten."""
         self._losses(1, before_step=True)
-        rate = float(self._optimizer.param_groups[0]["lr"])
-        gradients = [torch.zeros_like(p) if p.grad is None else -rate * p.grad for p in weights]
-        state.restore()
-        return gradients
+        factor = -float(self._optimizer.param_groups[0]["lr"])
+        scale = getattr(self._optimizer, "grad_scale", None)  # a fused optimizer divides by it
+        if scale is not None:
+            factor /= float(scale)
+        return [
+            torch.zeros_like(p) if p.grad is None else dense(p.grad).mul_(factor) for p in weights
+        ]
 
     # ------------------------------------------------------------ steps of the loop
 
@@ -240,6 +229,65 @@ def _backward_replaced(note: Callable[[torch.Tensor], object], run: bool) -> Ite
         yield
     finally:
         torch.Tensor.backward = original  # type: ignore[method-assign]
+
+
+# ---------------------------------------------------------------- losses along a direction
+
+
+def positions_of(asked: MeasureLandscape) -> list[float]:
+    """Where to measure the loss, in units of the direction. Raises Refusal."""
+    points = _limited(asked.points, MAX_POINTS)
+    sides = 3 if asked.direction == "snapshots" else 2  # beyond the second one as well
+    return [asked.reach * (sides * n / max(1, points - 1) - 1) for n in range(points)]
+
+
+def weights_of(
+    ring: SnapshotRing, step: int, weights: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """What these parameters were at a step, on the host. Raises Refusal."""
+    snapshot = ring.before(step)
+    if snapshot is None or snapshot.step != step:
+        kept = ", ".join(f"{each:,}" for each in ring.steps) or "none"
+        raise Refusal(f"there is no snapshot of step {step:,}", f"kept are: {kept}")
+    state = snapshot.state
+    saved = dict(zip(map(id, state.parts.tensors()), state.tensors, strict=True))
+    if not all(id(parameter) in saved for parameter in weights):
+        raise Refusal(f"the snapshot of step {step:,} has not all parameters of the model")
+    return [saved[id(parameter)] for parameter in weights]
+
+
+def difference(
+    begin: Sequence[torch.Tensor], end: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """From the one to the other, where the parameters are."""
+    return [(b - a).to(p.device) for a, b, p in zip(begin, end, weights, strict=True)]
+
+
+def random_direction(weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """As long as each parameter, so that layers of different scales count the same (Li et al.
+    2018)."""
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for parameter in weights:
+        drawn = torch.randn(parameter.shape, generator=generator).to(parameter)
+        found.append(drawn.mul_(parameter.detach().norm() / (drawn.norm() + 1e-12)))
+    return found
+
+
+def dense(gradient: torch.Tensor) -> torch.Tensor:
+    """Gradients of embeddings may be sparse."""
+    return gradient.to_dense() if gradient.is_sparse else gradient
+
+
+def landscape_result(
+    asked: MeasureLandscape, positions: Sequence[float], losses: Sequence[float], batch: str
+) -> ExperimentResult:
+    """`batch`: of which batch the losses are."""
+    lowest = min(zip(positions, losses, strict=True), key=lambda each: _order(each[1]))[0]
+    curve = Curve("loss", tuple(positions), tuple(losses))
+    return ExperimentResult(
+        asked.direction, (curve,), f"the loss is lowest at {lowest:.3g}, {batch}"
+    )
 
 
 def _limited(count: int, most: int) -> int:

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
-import psutil
 from torch.amp.grad_scaler import GradScaler
 
+from tui_trainer.inspector.rerun import StepCapture
 from tui_trainer.protocol.errors import UserError
-from tui_trainer.protocol.formatting import bytes_, counted, rough_duration
+from tui_trainer.protocol.formatting import bytes_, cost_text, counted, rough_duration
 from tui_trainer.protocol.schema import STEP, STEP_INDEX
 from tui_trainer.protocol.text import single_line
 from tui_trainer.protocol.travel import (
@@ -46,6 +46,8 @@ from tui_trainer.trace.optimizers import Optimizer
 from tui_trainer.trace.script_frames import objects_of_script
 from tui_trainer.trace.tracer import Tracer
 from tui_trainer.travel.experiments import Experiments
+from tui_trainer.travel.memory import HOST, Bytes, bytes_by_device, free_bytes
+from tui_trainer.travel.script_landscape import measure_landscape
 from tui_trainer.travel.snapshots import (
     SnapshotRing,
     Stateful,
@@ -63,7 +65,10 @@ SCRIPT_STATE = (
     "weights, buffers, optimizers, schedulers, GradScaler, random generators and changed settings; "
     "not the script's own variables, data order, DataLoader workers and threads, which go on"
 )
-NOT_FOR_SCRIPTS = ("experiments are for the shipped tasks", "a script's loop is its own")
+NOT_FOR_SCRIPTS = (
+    "the steps of a script cannot be made twice: its variables and its place in the data go on",
+    "landscape is possible; back, set and compare try other settings in a branch of its own",
+)
 RECENT_STEPS = 50
 """Steps over which their duration is averaged."""
 FORWARD_SHARE = 0.5
@@ -143,6 +148,8 @@ class TimeTravel:
         self.task: Training | None = None
         """None for a script."""
         self.checkpoints: SavedStates | None = None
+        self.capture: StepCapture | None = None
+        """For the losses of a script along a direction."""
         self.every: int | None = None
         """Steps between snapshots; None: as many as keep their cost small."""
         self._copy_s = 0.0
@@ -178,7 +185,7 @@ class TimeTravel:
 
     def keep(self, budget_bytes: int) -> str:
         """Keep snapshots within this much memory from here on; 0: none. Raises Refusal."""
-        available = psutil.virtual_memory().available
+        available = free_bytes(HOST) or 0
         if budget_bytes > available:
             raise Refusal(
                 f"{bytes_(budget_bytes, 0)} is more than the {bytes_(available, 0)} that are free",
@@ -270,24 +277,42 @@ class TimeTravel:
             return 0
 
     def cost(self, experiment: Experiment) -> ExperimentCost:
-        """The cost of an experiment. On the training thread. Raises Refusal."""
-        task = self.task
-        if task is None:
-            raise Refusal(*NOT_FOR_SCRIPTS)
-        left = max(0, task.total_steps - self._gate.completed)
-        copies, share = 2, 1.0
+        """The cost of an experiment, apart from what the training takes for a step. On the training
+        thread. Raises Refusal."""
+        task, parts = self.task, self._parts()
+        made, share, copied = 0, 1.0, 0
         match experiment:
-            case WhatIf(steps=steps):
-                made = 2 * min(steps, left)
-            case FindLearningRate(steps=steps):
-                made = min(steps, left)
             case MeasureLandscape(points=points):
-                made, share = points, FORWARD_SHARE
-                copies = 3  # and twice the weights
+                made, share, copied = points, FORWARD_SHARE, 1  # the direction
+            case _ if task is None:
+                raise Refusal(*NOT_FOR_SCRIPTS)
+            case WhatIf(steps=steps):
+                made = 2 * min(steps, self._steps_left(task))
+            case FindLearningRate(steps=steps):
+                made = min(steps, self._steps_left(task))
+        trained = [p for model in parts.models for p in model.parameters() if p.requires_grad]
+        if task is None:
+            copied += 1  # in place of the weights, which stay
+        needed = {device: copied * size for device, size in bytes_by_device(trained).items()}
+        host = needed.pop(HOST, 0) + (parts.nbytes() if task is not None else 0)
+        if copied:  # that of one parameter is drawn, or subtracted, on the host
+            host += max((each.nbytes for each in trained), default=0)
         step_s = self._step_s()
         seconds = made * step_s * share if step_s is not None else None
-        free = psutil.virtual_memory().available
-        return ExperimentCost(made, seconds, copies * self._parts().nbytes(), free)
+        free = free_bytes(HOST) or 0
+        return ExperimentCost(made, seconds, host, free, *_fullest(needed))
+
+    def _steps_left(self, task: Training) -> int:
+        return max(0, task.total_steps - self._gate.completed)
+
+    def _require_memory(self, experiment: Experiment) -> None:
+        """Raises Refusal where there is too little for it."""
+        cost = self.cost(experiment)
+        if not cost.possible:
+            free = bytes_(cost.free, 0)
+            if cost.device_free is not None:
+                free += f", and {bytes_(cost.device_free, 0)} on {cost.device}"
+            raise Refusal(f"too little memory: {cost_text(cost)}, of which {free} are free")
 
     def _leave_loop(self, step: int) -> None:
         """Raises RewindRequested, or an exception where the state is no longer kept."""
@@ -300,7 +325,9 @@ class TimeTravel:
         raise RewindRequested(RewindTarget(step, nearest, saved, rescue=self._rescue_copy()))
 
     def _rescue_copy(self) -> RescueCopy:
+        """Raises Refusal where there is too little memory for it."""
         gate, position = self._gate, None
+        _require_room(self._parts())
         batches = self.task.stateful.get("batches") if self.task is not None else None
         if isinstance(drawn := getattr(batches, "position", None), int):
             position = drawn - (gate.phase not in ("", "step"))
@@ -329,7 +356,7 @@ class TimeTravel:
         Refusal."""
         task, gate = self.task, self._gate
         if task is None:
-            raise Refusal(*NOT_FOR_SCRIPTS)
+            return self._landscape_of_script(experiment, answered)
         if gate.mode == "paused" and gate.phase not in ("", "step"):
             raise Refusal(
                 f"paused after {gate.phase} of step {gate.step_in_progress:,}: an experiment "
@@ -344,6 +371,7 @@ class TimeTravel:
         def run() -> None:
             try:
                 with self._tracer.suspended(), self._recorder.excluded():
+                    self._require_memory(experiment)
                     experiments = Experiments(task, self._edits, self._parts(), self.ring, wanted)
                     result = answered(experiments.run(experiment))
             except Exception as error:
@@ -360,6 +388,40 @@ class TimeTravel:
             raise RewindRequested(RewindTarget(step, step, experiment=run))
 
         gate.call_soon(leave)
+        return found
+
+    def _landscape_of_script(
+        self, experiment: Experiment, answered: Callable[[ExperimentResult], T]
+    ) -> Future[T]:
+        """At the next phase boundary while it is paused, else at the end of the step."""
+        capture, gate = self.capture, self._gate
+        if not isinstance(experiment, MeasureLandscape) or capture is None:
+            raise Refusal(*NOT_FOR_SCRIPTS)
+        found: Future[T] = Future()
+
+        def wanted() -> bool:
+            return not found.cancelled() and gate.mode not in ("stopping", "ended")
+
+        def run() -> None:
+            if not wanted():
+                return
+            try:
+                with self._tracer.suspended(), self._recorder.excluded():
+                    self._require_memory(experiment)
+                    optimizers = self._parts().optimizers
+                    result = measure_landscape(capture, optimizers, self.ring, experiment, wanted)
+                gate.pause()
+                answer = answered(result)
+            except Exception as error:
+                with contextlib.suppress(InvalidStateError):  # the viewer has left
+                    found.set_exception(error)
+                return
+            with contextlib.suppress(InvalidStateError):
+                found.set_result(answer)
+
+        gate.call_soon(run, when_paused=True).add_done_callback(
+            lambda done: found.cancel() if done.cancelled() else None
+        )
         return found
 
     def timeline(self) -> Timeline:
@@ -513,9 +575,6 @@ class TimeTravel:
         assert to.experiment is not None
         self._tracer.rewind(to.wanted)
         self._gate.rewind(to.wanted)
-        edits, state = self._edits.snapshot(), TrainingState.take(self._parts())
-        state.restore()
-        self._edits.restore(edits)
         to.experiment()
         self._gate.pause()
         if to.wanted:
@@ -585,6 +644,7 @@ class TimeTravel:
 
     def _restore_script(self, snapshot: TrainingSnapshot) -> None:
         """Raises Refusal, without changing anything, where the snapshot no longer fits."""
+        _require_room(snapshot.state.parts)
         rescue, edits = TrainingState.take(snapshot.state.parts), self._edits.snapshot()
         try:
             snapshot.state.restore()
@@ -600,6 +660,20 @@ class TimeTravel:
             text += f"; what follows is branch {self.went_back(now, snapshot.step)}"
         self.restored = now, snapshot.step
         self._recorder.notice("edit", text, step=now)
+
+
+def _require_room(parts: TrainingParts) -> None:
+    """Raises Refusal where the host has too little memory for a copy of the present state."""
+    needed, free = parts.nbytes(), free_bytes(HOST) or 0
+    if needed > free:
+        text = f"a copy of the present state takes {bytes_(needed, 0)}, and {bytes_(free, 0)}"
+        raise Refusal(f"{text} are free")
+
+
+def _fullest(needed: Bytes) -> tuple[str, int, int | None]:
+    """Of the devices that copies are made on: its name, their bytes, and what is free there."""
+    found = [(str(device), size, free_bytes(device)) for device, size in needed.items() if size]
+    return max(found, key=lambda each: each[1] / max(1, each[2] or each[1]), default=("", 0, None))
 
 
 def _reason(error: Exception) -> str:

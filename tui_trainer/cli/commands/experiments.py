@@ -9,6 +9,7 @@ import msgspec
 from cyclopts import Parameter, validators
 from rich.text import Text
 
+from tui_trainer.cli.commands.autograd import ask_for_rerun, result_of
 from tui_trainer.cli.commands.common import (
     LiveRunName,
     RunsDir,
@@ -112,7 +113,7 @@ def landscape(
     json: Json = False,
     runs_dir: RunsDir = None,
 ) -> int:
-    """measure the loss of the next batch along a direction from the present weights"""
+    """measure the loss of one batch along a direction from the present weights"""
     asked = MeasureLandscape(direction, points, reach, first, second)
     return _experiment("landscape", run, asked, yes, json, runs_dir)
 
@@ -126,10 +127,8 @@ def _experiment(
             cost = client.inspect(EstimateCost(asked))
             if isinstance(cost.result, ExperimentCost):
                 _announce(name, cost.result, yes)
-            answer = client.inspect(asked)
-    result = answer.result
-    if not isinstance(result, ExperimentResult):
-        raise CommandError(f"{found.name}: {answer.message}", answer.hint)
+            answer = ask_for_rerun(client, asked)
+    result = result_of(answer, ExperimentResult)
     if json:
         document = {
             "run": found.name,

@@ -19,7 +19,7 @@ from tui_trainer.client.api import Snapshot
 from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.config.live_settings import parse_changes
 from tui_trainer.protocol.formatting import cost_text, number
-from tui_trainer.protocol.inspection import Inspected
+from tui_trainer.protocol.inspection import NOT_CAPTURED, Inspected
 from tui_trainer.protocol.travel import (
     Curve,
     EstimateCost,
@@ -44,14 +44,15 @@ KINDS = ("What if", "Learning rate", "Gradient", "Random", "Snapshots")
 ABOUT = (
     "a change, such as lr=3e-4 clip=0.5: 50 steps with the present settings and 50 with these",
     "the lowest and the highest learning rate: the loss while it grows from one to the other",
-    "how far to go against the gradient, in learning rates: the loss of the next batch",
-    "how far to go along a random direction, in norms of parameters: the loss of the next batch",
-    "the steps of two snapshots: the loss of the next batch on the line through both",
+    "how far to go against the gradient, in learning rates: the loss of one batch",
+    "how far to go along a random direction, in norms of parameters: the loss of one batch",
+    "the steps of two snapshots: the loss of one batch on the line through both",
 )
 DEFAULTS = ("", "1e-7 1", "1", "0.5", "")
 KEYS = "enter: run, up, down: another experiment, escape: close"
 RUNNING = "escape: end it"
 WHAT_IF_STEPS = 50
+ATTEMPTS = 5
 MARKER_SPACING = 24
 """Dot columns between two markers of a curve."""
 STYLES = ("loss", "accent")
@@ -164,6 +165,8 @@ class ExperimentsDialog(SnapshotDialog):
         self._asked: Experiment | None = None
         """What is estimated or under way."""
         self._at_work = False
+        self._attempts = 0
+        """Further ones, where a running script has not kept the batch of its step yet."""
         self._confirmed: Experiment | None = None
         """What takes much, and is started by the next enter."""
 
@@ -257,11 +260,17 @@ class ExperimentsDialog(SnapshotDialog):
 
     def _make(self, asked: Experiment, text: str) -> None:
         self._at_work, self._confirmed = True, None
+        self._attempts = ATTEMPTS
         self._say(text or "at work …", RUNNING)
         app_context(self).inspect(asked, self._answered)
 
     def _answered(self, answer: Inspected) -> None:
         if not self.is_mounted or not self._at_work:
+            return
+        running = app_context(self).snapshot.status.state == "running"
+        if answer.message == NOT_CAPTURED and running and self._attempts and self._asked:
+            self._attempts -= 1
+            app_context(self).inspect(self._asked, self._answered)
             return
         self._at_work = False
         if not isinstance(answer.result, ExperimentResult):
