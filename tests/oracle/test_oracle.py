@@ -240,6 +240,15 @@ WRONG_BEFORE = (
         clips=(Clip("strict", tight=False),),
         poison_at=2,
     ),
+    Loop(iterations=4, zero_by="hand", perturbs=True),
+    Loop(iterations=5, zero_by="hand", skip="after backward", skip_at=3),
+    Loop(
+        iterations=2,
+        optimizers=(Optimizer("sgd", ("a", "b")), Optimizer("sgd", ("b",))),
+        rounds="alternate",
+        gradients="assigned",
+        clips=(Clip("hand", tight=False),),
+    ),
 )
 """One loop of each kind that was told wrongly once."""
 

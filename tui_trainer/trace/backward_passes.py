@@ -127,7 +127,7 @@ class BackwardPasses:
                 reached.append(by_hand)
         self._end(reached)
         for measurer in reached:
-            if measurer.reading is None and measurer.passes and measurer.careful:
+            if measurer.reading is None and measurer.passes and measurer.reads_early:
                 self._waiting.read(measurer)
             if measurer.weights is not None:
                 self._expect_update_by_hand(measurer, measurer.weights)
@@ -168,7 +168,7 @@ class BackwardPasses:
         reached = self._registry.measurers_of(given)
         self._end(reached)
         for measurer in reached:
-            if measurer.reading is None and measurer.passes and measurer.careful:
+            if measurer.reading is None and measurer.passes and measurer.reads_early:
                 tracked = measurer.tracked
                 pairs = zip(tracked.parameters, tracked.gradients(), strict=True)
                 # The script may have asked for those of some parameters only.

@@ -185,12 +185,19 @@ class GradientMarks:
 
     def assigned(self, returned: Returned) -> None:
         """The script has assigned gradients that `torch.autograd.grad` returned: what it did to
-        them since is its own change."""
+        them since is its own change, and to those that were there before."""
         versions = {
             id(g): version for ref, version in returned.values() if (g := ref()) is not None
         }
         marks = self._current()
         found = [versions.get(*mark) for mark in zip(*marks, strict=True)]
+        before = self._before_backward
+        if before is not None:
+            kept = zip(marks.ids, *before, found, strict=True)
+            found = [
+                then if now == old and now not in versions else version
+                for now, old, then, version in kept
+            ]
         self._known = Marks(marks.ids, found)
 
     def use(self) -> None:

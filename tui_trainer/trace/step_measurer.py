@@ -110,6 +110,9 @@ class StepMeasurer:
         """Whether a GradScaler is in use."""
         self.changed_by_hand = False
         """Whether the script has changed gradients by itself: they are read at once then."""
+        self.zeroes_by_hand = False
+        """Whether the script zeroes or releases gradients without `zero_grad`. Which of them it
+        discards unused is known too late: norms that are due are read after every backward."""
         self.given_gradients = False
         """Whether the script has set gradients that no backward has computed for this optimizer."""
         self._recorder = recorder
@@ -154,6 +157,7 @@ class StepMeasurer:
         if self.passes and before.reading is not None:
             self.norms_read = self._norms_of(before.reading, before.tracked.parameters)
         self.changed_by_hand = before.changed_by_hand
+        self.zeroes_by_hand = before.zeroes_by_hand
         self.given_gradients = before.given_gradients
         self.marks.remember()
         if self.passes and before._latest is not None and self._on_host and before._on_host:
@@ -206,8 +210,15 @@ class StepMeasurer:
             or (self.scaled and self.tracked.own < len(self.tracked.parameters))
         )
 
+    @property
+    def reads_early(self) -> bool:
+        """Whether gradients are read after every backward, where their norms are due."""
+        return self.zeroes_by_hand or self.careful
+
     def before_backward(self) -> None:
         """A backward begins: remember the gradients, to see whether it reaches this optimizer."""
+        if 0 < self._steps <= CAREFUL_STEPS and not self.passes and self.marks.changed():
+            self.zeroes_by_hand = True  # what `zero_grad` changes is known
         there = self.marks.before_backward()
         if not self.passes:
             self._kept_before = there and self.marks.any_kept()
@@ -307,8 +318,7 @@ class StepMeasurer:
 
     def after_clipping(self, clipping: Clipping) -> None:
         """Gradients were clipped by torch."""
-        if self.careful:
-            self._latest = self.norms_now()
+        self._latest = self.norms_now() if self.careful else None
         if clipping.kind == "norm" and clipping.positions[id(self)] is None:
             self.marks.clipped()
         else:
@@ -320,11 +330,13 @@ class StepMeasurer:
             self._latest = self.norms_now()
 
     def has_gradients(self, returned: Returned) -> tuple[bool, bool]:
-        """Whether all, and whether any, of this optimizer's gradients are among those that
-        `torch.autograd.grad` returned."""
+        """Whether all, and whether any, of this optimizer's gradients that `torch.autograd.grad`
+        was asked for are among those that it returned."""
         ids = {id(g) for g in (reference() for reference, _ in returned.values()) if g is not None}
-        there = [g for g in self.tracked.gradients()[: self.tracked.own] if g is not None]
-        among = [id(gradient) in ids for gradient in there]
+        own = self.tracked.parameters[: self.tracked.own]
+        there = {id(p): p.grad for p in own if p.grad is not None}
+        asked = [key for key in there if key in returned] or there
+        among = [id(there[key]) in ids for key in asked]
         return bool(among) and all(among), any(among)
 
     def positions_of(self, given: list[torch.Tensor]) -> list[int] | None:

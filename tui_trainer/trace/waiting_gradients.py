@@ -274,6 +274,7 @@ class WaitingGradients:
             self.follow_changes_by_hand(compare=True)
         else:
             self.skip(self._discard(measurer), "hand")
+            measurer.zeroes_by_hand = True
             measurer.marks.forget()
 
 
