@@ -29,7 +29,7 @@ from tui_trainer.trace.module_calls import SubmoduleCalls, tensors_in
 from tui_trainer.trace.parameters import TrackedParameters
 from tui_trainer.trace.probe import Probe, ProbeOptions, Readings, StepFacts, Values
 from tui_trainer.trace.script_frames import objects_of_script
-from tui_trainer.trace.torch_private import PLAIN
+from tui_trainer.trace.torch_private import is_dense
 
 MAX_TARGETS = 4
 MAX_CLASSES = 8192
@@ -230,9 +230,7 @@ class BatchProbe(Probe):
         after: str = "",
     ) -> bool:
         """Returns whether such a tensor can be looked at."""
-        if type(tensor) not in PLAIN or not tensor.numel() or tensor.is_complex():
-            return False
-        if tensor.layout != torch.strided:
+        if not is_dense(tensor) or not tensor.numel() or tensor.is_complex():
             return False
         kind: NumberKind = "float" if tensor.is_floating_point() else "integer"
         if tensor.dtype == torch.bool:

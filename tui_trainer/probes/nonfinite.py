@@ -27,7 +27,7 @@ from tui_trainer.trace.module_calls import SubmoduleCalls, tensors_in
 from tui_trainer.trace.parameters import TrackedParameters
 from tui_trainer.trace.probe import Probe, ProbeOptions, Readings, StepFacts, Values
 from tui_trainer.trace.script_frames import place_of_call
-from tui_trainer.trace.torch_private import PLAIN, DropoutLayer, version_of
+from tui_trainer.trace.torch_private import PLAIN, DropoutLayer, is_dense, version_of
 
 
 class NonFiniteProbe(Probe):
@@ -248,7 +248,7 @@ class OutputSums(Probe):
     ) -> None:
         """`passed_on`: another tensor is not finite either where this one is not."""
         if (
-            type(tensor) not in PLAIN
+            not is_dense(tensor)
             or not tensor.is_floating_point()
             or not tensor.numel()
             or len(self._sums) >= MAX_SUMS

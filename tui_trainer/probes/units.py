@@ -16,7 +16,7 @@ from tui_trainer.probes.batch import CONVOLUTIONS
 from tui_trainer.trace.module_calls import SubmoduleCalls
 from tui_trainer.trace.parameters import TrackedParameters
 from tui_trainer.trace.probe import Probe, ProbeOptions, Readings, StepFacts, Values
-from tui_trainer.trace.torch_private import PLAIN
+from tui_trainer.trace.torch_private import is_dense
 
 FUNCTIONS: tuple[tuple[Any, str, UnitKind], ...] = (
     (functional, "relu", "relu"),
@@ -128,7 +128,7 @@ class UnitsProbe(Probe):
         if isinstance(module, (torch.nn.Linear, *CONVOLUTIONS)) and args:
             given = args[0]
             if (
-                type(given) in PLAIN
+                is_dense(given)
                 and given.is_floating_point()
                 and given.dim() > 1
                 and len(given) >= MIN_EXAMPLES
@@ -151,7 +151,7 @@ class UnitsProbe(Probe):
                 result = original(*args, **kwargs)
             finally:
                 self._inside = False
-            if type(result) in PLAIN and self._next < MAX_CALLS:
+            if self._next < MAX_CALLS and is_dense(result):
                 try:
                     with torch.no_grad():
                         self._observe(result.detach(), kind)

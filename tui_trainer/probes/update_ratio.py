@@ -33,7 +33,8 @@ NEVER = 1 << 30
 
 
 class UpdateRatio(Probe):
-    """Table `update_ratio`: one column per parameter, absent for a parameter that was zero before.
+    """Table `update_ratio`: one column per parameter, absent for a parameter that was zero before
+    or that no optimizer holds.
 
     It needs copies of the weights, whose size is bounded: if they would take more than
     `ProbeOptions.copy_budget_bytes`, or 3 % of the device's memory, the parameters are measured in
@@ -139,6 +140,8 @@ class UpdateRatio(Probe):
         for position, index in enumerate(turn):
             if index in self.tracked.empty:
                 ratios[position] = absent(Absent.EMPTY)
+            elif index >= self.tracked.own:  # the script may update it outside of the step
+                ratios[position] = absent(Absent.NO_OPTIMIZER)
         self._updates[turn], self._ratios[turn] = update, ratios
         if turn is not self._turns[-1] and turn is not self._whole:
             return (None,)

@@ -44,6 +44,7 @@ class Absent(IntEnum):
     OVERFLOW = 19
     SHARDED = 20
     CHANGED_BY_FRAMEWORK = 21
+    NO_OPTIMIZER = 22
 
     @property
     def reason(self) -> str:
@@ -72,6 +73,7 @@ _REASONS = {
     Absent.NO_DEVICE: "no accelerator",
     Absent.OVERFLOW: "overflowed in float32 while it was computed",
     Absent.CHANGED_BY_FRAMEWORK: "unscaled and clipped by the framework before it was measured",
+    Absent.NO_OPTIMIZER: "in no optimizer",
     Absent.SHARDED: "only this process's shards are known",
 }
 

@@ -15,7 +15,7 @@ import torch
 
 from tui_trainer.history.records import BadBatch
 from tui_trainer.trace.module_calls import tensors_in
-from tui_trainer.trace.torch_private import PLAIN
+from tui_trainer.trace.torch_private import is_dense
 
 RECENT = 32
 FACTOR = 4.0
@@ -96,7 +96,7 @@ class BadBatches:
         broken: tuple[int, ...] = ()
         for reference in self._inputs:
             tensor = reference()
-            if type(tensor) not in PLAIN or tensor is None or not tensor.is_floating_point():
+            if tensor is None or not is_dense(tensor) or not tensor.is_floating_point():
                 continue
             if not tensor.is_cpu or not tensor.dim() or not tensor.numel():
                 continue

@@ -24,8 +24,10 @@ from types import FrameType
 from typing import Any, Protocol
 
 import torch
+from torch.utils.data import DataLoader
 
 from tui_trainer.trace.module_calls import Patches, copy_metadata
+from tui_trainer.trace.script_frames import objects_of_script
 
 functional = torch.nn.functional
 LOSS_FUNCTIONS = (
@@ -149,6 +151,8 @@ class EvaluationLosses:
         """Whether a framework reports its own results."""
         self.losses_computed = 0
         """Losses computed in the last evaluation."""
+        self.losses_before = 0
+        """Losses computed without gradients before any model was trained."""
         self._open = False
         self._step = 0
         self._last_trained: weakref.ref[torch.nn.Module] | None = None
@@ -275,6 +279,7 @@ class EvaluationLosses:
                     listener(original, name, args, kwargs, result)
                 return result
             if not self._open:
+                self.losses_before += self._last_trained is None
                 return result
             if torch.is_grad_enabled() and not (self._any_with_gradients and self._with_gradients):
                 return result
@@ -333,6 +338,44 @@ class EvaluationModes:
             return False
         last, self._last = self._last, step
         return step - last > USUAL_DISTANCE and (calls > 1 or losses > 0)
+
+
+FEWEST_CALLS = 2
+"""Calls without gradients that precede the training of a script which collects its batches."""
+
+
+class Rollouts:
+    """Calls without gradients in which a policy acts in an environment: they are part of `data`.
+
+    An evaluation looks alike. A script is taken to collect what it trains on where it makes such
+    calls before it trains for the first time, with inputs of one shape, computes no loss in them,
+    and has no DataLoader to draw batches from.
+    """
+
+    def __init__(self) -> None:
+        self.collecting = False
+        """Whether calls without gradients between two steps are rollouts."""
+        self._decided = False
+        self._calls = 0
+        self._shape: torch.Size | None = None
+
+    def called(self, args: tuple[object, ...]) -> None:
+        """A model is called without gradients."""
+        if self._decided:
+            return
+        inputs = args[0] if args else None
+        shape = inputs.shape if isinstance(inputs, torch.Tensor) else None
+        if shape is None or (self._calls and shape != self._shape):
+            self._decided = True  # generated tokens come one by one
+        self._shape = shape
+        self._calls += 1
+
+    def training_begins(self, losses: int) -> None:
+        """A model is called for training. `losses`: those computed in the calls before it."""
+        if not self._decided:
+            self._decided = True
+            if self._calls >= FEWEST_CALLS and not losses:
+                self.collecting = not objects_of_script(DataLoader)
 
 
 def _ignore(step: int) -> None:

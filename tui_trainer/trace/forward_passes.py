@@ -9,13 +9,13 @@ import torch
 
 from tui_trainer.trace.backward_passes import BackwardPasses
 from tui_trainer.trace.bad_batch import BadBatches
-from tui_trainer.trace.evaluation import EvaluationLosses, EvaluationModes
+from tui_trainer.trace.evaluation import EvaluationLosses, EvaluationModes, Rollouts
 from tui_trainer.trace.faults import Faults, guarded
 from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.module_calls import depends_on_mode
 from tui_trainer.trace.optimizer_steps import OptimizerSteps
 from tui_trainer.trace.optimizers import OptimizerRegistry
-from tui_trainer.trace.phases import BACKWARD, FORWARD, LOSS, Phases
+from tui_trainer.trace.phases import BACKWARD, DATA, EVAL, FORWARD, LOSS, Phases
 from tui_trainer.trace.probe import Observers
 from tui_trainer.trace.reports import PhaseReporter
 from tui_trainer.trace.step_measurer import StepMeasurer
@@ -58,6 +58,7 @@ class ForwardPasses:
         self._reporter = reporter
         self._observers = observers
         self._resume = resume
+        self.rollouts = Rollouts()
         self._sampling: list[StepMeasurer] = []
         """Measurers whose probes observe the open forward."""
 
@@ -103,6 +104,7 @@ class ForwardPasses:
         if not phases.enter(FORWARD):
             return False
         self._evaluation.trains(module)
+        self.rollouts.training_begins(self._evaluation.losses_before)
         observers = self._observers
         if observers.loop is not None:
             observers.loop.model_called(args, kwargs)
@@ -179,7 +181,7 @@ class ForwardPasses:
     ) -> Any:
         if self._phases.in_phase:
             return original(module, *args, **kwargs)
-        self._evaluation_call_began(module)
+        self._evaluation_call_began(module, args)
         try:
             return original(module, *args, **kwargs)
         finally:
@@ -199,14 +201,17 @@ class ForwardPasses:
         return not self._within_iteration
 
     @guarded
-    def _evaluation_call_began(self, module: torch.nn.Module) -> None:
+    def _evaluation_call_began(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
         if self._registry.by_hand is not None:
             self._steps.end_by_hand()
-        self._phases.begin_evaluation()
+        within = self._within_iteration
+        collecting = self.rollouts.collecting and not within
+        self._phases.begin_evaluation(DATA if collecting else EVAL)
         self._queue.drain()  # the next step may be long in coming
-        if not self._within_iteration:
+        if not within:
+            self.rollouts.called(args)
             self._evaluation.call_began(module, self._phases.step - 1)
-            if module.training and depends_on_mode(module):
+            if module.training and not collecting and depends_on_mode(module):
                 self._modes.evaluated()
 
     @guarded

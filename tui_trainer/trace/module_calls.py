@@ -105,9 +105,14 @@ class RootModules:
         self._observer = observer
         self.call_model: CallModel = _call
         """What is called in place of each call of a root."""
+        self.called_without_gradients: Callable[[tuple[Any, ...]], None] = _ignore
+        """Called with the arguments of each outermost call without gradients of a model that could
+        be a root, while the first one is searched."""
         self._known: dict[int, weakref.ref[torch.nn.Module]] = {}
         self._classes: set[type] = set()
         self._searching = False
+        self._within_call = False
+        """Whether such a call is open."""
 
     @property
     def modules(self) -> list[torch.nn.Module]:
@@ -122,12 +127,35 @@ class RootModules:
         original = torch.nn.Module.__call__
 
         def __call__(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling() or not self._is_new_root(module):
+            if torch.compiler.is_compiling():
                 return original(module, *args, **kwargs)
-            self.add(module)
-            return type(module).__call__(module, *args, **kwargs)
+            if self._is_new_root(module):
+                self.add(module)
+                return type(module).__call__(module, *args, **kwargs)
+            if self._known or self._within_call or torch.is_grad_enabled():
+                return original(module, *args, **kwargs)
+            return self._call_before_training(original, module, args, kwargs)
 
         self._patches.replace(torch.nn.Module, "__call__", copy_metadata(__call__, original))
+
+    def _call_before_training(
+        self,
+        original: Callable[..., Any],
+        module: torch.nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """A module is called without gradients before any root was found."""
+        on_thread = get_ident() == self._observer.training_thread
+        if not on_thread or not any(p.requires_grad for p in module.parameters()):
+            return original(module, *args, **kwargs)
+        self._within_call = True
+        try:
+            with contextlib.suppress(Exception):  # the script's own objects
+                self.called_without_gradients(args)
+            return original(module, *args, **kwargs)
+        finally:
+            self._within_call = False
 
     def add(self, module: torch.nn.Module) -> None:
         """Make `module` a root: its calls are observed from now on."""
@@ -174,6 +202,10 @@ class RootModules:
             return self.call_model(original, module, args, kwargs)
 
         self._patches.replace(cls, "__call__", copy_metadata(__call__, original))
+
+
+def _ignore(args: tuple[Any, ...]) -> None:
+    pass
 
 
 def _call(

@@ -402,13 +402,14 @@ class Phases:
         if self._open and self._open[-1] == CLIP:
             self._clip_ended = now
 
-    def begin_evaluation(self) -> None:
-        """The model is called without gradients; `resume_clock` follows."""
+    def begin_evaluation(self, phase: int = EVAL) -> None:
+        """The model is called without gradients; `resume_clock` follows. `phase`: what its time
+        counts as."""
         self._evaluated = True
         if self._evaluating:
-            self._clock.relabel(EVAL)  # the next batch of the evaluation
+            self._clock.relabel(phase)  # the next batch of the evaluation
         self._evaluating = True
-        self._clock.switch(EVAL)
+        self._clock.switch(phase)
 
     def begin_checkpoint(self) -> None:
         """The script saves a checkpoint; `resume_clock` follows."""

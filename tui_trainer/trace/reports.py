@@ -18,7 +18,7 @@ from tui_trainer.protocol.messages import PhaseReport, Quantity, Rows
 from tui_trainer.trace.live_values import TracedStep
 from tui_trainer.trace.script_frames import script_frames
 from tui_trainer.trace.step_measurer import StepMeasurer
-from tui_trainer.trace.torch_private import base_of
+from tui_trainer.trace.torch_private import base_of, is_sharded
 
 LARGEST = 5
 """How many parameters a report lists."""
@@ -244,13 +244,18 @@ def _provisional_row(
 
 def dtype_and_shape(tensor: torch.Tensor) -> str:
     """`float32 12×64`"""
-    return f"{str(tensor.dtype).removeprefix('torch.')} {'×'.join(map(str, tensor.shape)) or '0-d'}"
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if tensor.is_nested:
+        return f"{dtype} nested, of {tensor.size(0)}"
+    return f"{dtype} {'×'.join(map(str, tensor.shape)) or '0-d'}"
 
 
 def summary_of(name: str, tensor: torch.Tensor) -> Iterator[Quantity]:
     """Dtype and shape; mean, standard deviation and range of its elements."""
     yield Quantity(name, dtype_and_shape(tensor))
     if not tensor.numel() or tensor.is_complex() or tensor.layout != torch.strided:
+        return
+    if is_sharded(tensor) or tensor.is_nested or tensor.is_quantized:
         return
     values = tensor.detach().to(torch.float32)
     yield Quantity(f"{name} mean", float(values.mean()))
@@ -274,11 +279,11 @@ def tensors_in(named: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, torch.Te
 def loop_batch(arguments: list[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
     """The batch by the names of the loop's variables (inputs and targets), where the model's
     `arguments` are among them or views of them; else the arguments themselves."""
-    sizes = {argument.shape[0] for _, argument in arguments if argument.dim()}
+    sizes = {argument.size(0) for _, argument in arguments if argument.dim()}
     batch = [
         (name, tensor)
         for name, tensor in loop_variables()
-        if tensor.dim() and tensor.shape[0] in sizes
+        if tensor.dim() and tensor.size(0) in sizes
     ]
     shown = {id(tensor) for _, tensor in batch}
     if any(id(a) in shown or id(base_of(a)) in shown for _, a in arguments):

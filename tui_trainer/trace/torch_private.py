@@ -112,6 +112,17 @@ def is_sharded(tensor: torch.Tensor) -> bool:
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether any operation on numbers can be applied to it: it is neither of a subclass nor
+    sparse, nested or quantized."""
+    return (
+        type(tensor) in PLAIN
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
+        and not tensor.is_quantized
+    )
+
+
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """What this process holds of a tensor."""
     if type(tensor) in PLAIN:

@@ -164,6 +164,7 @@ class Tracer:
             self._continue_after_fault,
         )
         self._roots.call_model = self._forwards.call_model
+        self._roots.called_without_gradients = self._forwards.rollouts.called
         self.evaluation.on_training_loss = self._forwards.loss_called
         self._hooks = TorchHooks(self, self._steps, self._backwards, self._clips, self._patches)
 

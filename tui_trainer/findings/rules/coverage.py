@@ -21,9 +21,10 @@ class NotInOptimizer(Rule):
     needs = "the gradient norms of two steps"
     explanation = (
         "These parameters require a gradient, backward computes one, and no optimizer holds them: "
-        "they keep their initial values. It happens when a layer is added after the optimizer was "
-        "created, or when the optimizer is given the parameters of only a part of the model. If "
-        "they are meant to stay fixed, requires_grad_(False) also saves computing their gradients."
+        "they keep their initial values, unless the script itself changes them. It happens when a "
+        "layer is added after the optimizer was created, or when the optimizer is given the "
+        "parameters of only a part of the model. If they are meant to stay fixed, "
+        "requires_grad_(False) also saves computing their gradients."
     )
     advice = (
         "give all parameters to the optimizer (model.parameters(), or add_param_group for a layer "
@@ -71,7 +72,8 @@ class NotInOptimizer(Rule):
         yield Found(
             first,
             f"{named(names)} ({counted(numel, 'number')}) got a gradient at every step, but no "
-            "optimizer updates them: they keep their initial values",
+            "optimizer updates them: they keep their initial values, unless the script itself "
+            "changes them",
             confidence="certain",
             phase="step",
             parameters=tuple(names[:16]),
