@@ -28,6 +28,7 @@ from tui_trainer.protocol.inspection import (
 from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.panels.tensor import Viewport, bars, color_range
 from tui_trainer.ui.screens import inspect as screen
+from tui_trainer.ui.screens import inspection_requests
 from tui_trainer.ui.screens.dialogs import TextPrompt
 from tui_trainer.ui.screens.parameter_groups import ParameterGroupsScreen
 
@@ -76,7 +77,7 @@ async def test_it_reads_again_at_each_stop_and_seldom_while_running(monkeypatch)
         await frame(pilot)
         await until(pilot, lambda: len(session.inspected) > before, "another request")
         assert summaries(session)[-1].statistics
-        monkeypatch.setattr(screen, "MIN_INTERVAL_S", 1e9)
+        monkeypatch.setattr(inspection_requests, "MIN_INTERVAL_S", 1e9)
         session.send(Resume())
         await frame(pilot)
         await settle(pilot)

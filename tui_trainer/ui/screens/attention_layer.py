@@ -3,7 +3,6 @@ one example of the batch of the step, read again at each stop."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -27,11 +26,11 @@ from tui_trainer.ui.panels.base import placeholder_message
 from tui_trainer.ui.panels.tensor import ZOOM, Viewport
 from tui_trainer.ui.screens.base import (
     CONTROL_BINDINGS,
-    NOT_RECORDED,
     RANK_BINDING,
     DetailScreen,
 )
 from tui_trainer.ui.screens.dialogs import NumberPrompt
+from tui_trainer.ui.screens.inspection_requests import InspectionRequests, ending
 from tui_trainer.ui.widgets.caption import Caption, Placeholder
 from tui_trainer.ui.widgets.lines import Span
 from tui_trainer.ui.widgets.table import VirtualTable
@@ -44,10 +43,6 @@ MIN_WIDTH_TOGETHER = 112
 ROOMY_WIDTH = 140
 """Width from which there is room for bars next to the weights."""
 SPECTRA_ROWS = 9
-MIN_INTERVAL_S = 1.0
-COST_SHARE = 0.05
-"""While the run runs, the layer is read again after `MIN_INTERVAL_S`, or later, so that reading
-takes at most this share of the time."""
 READING, WAITING = "reading …", "waiting for the end of the current step"
 SKIPPED = "the batch of the next step is being kept"
 
@@ -136,13 +131,8 @@ class AttentionLayerScreen(DetailScreen):
         self.viewport = Viewport()
         self.viewport.reduction = "max_abs"
         self._tab = 0
-        self._read_at = ""
-        self._took_ms = 0.0
-        self._error = ("", "")
         self._asked: _SentRequest | None = None
-        self._requests = 0
-        self._pending = False
-        self._due_at = 0.0
+        self._requests = InspectionRequests(self)
 
     def body(self) -> Iterable[Widget]:
         yield Caption(id="what")
@@ -197,41 +187,26 @@ class AttentionLayerScreen(DetailScreen):
         if wanted == last:
             return
         moved = last is None or (wanted.request, rank) != (last.request, last.rank)
-        if not moved and not paused and (self._pending or time.monotonic() < self._due_at):
+        if not moved and not paused and not self._requests.may_ask_again:
             return
+        self._requests.send(wanted.request, self._answered, self._given_up)
         self._asked = wanted
-        self._requests += 1
-        number = self._requests
-        self._pending = True
 
-        def arrived(answer: Inspected) -> None:
-            if number == self._requests and self.is_mounted:
-                self._pending = False
-                self._answered(answer)
-
-        def replaced() -> None:
-            """By that of another screen: ask again when this one is in front."""
-            if number == self._requests:
-                self._pending, self._asked = False, None
-
-        self.context.inspect(wanted.request, arrived, replaced)
+    def _given_up(self) -> None:
+        """Ask again when this screen is in front."""
+        self._asked = None
 
     def _answered(self, answer: Inspected) -> None:
-        interval = max(MIN_INTERVAL_S, answer.took_ms / 1e3 / COST_SHARE)
-        self._due_at = time.monotonic() + interval
-        if isinstance(answer.result, AttentionExamination):
-            self.found, self._error = answer.result, ("", "")
-            self._read_at, self._took_ms = answer.moment, answer.took_ms
-            self.chosen_layer = self.found.layer
-            if not self.found.missing:
-                self.query_position = self.found.query
-        elif answer.message == NOT_CAPTURED and self.context.snapshot.status.state == "running":
-            self._due_at = 0.0
+        if answer.message == NOT_CAPTURED and self.context.snapshot.status.state == "running":
             self._asked = None
             if self.found is None:
-                self._error = (SKIPPED, "")
+                self._requests.refusal = (SKIPPED, "")
         else:
-            self.found, self._error = None, (answer.message, answer.hint)
+            self.found = self._requests.result(answer, AttentionExamination)
+            if self.found is not None:
+                self.chosen_layer = self.found.layer
+                if not self.found.missing:
+                    self.query_position = self.found.query
         self._draw(self.context.snapshot)
 
     # ------------------------------------------------------------ drawing
@@ -266,16 +241,10 @@ class AttentionLayerScreen(DetailScreen):
             if found.missing and self.tab != "heads":
                 return found.missing, "the view of the heads has their weights"
             return "", ""
-        if self._error[0]:
-            return self._error
-        status, link = snapshot.status, snapshot.link
-        if status.ended:
-            return "the run has ended: its tensors are gone", ""
-        if link.state == "replay":
-            return NOT_RECORDED, ""
-        if link.state != "live":
-            return link.message or "no connection to the run", link.hint
-        waiting = WAITING if status.state != "paused" else READING
+        unavailable = self._requests.unavailable(snapshot)
+        if unavailable[0]:
+            return unavailable
+        waiting = WAITING if snapshot.status.state != "paused" else READING
         return placeholder_message(snapshot, waiting, "attention")
 
     def _caption(self, snapshot: Snapshot) -> tuple[list[Span], str]:
@@ -291,8 +260,8 @@ class AttentionLayerScreen(DetailScreen):
                 spans.append((label, "accent"))
         spans.append((f"example {found.sample} of {found.samples:,}", "text"))
         if snapshot.status.ended:
-            spans.append(("the run has ended", "warning"))
-        return spans, f"{self._read_at}, read in {milliseconds(self._took_ms, 0)}"
+            spans.append((ending(snapshot), "warning"))
+        return spans, f"{self._requests.read_at}, read in {milliseconds(self._requests.took_ms, 0)}"
 
     def _how(self) -> list[Span]:
         """What was compared with what, and what is special."""

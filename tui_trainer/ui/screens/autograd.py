@@ -18,6 +18,7 @@ from tui_trainer.protocol.inspection import NOT_CAPTURED, Inspected, TensorRef
 from tui_trainer.ui.panels.autograd import GraphTable, NodeDetails, graph_spans
 from tui_trainer.ui.panels.base import placeholder_message
 from tui_trainer.ui.screens.base import CONTROL_BINDINGS, RANK_BINDING, DetailScreen
+from tui_trainer.ui.screens.inspection_requests import InspectionRequests
 from tui_trainer.ui.screens.saving import save_graph
 from tui_trainer.ui.widgets.caption import Caption, Placeholder
 from tui_trainer.ui.widgets.lines import Span
@@ -28,7 +29,6 @@ MIN_WIDTH_BESIDE, MIN_HEIGHT_BELOW = 104, 30
 """Size from which the details are shown next to the graph, or else below it."""
 MIN_WIDTH_WIDE = 160
 """Width from which more of it is left to the details."""
-MAX_RETRIES = 5
 READING = "running the forward pass of this step again …"
 NO_GRAPH = "no graph was read yet"
 
@@ -75,11 +75,7 @@ class AutogradScreen(DetailScreen):
         self.graph: AutogradGraph | None = None
         self._moment: _Moment | None = None
         """When the last request was made."""
-        self._read_at, self._took_ms = "", 0.0
-        self._error = ("", "")
-        self._requests = 0
-        self._pending = False
-        self._retries = 0
+        self._requests = InspectionRequests(self)
 
     def body(self) -> Iterable[Widget]:
         yield Caption(id="graph")
@@ -103,11 +99,11 @@ class AutogradScreen(DetailScreen):
     def show_body(self, snapshot: Snapshot) -> None:
         status = snapshot.status
         live = not status.ended and snapshot.link.state in ("live", "replay")
-        if live and not self._pending:
+        if live and not self._requests.pending:
             stopped = status.state == "paused" and self._now() != self._moment
             other = self._moment is None or self._moment.rank != self.context.inspected_rank
             if stopped or (other and status.step > 0):
-                self._retries = 0
+                self._requests.retries = 0
                 self._ask()
         self._draw(snapshot)
 
@@ -117,39 +113,22 @@ class AutogradScreen(DetailScreen):
 
     def _ask(self) -> None:
         self._moment = self._now()
-        self._requests += 1
-        request = self._requests
-        self._pending = True
+        self._requests.send(DescribeGraph(), self._answered, self._given_up)
 
-        def arrived(answer: Inspected) -> None:
-            if request == self._requests and self.is_mounted:
-                self._pending = False
-                self._answered(answer)
-
-        def replaced() -> None:
-            """By that of another screen: ask again when this one is in front."""
-            if request == self._requests:
-                self._pending, self._moment = False, None
-
-        self.context.inspect(DescribeGraph(), arrived, replaced)
+    def _given_up(self) -> None:
+        """Ask again when this screen is in front."""
+        self._moment = None
 
     def _answered(self, answer: Inspected) -> None:
         status = self.context.snapshot.status
         result = answer.result
         live = isinstance(result, AutogradGraph) and result.source == "live"
         early = (answer.message == NOT_CAPTURED or live) and status.state == "running"
-        if early and self._retries < MAX_RETRIES:  # the batch is kept from the first request on
-            self._retries += 1
+        if early and self._requests.may_retry():  # the batch is kept from the first request on
             self._ask()
             return
-        if isinstance(result, AutogradGraph):
-            self.graph, self._error = result, ("", "")
-            self._read_at, self._took_ms = answer.moment, answer.took_ms
-            self.table.show(result)
-        else:
-            self._error = (answer.message, answer.hint)
-            self.graph = None
-            self.table.show(None)
+        self.graph = self._requests.result(answer, AutogradGraph)
+        self.table.show(self.graph)
         self._show_details()
         self._draw(self.context.snapshot)
 
@@ -164,25 +143,18 @@ class AutogradScreen(DetailScreen):
         if self.graph is not None:
             if self.graph.loss is not None:
                 spans.append((f"loss {number(self.graph.loss, 0)}", "accent"))
-            spans.append((self._read_at, "text"))
+            spans.append((self._requests.read_at, "text"))
             spans += graph_spans(self.graph)
-            right = f"read in {milliseconds(self._took_ms, 0)}"
+            right = f"read in {milliseconds(self._requests.took_ms, 0)}"
             if self.graph.source == "live":
                 spans.append(("without gradients", "warning"))
         self.query_one("#graph", Caption).update(spans, right, right_is_optional=True)
 
     def _missing(self, snapshot: Snapshot) -> tuple[str, str]:
-        if self._error[0]:
-            return self._error
-        if self._pending:
+        if self._requests.pending and not self._requests.refusal[0]:
             return READING, ""
-        status, link = snapshot.status, snapshot.link
-        if status.ended:
-            return "the run has ended: there is no graph any more", ""
-        if link.state not in ("live", "replay"):
-            return link.message or "no connection to the run", link.hint
-        message, hint = placeholder_message(snapshot, NO_GRAPH)
-        return message, hint
+        unavailable = self._requests.unavailable(snapshot, recorded=True)
+        return unavailable if unavailable[0] else placeholder_message(snapshot, NO_GRAPH)
 
     def _show_details(self) -> None:
         for details in self.query(NodeDetails):
@@ -232,8 +204,8 @@ class AutogradScreen(DetailScreen):
     def action_read(self) -> None:
         """Ask again, also while the run runs."""
         status = self.context.snapshot.status
-        if not status.ended and not self._pending:
-            self._retries = 0
+        if not status.ended and not self._requests.pending:
+            self._requests.retries = 0
             self._ask()
 
     def action_save(self) -> None:
@@ -241,7 +213,7 @@ class AutogradScreen(DetailScreen):
         if self.graph is not None:
             loss = "" if self.graph.loss is None else f"loss {number(self.graph.loss, 0, 6)} · "
             info = self.context.snapshot.info
-            title = f"{info.name if info else ''} · {loss}{self._read_at}"
+            title = f"{info.name if info else ''} · {loss}{self._requests.read_at}"
             save_graph(self, self.graph, title, self.table.repeats)
 
     def action_inspect(self) -> None:

@@ -64,7 +64,6 @@ RANK_BINDING = Binding(
     tooltip="Inspect the tensors of the next rank, in a run with several processes",
 )  # fmt: skip
 """The binding of the screens that inspect tensors."""
-NOT_RECORDED = "a recording holds what was measured, not the weights"
 MAX_STEPS = 10**15
 """Larger numbers of steps are cut to this, which fits the message."""
 NOT_IN_REPLAY = (

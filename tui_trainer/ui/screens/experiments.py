@@ -32,8 +32,8 @@ from tui_trainer.protocol.travel import (
     WhatIf,
 )
 from tui_trainer.ui.panels.runs import run_marker
-from tui_trainer.ui.screens import app_context
 from tui_trainer.ui.screens.dialogs import SnapshotDialog
+from tui_trainer.ui.screens.inspection_requests import InspectionRequests
 from tui_trainer.ui.widgets.axes import AXIS_WIDTH
 from tui_trainer.ui.widgets.chart import Chart
 from tui_trainer.ui.widgets.chart_layers import Layer, Line, Points
@@ -162,6 +162,7 @@ class ExperimentsDialog(SnapshotDialog):
         self._texts = [changes, *DEFAULTS[1:]]
         self._kind = 0
         self._at_once = bool(changes)
+        self._requests = InspectionRequests(self)
         self._asked: Experiment | None = None
         """What is estimated or under way."""
         self._at_work = False
@@ -185,7 +186,7 @@ class ExperimentsDialog(SnapshotDialog):
         self.query_one(Input).focus()
         if self._at_once:
             self.call_after_refresh(self._begin)
-        app_context(self).inspect(ReadTimeline(), self._suggest_snapshots)
+        self._requests.send(ReadTimeline(), self._suggest_snapshots)
 
     def on_resize(self) -> None:
         self.set_class(self.size.height < 30, "-small")
@@ -244,10 +245,10 @@ class ExperimentsDialog(SnapshotDialog):
             self._make(asked, "")
         else:
             self._say("asking the run what that takes …")
-            app_context(self).inspect(EstimateCost(asked), self._estimated)
+            self._requests.send(EstimateCost(asked), self._estimated)
 
     def _estimated(self, answer: Inspected) -> None:
-        if not self.is_mounted or self._asked is None:
+        if self._asked is None:
             return
         cost = answer.result
         if not isinstance(cost, ExperimentCost):
@@ -262,10 +263,14 @@ class ExperimentsDialog(SnapshotDialog):
         self._at_work, self._confirmed = True, None
         self._attempts = ATTEMPTS
         self._say(text or "at work …", RUNNING)
-        app_context(self).inspect(asked, self._answered)
+        self._requests.send(asked, self._answered, self._interrupted)
+
+    def _interrupted(self) -> None:
+        self._at_work = False
+        self._say("interrupted by another request; the run is as it was, and paused")
 
     def _answered(self, answer: Inspected) -> None:
-        if not self.is_mounted or not self._at_work:
+        if not self._at_work:
             return
         running = app_context(self).snapshot.status.state == "running"
         if answer.message == NOT_CAPTURED and running and self._attempts and self._asked:
@@ -283,7 +288,7 @@ class ExperimentsDialog(SnapshotDialog):
         """End the experiment that is under way: another request takes its place. Else close."""
         if self._at_work:
             self._at_work = False
-            app_context(self).inspect(ReadTimeline(), lambda _: None)
+            self._requests.send(ReadTimeline(), lambda _: None)
             self._say("ended; the run is as it was, and paused")
         else:
             self.dismiss(None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ from tui_trainer.protocol.heat_map import HeatMapWindow
 from tui_trainer.protocol.inspection import (
     ExplainUpdate,
     Inspected,
-    InspectionRequest,
     ListTensors,
     Summarize,
     TensorInfo,
@@ -48,11 +46,11 @@ from tui_trainer.ui.panels.tensor import (
 from tui_trainer.ui.panels.update_explanation import UpdateView
 from tui_trainer.ui.screens.base import (
     CONTROL_BINDINGS,
-    NOT_RECORDED,
     RANK_BINDING,
     DetailScreen,
 )
 from tui_trainer.ui.screens.dialogs import TextPrompt
+from tui_trainer.ui.screens.inspection_requests import InspectionRequests, ending
 from tui_trainer.ui.screens.saving import save_tensor
 from tui_trainer.ui.widgets.caption import Caption, Placeholder
 from tui_trainer.ui.widgets.lines import Span
@@ -63,10 +61,6 @@ MIN_WIDTH_FOR_UPDATE = 110
 """Width from which heat map and update are side by side."""
 MIN_WIDTH_FOR_ALL = 170
 """Width from which the numbers stay next to the update or the check."""
-MIN_INTERVAL_S = 1.0
-COST_SHARE = 0.05
-"""While the run runs, a tensor is read again after `MIN_INTERVAL_S`, or later, so that reading
-takes at most this share of the time."""
 MAX_MATCHES = 200
 """Tensors that the dialog lists at a time."""
 ENTRIES = 5
@@ -75,6 +69,10 @@ CHECKED_ENTRIES = 2
 CHECKING = "computing the loss of this step again, 19 times for each entry …"
 INTERRUPTED = ("the check was interrupted by another request", "c twice begins it again")
 READING, WAITING = "reading …", "waiting for the end of the current step"
+NEEDS_TENSOR = (
+    "zoom", "pan", "fit", "reduction", "log", "kind", "next", "update", "entry", "check", "save",
+)  # fmt: skip
+"""Actions that act on the tensor on the screen."""
 NO_TENSOR = "no tensor is chosen"
 NO_TENSOR_HINT = "/ lists the tensors; enter on a parameter of screen 3 opens it"
 
@@ -219,9 +217,6 @@ class InspectScreen(DetailScreen):
         self.viewport = Viewport()
         self.summary: TensorSummary | None = None
         """What is on the screen."""
-        self.read_at = ""
-        """The step and phase that its values belong to."""
-        self._took_ms = 0.0
         self.explanation: UpdateExplanation | None = None
         self._index: tuple[int, ...] | None = None
         """The entry whose update is explained; None: the whole tensor."""
@@ -232,17 +227,10 @@ class InspectScreen(DetailScreen):
         """Readings of this tensor while it is on the screen."""
         self.gradient_check: GradientCheck | None = None
         self._unchecked = ("", "")
-        self._error = ("", "")
-        """Message and hint where the tensor cannot be read."""
         self._ref: TensorRef | None = None
         self._rank = 0
         self._asked: _SentRequest | None = None
-        self._requests = 0
-        """Number of requests so far; only the latest is answered."""
-        self._pending: InspectionRequest | None = None
-        """Sent, and not answered yet."""
-        self._due_at = 0.0
-        """When to read again while the run runs, on the monotonic clock."""
+        self._requests = InspectionRequests(self)
         self._saving = False
         self._offered = False
         """Whether the list of tensors was opened since the screen came to the front."""
@@ -253,6 +241,11 @@ class InspectScreen(DetailScreen):
         yield Horizontal(
             HeatMapView(), StatisticsView(), UpdateView(), GradientCheckView(), id="parts"
         )
+
+    @property
+    def read_at(self) -> str:
+        """The step and phase that the values on the screen belong to."""
+        return self._requests.read_at
 
     @property
     def heat_map(self) -> HeatMapView:
@@ -281,9 +274,8 @@ class InspectScreen(DetailScreen):
         chosen = (self.context.inspected, self.context.inspected_rank)
         if chosen != (self._ref, self._rank):
             self._ref, self._rank = chosen
-            self._asked = self._pending = None
-            self._requests += 1  # what is still to come is about the one before
-            self.summary, self._error, self.read_at = None, ("", ""), ""
+            self._requests.forget()
+            self._asked = self.summary = None
             self.explanation, self._unexplained, self._explained_for = None, ("", ""), None
             self._index = None
             self._history.clear()
@@ -297,7 +289,7 @@ class InspectScreen(DetailScreen):
         closed = status.ended or snapshot.link.state not in ("live", "replay")
         if self._ref is None or closed or self._saving:
             return
-        if self._pending is not None and not isinstance(self._pending, Summarize):
+        if not isinstance(self._requests.pending, Summarize | None):
             return  # its answer comes first, and then the tensor
         paused = status.state == "paused"
         visible = self.heat_map.view_size.height > 0
@@ -307,60 +299,29 @@ class InspectScreen(DetailScreen):
         if wanted == last:
             return
         moved = last is None or (wanted.tensor, wanted.window) != (last.tensor, last.window)
-        if (
-            not moved
-            and not paused
-            and (self._pending is not None or time.monotonic() < self._due_at)
-        ):
+        if not moved and not paused and not self._requests.may_ask_again:
             return
         known = self.summary is not None and last is not None and paused
         unchanged = known and (wanted.tensor, wanted.moment) == (last.tensor, last.moment)  # type: ignore[union-attr]
-        self._ask(Summarize(self._ref, not unchanged, window, entries=ENTRIES), self._summarized)
+        request = Summarize(self._ref, not unchanged, window, entries=ENTRIES)
+        self._requests.send(request, self._summarized, self._summary_given_up)
         self._asked = wanted
 
-    def _ask(self, request: InspectionRequest, answered: Callable[[Inspected], None]) -> None:
-        """Send a request; an answer that comes after the next request is dropped."""
-        self._give_up_pending()
-        self._requests += 1
-        number = self._requests
-        self._pending = request
-
-        def arrived(answer: Inspected) -> None:
-            if number == self._requests and self.is_mounted:
-                self._pending = None
-                answered(answer)
-
-        def replaced() -> None:
-            """By that of another screen."""
-            if number == self._requests:
-                self._give_up_pending()
-
-        self.context.inspect(request, arrived, replaced)
-
-    def _give_up_pending(self) -> None:
-        """There is no answer to the last request: ask again, or say so."""
-        if isinstance(self._pending, Summarize):
-            self._asked = None
-        elif isinstance(self._pending, CheckGradient):
-            self._unchecked = INTERRUPTED
-        self._pending = None
+    def _summary_given_up(self) -> None:
+        """Ask again when this screen is in front."""
+        self._asked = None
 
     def _summarized(self, answer: Inspected) -> None:
-        interval = max(MIN_INTERVAL_S, answer.took_ms / 1e3 / COST_SHARE)
-        self._due_at = time.monotonic() + interval
-        if isinstance(answer.result, TensorSummary):
-            summary = answer.result
+        summary = self._requests.result(answer, TensorSummary)
+        if summary is not None:
             if summary.statistics is None and self.summary is not None:
                 summary = msgspec.structs.replace(summary, statistics=self.summary.statistics)
-            self.summary, self._error = summary, ("", "")
             at = answer.moment
-            self.read_at, self._took_ms = at, answer.took_ms
             if summary.statistics is not None and not (
                 self._history and self._history[-1].at == at
             ):
                 self._history.append(StatisticsReading(at, summary.statistics))
-        else:
-            self.summary, self._error = None, (answer.message, answer.hint)
+        self.summary = summary
         self._draw(self.context.snapshot)
         self._explain()
 
@@ -373,8 +334,8 @@ class InspectScreen(DetailScreen):
             return
         request = ExplainUpdate(self._ref.name, self._index)
         wanted = (request, self._asked.moment)
-        if wanted != self._explained_for and self._pending is None:
-            self._ask(request, lambda answer: self._explained(answer, wanted))
+        if wanted != self._explained_for and self._requests.pending is None:
+            self._requests.send(request, lambda answer: self._explained(answer, wanted))
 
     def _explained(self, answer: Inspected, of: tuple[object, ...]) -> None:
         self._explained_for = of
@@ -412,27 +373,23 @@ class InspectScreen(DetailScreen):
             return [*spans, (f"rank {self._rank}", "text")] if self._rank else spans, ""
         spans.append((self.read_at, "text"))
         if snapshot.status.ended:
-            spans.append((f"the run has {_ended(snapshot)}", "warning"))
-        return spans, f"read in {milliseconds(self._took_ms, 0)}"
+            spans.append((ending(snapshot), "warning"))
+        return spans, f"read in {milliseconds(self._requests.took_ms, 0)}"
 
     def _missing(self, snapshot: Snapshot) -> tuple[str, str]:
         """Why there is nothing to see, and what to do."""
-        if self._error[0]:
-            return self._error
-        status, link = snapshot.status, snapshot.link
-        if status.ended:
-            return f"the run has {_ended(snapshot)}: its tensors are gone", ""
-        if link.state not in ("live", "replay"):
-            return link.message or "no connection to the run", link.hint
-        if link.state == "replay":
-            return NOT_RECORDED, ""
+        unavailable = self._requests.unavailable(snapshot)
+        if unavailable[0]:
+            return unavailable
         message, hint = placeholder_message(snapshot, NO_TENSOR)
         return message, NO_TENSOR_HINT if message == NO_TENSOR else hint
 
     @property
     def _reading(self) -> bool:
         """Whether an answer will come."""
-        return self._ref is not None and self._pending is not None and not self._error[0]
+        return (
+            self._ref is not None and bool(self._requests.pending) and not self._requests.refusal[0]
+        )
 
     def _waits(self, snapshot: Snapshot) -> bool:
         """Whether the answer comes at the end of a step."""
@@ -442,19 +399,7 @@ class InspectScreen(DetailScreen):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Dim the keys that have nothing to act on."""
-        if action in (
-            "zoom",
-            "pan",
-            "fit",
-            "reduction",
-            "log",
-            "kind",
-            "next",
-            "update",
-            "entry",
-            "check",
-            "save",
-        ):
+        if action in NEEDS_TENSOR:
             return True if self.summary is not None or self._ref is not None else None
         if action == "numbers":
             return not self.has_class("-beside")
@@ -492,7 +437,7 @@ class InspectScreen(DetailScreen):
                 self.notify(answer.message, title=answer.hint, severity="warning", markup=False)
 
         self._asked = None
-        self._ask(ListTensors(modules), listed)
+        self._requests.send(ListTensors(modules), listed)
 
     def action_kind(self) -> None:
         """Show the next of the tensors that belong to the same parameter."""
@@ -559,8 +504,12 @@ class InspectScreen(DetailScreen):
         else:
             self._unchecked = (CHECKING, "")
             indices = (self._index,) if self._index is not None else ()
-            self._ask(CheckGradient(ref.name, indices, CHECKED_ENTRIES), self._checked)
+            request = CheckGradient(ref.name, indices, CHECKED_ENTRIES)
+            self._requests.send(request, self._checked, self._check_given_up)
         self.call_after_refresh(self._show)
+
+    def _check_given_up(self) -> None:
+        self._unchecked = INTERRUPTED
 
     def _checked(self, answer: Inspected) -> None:
         if isinstance(answer.result, GradientCheck):
@@ -630,11 +579,6 @@ class _SentRequest:
     moment: tuple[int, str, bool]
     """Step, phase, and whether the run was paused."""
     window: HeatMapWindow | None
-
-
-def _ended(snapshot: Snapshot) -> str:
-    state = snapshot.status.state
-    return "been stopped" if state == "stopped" else state
 
 
 def _next_kind(tensors: TensorList, ref: TensorRef) -> TensorRef:

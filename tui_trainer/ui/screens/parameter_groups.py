@@ -17,10 +17,10 @@ from tui_trainer.ui.panels.base import placeholder_message
 from tui_trainer.ui.panels.parameter_groups import GroupsView, ParameterUseTable
 from tui_trainer.ui.screens.base import (
     CONTROL_BINDINGS,
-    NOT_RECORDED,
     RANK_BINDING,
     DetailScreen,
 )
+from tui_trainer.ui.screens.inspection_requests import InspectionRequests, ending
 from tui_trainer.ui.widgets.caption import Caption, Placeholder
 from tui_trainer.ui.widgets.lines import Span
 from tui_trainer.ui.widgets.table import VirtualTable
@@ -28,7 +28,6 @@ from tui_trainer.ui.widgets.table import VirtualTable
 MIN_WIDTH_BESIDE, MIN_WIDTH_FOR_WIDE_GROUPS = 112, 160
 ROWS_KEPT = 12
 """Rows for all but the groups, where these are above the parameters."""
-MAX_RETRIES = 5
 READING = "running the forward and backward pass of this step again …"
 
 
@@ -60,11 +59,7 @@ class ParameterGroupsScreen(DetailScreen):
         """What is on the screen."""
         self._moment: tuple[int, str, int] | None = None
         """Step, phase and rank of the last request."""
-        self._read_at, self._took_ms = "", 0.0
-        self._error = ("", "")
-        self._requests = 0
-        self._pending = False
-        self._retries = 0
+        self._requests = InspectionRequests(self)
 
     def body(self) -> Iterable[Widget]:
         yield Caption(id="moment")
@@ -82,11 +77,11 @@ class ParameterGroupsScreen(DetailScreen):
 
     def show_body(self, snapshot: Snapshot) -> None:
         status = snapshot.status
-        if not status.ended and snapshot.link.state == "live" and not self._pending:
+        if not status.ended and snapshot.link.state == "live" and not self._requests.pending:
             now = self._now()
             other = self._moment is None or self._moment[2] != now[2]
             if other or (status.state == "paused" and now != self._moment):
-                self._retries = 0
+                self._requests.retries = 0
                 self._ask()
         self._draw(snapshot)
 
@@ -96,32 +91,17 @@ class ParameterGroupsScreen(DetailScreen):
 
     def _ask(self) -> None:
         self._moment = self._now()
-        self._requests += 1
-        request = self._requests
-        self._pending = True
+        self._requests.send(DescribeUse(), self._answered, self._given_up)
 
-        def arrived(answer: Inspected) -> None:
-            if request == self._requests and self.is_mounted:
-                self._pending = False
-                self._answered(answer)
-
-        def replaced() -> None:
-            """By that of another screen: ask again when this one is in front."""
-            if request == self._requests:
-                self._pending, self._moment = False, None
-
-        self.context.inspect(DescribeUse(), arrived, replaced)
+    def _given_up(self) -> None:
+        """Ask again when this screen is in front."""
+        self._moment = None
 
     def _answered(self, answer: Inspected) -> None:
-        if isinstance(answer.result, ParameterUse):
-            self.use, self._error = answer.result, ("", "")
-            self._read_at, self._took_ms = answer.moment, answer.took_ms
-            running = self.context.snapshot.status.state == "running"
-            if answer.result.waits_for_batch and running and self._retries < MAX_RETRIES:
-                self._retries += 1  # the batch is kept from the first request on
-                self._ask()
-        else:
-            self.use, self._error = None, (answer.message, answer.hint)
+        use = self.use = self._requests.result(answer, ParameterUse)
+        running = self.context.snapshot.status.state == "running"
+        if use is not None and use.waits_for_batch and running and self._requests.may_retry():
+            self._ask()  # the batch is kept from the first request on
         self._draw(self.context.snapshot)
 
     # ------------------------------------------------------------ drawing
@@ -134,10 +114,10 @@ class ParameterGroupsScreen(DetailScreen):
         spans: list[Span] = [("Parameter groups and memory", "title")]
         right = ""
         if use is not None:
-            spans.append((self._read_at, "text"))
-            right = f"read in {milliseconds(self._took_ms, 0)}"
+            spans.append((self._requests.read_at, "text"))
+            right = f"read in {milliseconds(self._requests.took_ms, 0)}"
             if snapshot.status.ended:
-                spans.append((f"the run has {snapshot.status.state}", "warning"))
+                spans.append((ending(snapshot), "warning"))
         self.query_one("#moment", Caption).update(spans, right, right_is_optional=True)
         self.query_one(GroupsView).show(use)
         self.table.show(use)
@@ -145,16 +125,8 @@ class ParameterGroupsScreen(DetailScreen):
 
     def _missing(self, snapshot: Snapshot) -> tuple[str, str]:
         """Why there is nothing to see, and what to do."""
-        if self._error[0]:
-            return self._error
-        status, link = snapshot.status, snapshot.link
-        if status.ended:
-            return "the run has ended: its tensors are gone", ""
-        if link.state == "replay":
-            return NOT_RECORDED, ""
-        if link.state != "live":
-            return link.message or "no connection to the run", link.hint
-        return placeholder_message(snapshot, READING)
+        unavailable = self._requests.unavailable(snapshot)
+        return unavailable if unavailable[0] else placeholder_message(snapshot, READING)
 
     def _lay_out(self) -> None:
         """Side by side where both fit; else the groups take what they need, if the table keeps
@@ -170,8 +142,8 @@ class ParameterGroupsScreen(DetailScreen):
 
     def action_read(self) -> None:
         """Ask again, also while the run runs."""
-        if not self.context.snapshot.status.ended and not self._pending:
-            self._retries = 0
+        if not self.context.snapshot.status.ended and not self._requests.pending:
+            self._requests.retries = 0
             self._ask()
 
     def action_back(self) -> None:

@@ -29,6 +29,7 @@ from tui_trainer.protocol.settings import (
 )
 from tui_trainer.ui.screens import app_context
 from tui_trainer.ui.screens.dialogs import SnapshotDialog
+from tui_trainer.ui.screens.inspection_requests import InspectionRequests
 
 EXAMPLES = "such as lr=3e-4, lr[1]=1e-3, betas=0.9,0.95, clip=off, freeze=blocks.0.*"
 IN_THE_PAST = (
@@ -89,6 +90,7 @@ class SettingsDialog(SnapshotDialog):
 
     def __init__(self) -> None:
         super().__init__()
+        self._requests = InspectionRequests(self)
         self._seen: int | None = None
         """Id of the latest change of settings that is shown."""
 
@@ -119,12 +121,10 @@ class SettingsDialog(SnapshotDialog):
         latest = edits[-1] if edits else -1
         if latest != self._seen:
             self._seen = latest
-            app_context(self).inspect(ReadSettings(), self._show_settings)
+            self._requests.send(ReadSettings(), self._show_settings)
         self._show_keys()
 
     def _show_settings(self, answer: Inspected) -> None:
-        if not self.is_mounted:
-            return
         about = self.query_one(".about", Static)
         if not isinstance(answer.result, SettingList):
             about.update(f"{answer.message}\n{answer.hint}".strip())

@@ -21,6 +21,7 @@ from tui_trainer.protocol.inspection import Inspected
 from tui_trainer.protocol.travel import LONG_S, ReadTimeline, Timeline
 from tui_trainer.ui.screens import app_context
 from tui_trainer.ui.screens.dialogs import SnapshotDialog
+from tui_trainer.ui.screens.inspection_requests import InspectionRequests
 
 KEYS = "left, right: one step, enter: go there, tab: step or memory, escape: close"
 NOTHING = "nothing is kept yet: enter an amount of memory for snapshots, such as 512MB"
@@ -81,6 +82,7 @@ class TimelineDialog(SnapshotDialog):
 
     def __init__(self) -> None:
         super().__init__()
+        self._requests = InspectionRequests(self)
         self._timeline: Timeline | None = None
         self._confirmed: int | None = None
         """The step to which the next enter goes although that takes long."""
@@ -109,11 +111,9 @@ class TimelineDialog(SnapshotDialog):
             self._read()
 
     def _read(self) -> None:
-        app_context(self).inspect(ReadTimeline(), self._show_timeline)
+        self._requests.send(ReadTimeline(), self._show_timeline)
 
     def _show_timeline(self, answer: Inspected) -> None:
-        if not self.is_mounted:
-            return
         about = self.query_one(".about", Static)
         timeline = answer.result
         if not isinstance(timeline, Timeline):

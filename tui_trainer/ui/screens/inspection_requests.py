@@ -1,0 +1,120 @@
+"""The requests of a screen to inspect the run: the one that waits for its answer, and what is known
+of the last answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from textual.screen import Screen
+
+from tui_trainer.client.api import Snapshot
+from tui_trainer.protocol.inspection import Inspected, InspectionRequest
+from tui_trainer.ui.screens import app_context
+
+T = TypeVar("T")
+
+NOT_RECORDED = "a recording holds what was measured, not the weights"
+MIN_INTERVAL_S = 1.0
+COST_SHARE = 0.05
+"""While the run runs, it is asked again after `MIN_INTERVAL_S`, or later, so that the answers take
+at most this share of the time."""
+MAX_RETRIES = 5
+
+
+def _ignore() -> None: ...
+
+
+class InspectionRequests:
+    """Sends the requests of one screen. Only the answer to the newest is used."""
+
+    def __init__(self, screen: Screen[Any]) -> None:
+        self._screen = screen
+        self.pending: InspectionRequest | None = None
+        """Sent, and not answered yet."""
+        self.refusal = ("", "")
+        """Message and hint of the last answer, where the run refused."""
+        self.read_at, self.took_ms = "", 0.0
+        """The step and phase that the last result belongs to, and the time that it took."""
+        self.due_at = 0.0
+        """When to ask again while the run runs, on the monotonic clock."""
+        self.retries = 0
+        self._number = 0
+        self._given_up: Callable[[], None] = _ignore
+
+    def send(
+        self,
+        request: InspectionRequest,
+        answered: Callable[[Inspected], None],
+        given_up: Callable[[], None] = _ignore,
+    ) -> None:
+        """Send a request. `given_up` is called instead of `answered` where the next request of this
+        screen, or one of another screen, replaces it."""
+        self.give_up()
+        self._number += 1
+        number = self._number
+        self.pending, self._given_up = request, given_up
+
+        def arrived(answer: Inspected) -> None:
+            if number == self._number and self._screen.is_mounted:
+                self.pending = None
+                answered(answer)
+
+        def replaced() -> None:
+            if number == self._number:
+                self.give_up()
+
+        app_context(self._screen).inspect(request, arrived, replaced)
+
+    def give_up(self) -> None:
+        """No longer wait for an answer."""
+        if self.pending is not None:
+            self.pending = None
+            self._given_up()
+
+    def forget(self) -> None:
+        """What is still to come, and the last answer, are about something else."""
+        self.pending = None
+        self._number += 1
+        self.refusal, self.read_at, self.took_ms = ("", ""), "", 0.0
+
+    def result(self, answer: Inspected, kind: type[T]) -> T | None:
+        """The result of an answer; None, and the refusal is kept, where the run refused."""
+        self.due_at = time.monotonic() + max(MIN_INTERVAL_S, answer.took_ms / 1e3 / COST_SHARE)
+        if isinstance(answer.result, kind):
+            self.refusal = ("", "")
+            self.read_at, self.took_ms = answer.moment, answer.took_ms
+            return answer.result
+        self.refusal = (answer.message, answer.hint)
+        return None
+
+    @property
+    def may_ask_again(self) -> bool:
+        """Whether to ask now for what a running run has changed meanwhile."""
+        return self.pending is None and time.monotonic() >= self.due_at
+
+    def may_retry(self) -> bool:
+        """Whether to send a request again that the run was not ready for."""
+        self.retries += 1
+        return self.retries <= MAX_RETRIES
+
+    def unavailable(self, snapshot: Snapshot, recorded: bool = False) -> tuple[str, str]:
+        """Why the run cannot answer, and what to do; empty where it can. `recorded`: a replay
+        answers, too."""
+        if self.refusal[0]:
+            return self.refusal
+        link = snapshot.link
+        if snapshot.status.ended:
+            return f"{ending(snapshot)}: its tensors are gone", ""
+        if link.state == "replay":
+            return ("", "") if recorded else (NOT_RECORDED, "")
+        if link.state != "live":
+            return link.message or "no connection to the run", link.hint
+        return "", ""
+
+
+def ending(snapshot: Snapshot) -> str:
+    """That a run has ended, and how."""
+    state = snapshot.status.state
+    return f"the run has {'been stopped' if state == 'stopped' else state}"
