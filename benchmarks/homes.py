@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from report import begin, finish
 from report import environment as terminal_environment
 
-from tui_trainer.config.run_state import read_state
+from tui_trainer.config.run_spec import read_state
 from tui_trainer.store.reader import StoredHistory
 
 HOMES = {"detached": ["--detach"], "own process": [], "--in-app": ["--in-app"]}

@@ -23,7 +23,7 @@ from tui_trainer.protocol.events import Notice
 from tui_trainer.protocol.messages import Breakpoint, Poll
 from tui_trainer.protocol.schema import ProcessInfo, RunInfo
 from tui_trainer.record.recorder import Recorder
-from tui_trainer.run.breakpoints import RunBreakpoints
+from tui_trainer.run.control import RunBreakpoints
 from tui_trainer.run.scalars import ScalarLog
 from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.probe import ProbeOptions

@@ -19,8 +19,7 @@ from tui_trainer.cli.commands import doctor
 from tui_trainer.cli.commands.doctor import LIBRARIES, OPTIONAL
 from tui_trainer.cli.commands.logs import LogCopier
 from tui_trainer.client.connection import RunClient
-from tui_trainer.config.run_spec import LOG_FILE
-from tui_trainer.config.run_state import write_state
+from tui_trainer.config.run_spec import LOG_FILE, write_state
 from tui_trainer.protocol.actions import Mark, Pause
 from tui_trainer.protocol.events import Notice
 from tui_trainer.runs.liveness import BOOT_LOG, inspect_run

@@ -11,8 +11,7 @@ import pytest
 
 from tui_trainer.cli.screen import exit_status, exit_summary, final_outcome
 from tui_trainer.client.api import Snapshot
-from tui_trainer.config.run_spec import RunSpec
-from tui_trainer.config.run_state import RunState
+from tui_trainer.config.run_spec import RunSpec, RunState
 from tui_trainer.protocol.messages import Status
 
 TASK = RunSpec(name="gpt-quiet-otter", directory="/runs/gpt-quiet-otter", task="gpt")

@@ -15,7 +15,7 @@ import pytest
 from tests import processes
 from tests.cli.calling import COMMAND, assert_refused, call
 from tests.runs.starting import until
-from tui_trainer.config.run_state import read_state
+from tui_trainer.config.run_spec import read_state
 
 SHORT = ["--steps", "3", "--device", "cpu", "--threads", "1", "--eval-batches", "1"]
 SHORT_GPT = [*SHORT, "--sample-length", "8"]

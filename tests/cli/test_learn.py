@@ -15,8 +15,7 @@ from tui_trainer.cli.main import run
 from tui_trainer.learn import measurement_process
 from tui_trainer.learn.catalog import PAGES
 from tui_trainer.learn.measurement_process import MeasurementError, PageMeasurement
-from tui_trainer.learn.page import titles
-from tui_trainer.learn.reading_progress import load_progress
+from tui_trainer.learn.page import load_progress, titles
 
 
 @pytest.fixture(autouse=True)

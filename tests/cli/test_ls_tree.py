@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tui_trainer.cli.commands.ls import as_tree
-from tui_trainer.config.run_state import RunState
+from tui_trainer.config.run_spec import RunState
 from tui_trainer.runs.liveness import RunEntry
 
 

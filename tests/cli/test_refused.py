@@ -11,8 +11,7 @@ import pytest
 from tests.cli.calling import call
 from tests.runs.starting import until
 from tui_trainer.cli.run_setup import discard, discard_refused
-from tui_trainer.config.run_spec import RunSpec, write_spec
-from tui_trainer.config.run_state import RunState, write_state
+from tui_trainer.config.run_spec import RunSpec, RunState, write_spec, write_state
 
 SHORT = ["--steps", "3", "--device", "cpu", "--threads", "1", "--eval-batches", "1"]
 SHORT += ["--sample-length", "8"]

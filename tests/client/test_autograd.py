@@ -7,8 +7,15 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tui_trainer.client.answers.autograd import find_leaf, fold, lines, matches, path_to_loss
-from tui_trainer.client.answers.autograd_export import dot, svg
+from tui_trainer.client.answers.autograd import (
+    dot,
+    find_leaf,
+    fold,
+    lines,
+    matches,
+    path_to_loss,
+    svg,
+)
 from tui_trainer.protocol.autograd import AutogradGraph, GraphModule, GraphNode
 from tui_trainer.runs.errors import RunError
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from tests.inspector.test_inspector import Traced, train
 from tests.trace.support import mlp
-from tui_trainer.inspector import update_capture
+from tui_trainer.inspector import optimizer_updates
 from tui_trainer.inspector.errors import InspectionError
 from tui_trainer.protocol.inspection import NOT_OBSERVED, ExplainUpdate, UpdateExplanation
 from tui_trainer.trace.gate import Gate
@@ -132,7 +132,7 @@ def test_what_cannot_be_explained():
 
 
 def test_a_large_tensor_is_explained_by_entry_only(monkeypatch):
-    monkeypatch.setattr(update_capture, "MAX_ELEMENTS", 10)
+    monkeypatch.setattr(optimizer_updates, "MAX_ELEMENTS", 10)
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     request = ExplainUpdate("0.weight")
@@ -161,7 +161,7 @@ def test_a_loss_scale_is_taken_off_the_gradient():
 
 
 def test_the_observation_ends_by_itself_and_changes_nothing(monkeypatch):
-    monkeypatch.setattr(update_capture, "STEPS_OBSERVED", 3)
+    monkeypatch.setattr(optimizer_updates, "STEPS_OBSERVED", 3)
     outcomes = []
     for asked in (False, True):
         torch.manual_seed(0)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tui_trainer.inspector.errors import InspectionError
-from tui_trainer.inspector.update_formulas import (
+from tui_trainer.inspector.optimizer_updates import (
     ExplainedUpdate,
     UpdateInputs,
     explain,

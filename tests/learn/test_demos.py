@@ -24,7 +24,7 @@ from tui_trainer.protocol.events import newest_findings
 from tui_trainer.protocol.messages import Breakpoint, Poll
 from tui_trainer.protocol.schema import SCRIPT, STEP, RunInfo
 from tui_trainer.record.recorder import Recorder
-from tui_trainer.run.breakpoints import RunBreakpoints
+from tui_trainer.run.control import RunBreakpoints
 from tui_trainer.settings.edits import LiveEdits
 from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.probe import ProbeOptions

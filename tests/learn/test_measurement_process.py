@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from tui_trainer.learn import reading_progress as progress_module
+from tui_trainer.learn import page as progress_module
 from tui_trainer.learn.measurement_process import (
     COMMAND,
     MeasurementError,
@@ -23,7 +23,7 @@ from tui_trainer.learn.measurement_process import (
     checked,
 )
 from tui_trainer.learn.measurements.__main__ import answer
-from tui_trainer.learn.reading_progress import ReadingProgress, load_progress, save_progress
+from tui_trainer.learn.page import ReadingProgress, load_progress, save_progress
 
 ANSWER = PageMeasurement(
     "loss-graph", 1, {"loss": 3.5, "name": "x", "vector": [1, 2.5]}, 1.0, "2.13.0"

@@ -12,7 +12,7 @@ import pytest
 from tests import processes
 from tui_trainer.cli.commands import control
 from tui_trainer.cli.errors import CommandError
-from tui_trainer.config.run_state import RunState
+from tui_trainer.config.run_spec import RunState
 from tui_trainer.protocol.actions import Checkpoint, Pause, Step, StepPhase, Throttle
 from tui_trainer.protocol.events import Notice
 from tui_trainer.protocol.messages import Poll, Status

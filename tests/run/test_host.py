@@ -17,8 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests import processes
-from tui_trainer.config.run_spec import RunSpec, find_socket, write_spec
-from tui_trainer.config.run_state import read_state
+from tui_trainer.config.run_spec import RunSpec, find_socket, read_state, write_spec
 from tui_trainer.protocol import PROTOCOL_VERSION
 from tui_trainer.protocol.actions import Pause, Resume, Step, StepPhase, Stop
 from tui_trainer.protocol.framing import ConnectionClosed, encode, read_to_viewer

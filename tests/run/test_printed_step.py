@@ -6,7 +6,7 @@ import sqlite3
 
 from tests.cli.calling import call
 from tests.runs.starting import until
-from tui_trainer.config.run_state import read_state
+from tui_trainer.config.run_spec import read_state
 
 SCRIPT = """
 import sqlite3, time, torch

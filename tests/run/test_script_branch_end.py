@@ -11,8 +11,7 @@ from typing import Any
 
 import msgspec
 
-from tui_trainer.config.run_spec import RunSpec
-from tui_trainer.config.run_state import read_state
+from tui_trainer.config.run_spec import RunSpec, read_state
 from tui_trainer.protocol.actions import Branch
 from tui_trainer.protocol.messages import Status
 from tui_trainer.record.events import InfoChanged

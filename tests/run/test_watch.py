@@ -15,7 +15,7 @@ import tui_trainer
 from tests import processes
 from tests.cli.calling import call
 from tests.runs.starting import until
-from tui_trainer.config.run_state import read_state
+from tui_trainer.config.run_spec import read_state
 from tui_trainer.protocol.formatting import number
 from tui_trainer.run.watch import WatchError
 

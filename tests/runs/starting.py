@@ -14,8 +14,14 @@ from typing import Any, TypeVar
 
 from tests import processes
 from tui_trainer.client.connection import RunClient
-from tui_trainer.config.run_spec import LOG_FILE, RunSpec, find_socket, write_spec
-from tui_trainer.config.run_state import RunState, read_state
+from tui_trainer.config.run_spec import (
+    LOG_FILE,
+    RunSpec,
+    RunState,
+    find_socket,
+    read_state,
+    write_spec,
+)
 from tui_trainer.protocol.actions import Throttle
 from tui_trainer.runs.liveness import inspect_run
 from tui_trainer.store.reader import StoredHistory

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from tests.runs.starting import until
-from tui_trainer.config.run_state import (
+from tui_trainer.config.run_spec import (
     RunState,
     machine_identity,
     process_identity,

@@ -15,8 +15,13 @@ import pytest
 
 from tests.runs.starting import until
 from tests.terminal.harness import Terminal
-from tui_trainer.config.run_spec import RunSpec, find_socket, new_socket_path, write_spec
-from tui_trainer.config.run_state import process_identity
+from tui_trainer.config.run_spec import (
+    RunSpec,
+    find_socket,
+    new_socket_path,
+    process_identity,
+    write_spec,
+)
 from tui_trainer.protocol.messages import Status
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.events import RunEnded
@@ -106,12 +111,12 @@ def test_a_stale_socket_is_ignored(runs):
 
 def test_after_a_reboot_no_run_counts_as_live(runs, monkeypatch):
     """Another process may have the same pid, and even the same start time in clock ticks."""
-    from tui_trainer.config import run_state
+    from tui_trainer.config import run_spec
 
     runs.start("gpt-before")
     place = runs.directory / "gpt-before"
     assert inspect_run(place).state == "live"
-    monkeypatch.setattr(run_state, "_boot_id", lambda: "another-boot")
+    monkeypatch.setattr(run_spec, "_boot_id", lambda: "another-boot")
     seen = inspect_run(place)
     assert seen.state == "crashed"
     assert "gone without an end record" in seen.note

@@ -20,8 +20,7 @@ from tui_trainer.cli.commands.export import export
 from tui_trainer.cli.commands.report import report
 from tui_trainer.cli.commands.show import show
 from tui_trainer.client.replay import ReplaySession
-from tui_trainer.config.run_spec import RunSpec, write_spec
-from tui_trainer.config.run_state import RunState, write_state
+from tui_trainer.config.run_spec import RunSpec, RunState, write_spec, write_state
 from tui_trainer.history.records import ClipRecord, StepRecord
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.absent import Absent, absent

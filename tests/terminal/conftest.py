@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tui_trainer.config.run_state import process_identity, read_state
+from tui_trainer.config.run_spec import process_identity, read_state
 
 
 @pytest.fixture

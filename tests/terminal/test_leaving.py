@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.terminal.harness import COMMAND, Terminal
-from tui_trainer.config.run_state import RunState, process_identity, read_state
+from tui_trainer.config.run_spec import RunState, process_identity, read_state
 
 STEPS = r"step +[1-9][\d,]*(/[\d,]+)? .*steps/s"
 """The progress line of a run that has made steps."""

@@ -14,7 +14,7 @@ import pytest
 from tests.runs.starting import Runs, until
 from tests.terminal.harness import COMMAND, Terminal
 from tests.terminal.test_main_job import GPT, step_on, wait_for_step
-from tui_trainer.config.run_state import read_state
+from tui_trainer.config.run_spec import read_state
 
 
 @pytest.fixture

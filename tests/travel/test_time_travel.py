@@ -15,8 +15,7 @@ from tui_trainer.findings.engine import FindingsEngine
 from tui_trainer.findings.rule import RuleSettings
 from tui_trainer.protocol.actions import Back
 from tui_trainer.protocol.settings import SettingChange
-from tui_trainer.run.breakpoints import RunBreakpoints
-from tui_trainer.run.control import CommandHandler, Viewer
+from tui_trainer.run.control import CommandHandler, RunBreakpoints, Viewer
 from tui_trainer.trace.gate import Refusal
 from tui_trainer.travel.snapshots import (
     SnapshotRing,

@@ -216,8 +216,8 @@ def explained_update(request: ExplainUpdate, tensor: object) -> UpdateExplanatio
     """A step of AdamW, of one entry with its numbers."""
     import torch
 
+    from tui_trainer.inspector.optimizer_updates import UpdateInputs, explain
     from tui_trainer.inspector.tensor_catalog import info_of
-    from tui_trainer.inspector.update_formulas import UpdateInputs, explain
 
     weight = torch.tensor(0.0125)
     optimizer = torch.optim.AdamW([torch.nn.Parameter(weight)], lr=0.01, weight_decay=0.01)

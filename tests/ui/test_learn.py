@@ -15,8 +15,7 @@ from tests.ui.test_contrast import hard_to_read
 from tests.ui.test_findings import finding
 from tui_trainer.learn.catalog import PAGES
 from tui_trainer.learn.measurement_process import MeasurementError, PageMeasurement, Value
-from tui_trainer.learn.page import load_page, placeholders
-from tui_trainer.learn.reading_progress import load_progress
+from tui_trainer.learn.page import load_page, load_progress, placeholders
 from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.command_palette import ActionProvider
 from tui_trainer.ui.leaving import Leaving

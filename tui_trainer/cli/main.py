@@ -173,14 +173,14 @@ def _check(arguments: list[str]) -> int:
         return 0
     if script is None:
         raise UsageError("check needs a script or a task", "tui-trainer check --steps 300 train.py")
-    from tui_trainer.cli.check import check_script
+    from tui_trainer.cli.commands.check import check_script
 
     return check_script(script, options)
 
 
 def _check_task(name: str, arguments: list[str]) -> int:
     """`check TASK`, with the options of the task besides those of check."""
-    from tui_trainer.cli.check import check_task
+    from tui_trainer.cli.commands.check import check_task
     from tui_trainer.cli.options import task_command
 
     app = App(name="tui-trainer check", help_format="plaintext", version_flags=())

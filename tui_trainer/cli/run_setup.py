@@ -22,12 +22,12 @@ from tui_trainer.config.run_spec import (
     SPEC_FILE,
     RunSpec,
     create_run_directory,
+    read_state,
     remove_run,
     runs_directory,
     saved_breakpoints,
     write_spec,
 )
-from tui_trainer.config.run_state import read_state
 from tui_trainer.protocol.messages import Breakpoint
 from tui_trainer.protocol.schema import Scalar, SourceInfo
 from tui_trainer.runs.checkpoints import ResumePoint

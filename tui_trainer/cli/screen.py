@@ -20,8 +20,7 @@ from tui_trainer.cli.errors import FAULT, INTERRUPTED, USAGE, CommandError, noti
 from tui_trainer.cli.run_setup import discard, discard_refused
 from tui_trainer.cli.terminal import restored_terminal
 from tui_trainer.client.api import Session, Snapshot
-from tui_trainer.config.run_spec import RunSpec
-from tui_trainer.config.run_state import RunState, read_state
+from tui_trainer.config.run_spec import RunSpec, RunState, read_state
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.formatting import number
 from tui_trainer.protocol.messages import END_STATES, State

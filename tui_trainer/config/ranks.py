@@ -16,8 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from tui_trainer.config.run_spec import runs_directory
-from tui_trainer.config.run_state import process_identity
+from tui_trainer.config.run_spec import process_identity, runs_directory
 
 LAUNCHES = ".launches"
 """Folder of the notes, in the runs directory."""

@@ -45,7 +45,7 @@ from tui_trainer.protocol.travel import (
 from tui_trainer.trace.tracer import Tracer
 
 if TYPE_CHECKING:
-    from tui_trainer.inspector.update_capture import UpdateCapture
+    from tui_trainer.inspector.optimizer_updates import UpdateCapture
 
 MAX_COPY_BYTES = 2 << 30
 """Largest tensor that is sent as a whole: it is copied to the host first."""
@@ -142,7 +142,7 @@ class Inspector:
             or self._watch.request != request
             or tracer.observers.updates is None
         ):
-            from tui_trainer.inspector.update_capture import UpdateCapture
+            from tui_trainer.inspector.optimizer_updates import UpdateCapture
 
             self._watch = UpdateCapture(tracer, request)
             tracer.observers.updates = self._watch

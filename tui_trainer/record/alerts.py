@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from tui_trainer.config.run_state import process_identity, read_state
+from tui_trainer.config.run_spec import process_identity, read_state
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.events import LEVEL_ORDER, Finding, Level, Notice, finding_object
 from tui_trainer.protocol.formatting import nonfinite, number

@@ -10,8 +10,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tui_trainer.config.run_spec import SOCKET_POINTER_FILE, SPEC_FILE
-from tui_trainer.config.run_state import RunState, machine_identity, process_identity, write_state
+from tui_trainer.config.run_spec import (
+    SOCKET_POINTER_FILE,
+    SPEC_FILE,
+    RunState,
+    machine_identity,
+    process_identity,
+    write_state,
+)
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.formatting import nonfinite
 from tui_trainer.protocol.messages import Status

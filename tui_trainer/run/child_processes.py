@@ -32,11 +32,10 @@ from tui_trainer.record.recorder import Recorder
 from tui_trainer.run.context import RunContext, create_tracer
 from tui_trainer.run.environment import initial_info
 from tui_trainer.run.import_hook import around_torch_import
-from tui_trainer.run.inspection import Inspections
+from tui_trainer.run.inspection import Inspections, answer_rank_zero
 from tui_trainer.run.outcome import Outcome, outcome_of
 from tui_trainer.run.rank_client import RankClient, connect_locally
 from tui_trainer.run.rank_control import RankFollower
-from tui_trainer.run.rank_inspection import answer_rank_zero
 from tui_trainer.trace.gate import Gate
 
 FLUSH_S = 5.0

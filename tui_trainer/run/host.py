@@ -35,10 +35,9 @@ from tui_trainer.protocol.messages import Join, ProcessAt
 from tui_trainer.record.events import Sink
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.record.status_file import StatusFile
-from tui_trainer.run.breakpoints import RunBreakpoints
-from tui_trainer.run.control import CommandHandler
+from tui_trainer.run.control import CommandHandler, RunBreakpoints
 from tui_trainer.run.environment import initial_info, limit_openmp_spinning
-from tui_trainer.run.inspection import Inspections
+from tui_trainer.run.inspection import Inspections, RankInspections
 from tui_trainer.run.outcome import (
     FAILURE,
     STOPPED,
@@ -49,7 +48,6 @@ from tui_trainer.run.outcome import (
     print_outcome,
 )
 from tui_trainer.run.rank_control import RankControl
-from tui_trainer.run.rank_inspection import RankInspections
 from tui_trainer.run.rank_server import FAILURE_WAIT_S, LEAVE_S, RankServer
 from tui_trainer.run.scalars import activated
 from tui_trainer.run.script_branches import ScriptBranches

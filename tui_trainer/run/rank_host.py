@@ -17,10 +17,10 @@ from tui_trainer.protocol.messages import Status
 from tui_trainer.protocol.ranks import StopWanted
 from tui_trainer.record.events import Sink
 from tui_trainer.run.host import Host, run_to_end
+from tui_trainer.run.inspection import answer_rank_zero
 from tui_trainer.run.outcome import Outcome
 from tui_trainer.run.rank_client import Connect, RankClient
 from tui_trainer.run.rank_control import STOP_S, RankFollower
-from tui_trainer.run.rank_inspection import answer_rank_zero
 from tui_trainer.trace.gate import Refusal
 
 FLUSH_S = 5.0

@@ -13,8 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tui_trainer.config.run_spec import RunSpec, find_socket, write_spec
-from tui_trainer.config.run_state import read_state
+from tui_trainer.config.run_spec import RunSpec, find_socket, read_state, write_spec
 from tui_trainer.protocol.errors import UserError
 from tui_trainer.protocol.messages import END_STATES
 from tui_trainer.protocol.schema import Scalar

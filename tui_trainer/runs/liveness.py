@@ -15,8 +15,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tui_trainer.config.run_spec import SPEC_FILE, find_socket, read_spec
-from tui_trainer.config.run_state import RunState, machine_identity, process_identity, read_state
+from tui_trainer.config.run_spec import (
+    SPEC_FILE,
+    RunState,
+    find_socket,
+    machine_identity,
+    process_identity,
+    read_spec,
+    read_state,
+)
 from tui_trainer.protocol.messages import END_STATES, EndState, EntryState
 from tui_trainer.protocol.text import sanitize, sanitize_message
 from tui_trainer.runs.security import answers

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from tui_trainer.config.run_spec import read_spec
-from tui_trainer.config.run_state import RunState, read_state
+from tui_trainer.config.run_spec import RunState, read_spec, read_state
 from tui_trainer.protocol.messages import Status
 from tui_trainer.protocol.schema import SCRIPT, DeviceInfo, RunInfo
 from tui_trainer.protocol.text import sanitize, sanitize_message

@@ -9,8 +9,14 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
-from tui_trainer.config.run_spec import SPEC_FILE, find_socket, runs_directory
-from tui_trainer.config.run_state import STATE_FILE, RunState, machine_identity
+from tui_trainer.config.run_spec import (
+    SPEC_FILE,
+    STATE_FILE,
+    RunState,
+    find_socket,
+    machine_identity,
+    runs_directory,
+)
 from tui_trainer.protocol.messages import EntryState
 from tui_trainer.protocol.text import sanitize
 from tui_trainer.runs.errors import NotListening, RunError, RunGone

@@ -22,7 +22,7 @@ from textual.timer import Timer
 
 from tui_trainer.client.api import OnLaunch, Session, Snapshot
 from tui_trainer.learn.demos import find_demo
-from tui_trainer.learn.reading_progress import load_progress
+from tui_trainer.learn.page import load_progress
 from tui_trainer.protocol.actions import Action
 from tui_trainer.protocol.inspection import Inspected, InspectionRequest, TensorRef
 from tui_trainer.protocol.messages import BreakpointStop

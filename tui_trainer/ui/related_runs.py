@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from tui_trainer.client.api import Snapshot
-from tui_trainer.config.run_state import machine_identity, read_state
+from tui_trainer.config.run_spec import machine_identity, read_state
 from tui_trainer.history.window import Window, equal_edges
 from tui_trainer.protocol.events import Notice
 from tui_trainer.protocol.schema import RunInfo

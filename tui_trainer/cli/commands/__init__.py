@@ -1,4 +1,5 @@
-"""The commands other than those that train, one file each, imported when they are called."""
+"""The commands other than those that train, a file for each or for a few that belong together,
+imported when they are called."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from tui_trainer.client.ssh import (
     SshConnector,
     parse_address,
 )
-from tui_trainer.config.run_state import RunState
+from tui_trainer.config.run_spec import RunState
 from tui_trainer.protocol.formatting import number, rough_duration, step_of
 from tui_trainer.protocol.framing import RemoteRun
 from tui_trainer.protocol.text import sanitize

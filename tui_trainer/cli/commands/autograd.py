@@ -17,6 +17,8 @@ from tui_trainer.cli.errors import CommandError, UsageError
 from tui_trainer.cli.table import new_table, table_lines
 from tui_trainer.client.answers.autograd import (
     Fold,
+    as_data,
+    dot,
     find_leaf,
     fold,
     lines,
@@ -24,8 +26,8 @@ from tui_trainer.client.answers.autograd import (
     path_to_loss,
     shape_text,
     short,
+    svg,
 )
-from tui_trainer.client.answers.autograd_export import as_data, dot, svg
 from tui_trainer.client.answers.tensors import find_tensor
 from tui_trainer.client.connection import RunClient
 from tui_trainer.config.options import parse_size

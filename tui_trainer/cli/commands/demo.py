@@ -17,8 +17,7 @@ from tui_trainer.cli.commands import compare
 from tui_trainer.cli.commands.common import RunsDir, cli_errors, flag
 from tui_trainer.cli.errors import CommandError, UsageError, notify, unknown
 from tui_trainer.cli.options import RunOptions
-from tui_trainer.cli.run_summary import RunSummary, summarize_run
-from tui_trainer.cli.run_text import finding_lines
+from tui_trainer.cli.run_summary import RunSummary, finding_lines, summarize_run
 from tui_trainer.cli.start import demo_spec
 from tui_trainer.cli.table import new_table, table_lines
 from tui_trainer.cli.terminal import why_no_screen

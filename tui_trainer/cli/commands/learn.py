@@ -23,9 +23,17 @@ from tui_trainer.learn.measurement_process import (
     MeasurementProcess,
     PageMeasurement,
 )
-from tui_trainer.learn.page import Page, command_to_try, load_page, titles, words
+from tui_trainer.learn.page import (
+    Page,
+    ReadingProgress,
+    command_to_try,
+    load_page,
+    load_progress,
+    save_progress,
+    titles,
+    words,
+)
 from tui_trainer.learn.page_layout import Numbers, laid_out, plain
-from tui_trainer.learn.reading_progress import ReadingProgress, load_progress, save_progress
 
 MAX_WIDTH = 84
 

@@ -16,10 +16,10 @@ from tui_trainer.cli.run_summary import (
     RunSummary,
     finite,
     nonfinite_text,
+    picture,
     summarize_live,
     summarize_run,
 )
-from tui_trainer.cli.run_text import picture
 from tui_trainer.client.connection import RunClient
 from tui_trainer.history.ranks import RankSummary
 from tui_trainer.protocol.events import (

@@ -32,6 +32,7 @@ from tui_trainer.protocol.travel import (
     WhatIf,
 )
 from tui_trainer.ui.panels.runs import run_marker
+from tui_trainer.ui.screens import app_context
 from tui_trainer.ui.screens.dialogs import SnapshotDialog
 from tui_trainer.ui.screens.inspection_requests import InspectionRequests
 from tui_trainer.ui.widgets.axes import AXIS_WIDTH
@@ -275,7 +276,7 @@ class ExperimentsDialog(SnapshotDialog):
         running = app_context(self).snapshot.status.state == "running"
         if answer.message == NOT_CAPTURED and running and self._attempts and self._asked:
             self._attempts -= 1
-            app_context(self).inspect(self._asked, self._answered)
+            self._requests.send(self._asked, self._answered, self._interrupted)
             return
         self._at_work = False
         if not isinstance(answer.result, ExperimentResult):

@@ -26,14 +26,16 @@ from tui_trainer.learn.measurement_process import (
 from tui_trainer.learn.page import (
     LANGUAGES,
     Page,
+    PageState,
     command_to_try,
     key_labels,
     load_page,
+    load_progress,
+    save_progress,
     titles,
     words,
 )
 from tui_trainer.learn.page_layout import Numbers, StyledLine, changed_values, escaped, laid_out
-from tui_trainer.learn.reading_progress import PageState, load_progress, save_progress
 from tui_trainer.ui.guide import introduction
 from tui_trainer.ui.screens.base import MIN_SIZE, RunScreen
 from tui_trainer.ui.widgets.caption import Caption

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from tui_trainer.client.answers.autograd_export import as_data, dot, svg
+from tui_trainer.client.answers.autograd import as_data, dot, svg
 from tui_trainer.client.answers.tensors import ENDINGS, fetch, write_tensor
 from tui_trainer.protocol.autograd import AutogradGraph
 from tui_trainer.protocol.errors import UserError

@@ -15,7 +15,7 @@ from rich.text import Text
 from tui_trainer.cli.errors import FAULT
 from tui_trainer.cli.options import CheckOptions, RunOptions
 from tui_trainer.cli.run_setup import prepare
-from tui_trainer.cli.run_text import finding_lines
+from tui_trainer.cli.run_summary import finding_lines
 from tui_trainer.cli.script import Script
 from tui_trainer.config.run_spec import RunSpec
 from tui_trainer.config.training import resolve, to_flat
