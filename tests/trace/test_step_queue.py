@@ -15,7 +15,7 @@ from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.governor import WINDOW
 from tui_trainer.trace.probe import ProbeOptions
 from tui_trainer.trace.tracer import Tracer
-from tui_trainer.trace.transfer import BATCH, UNWRITTEN, HostTransfer, StepQueue, TransferPart
+from tui_trainer.trace.transfer import BATCH, UNWRITTEN, HostTransfer, StepQueue
 
 
 class Clock:
@@ -37,7 +37,7 @@ def clock(monkeypatch):
 class Step:
     def __init__(self, number):
         self.number = number
-        self.transfer = HostTransfer([TransferPart([torch.tensor(1.0)], False)], True)
+        self.transfer = HostTransfer([([torch.tensor(1.0)], False)], True)
 
 
 def raise_fault(where, fault):
@@ -96,7 +96,7 @@ def test_the_training_thread_gets_the_lock_after_each_step(clock):
 
 
 def test_a_copy_has_arrived_a_moment_after_its_end_was_seen(clock):
-    transferred = HostTransfer([TransferPart([torch.tensor(1.0)], False)], True)
+    transferred = HostTransfer([([torch.tensor(1.0)], False)], True)
     assert transferred.arrived_on_host()
     memory = np.array([1.0, UNWRITTEN], np.float32)
     transferred._pinned.append(memory)

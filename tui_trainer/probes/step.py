@@ -4,6 +4,7 @@ memory in use and the time that measuring takes."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import repeat
 from time import monotonic
 
 import numpy as np
@@ -107,19 +108,13 @@ class Overhead(Probe):
         self._names = ("tracer", *options.probe_names)
         columns = tuple(Column(name, "ms", "lower") for name in self._names)
         self.tables = (TableSpec(schema.OVERHEAD, columns, every=OVERHEAD_STEPS),)
-        self._sums = dict.fromkeys(self._names, 0.0)
-        self._count = 0
+        self._taken: list[dict[str, float]] = []
+        """Our overhead in each step since the last row."""
 
     def rows(self, values: Values, facts: StepFacts) -> Sequence[Floats | None]:
-        for name, ms in facts.own_ms.items():
-            if name in self._sums:
-                self._sums[name] += ms
-        self._count += 1
-        if self._count < OVERHEAD_STEPS:
+        self._taken.append(facts.own_ms)
+        if len(self._taken) < OVERHEAD_STEPS:
             return (None,)
-        row = np.array(
-            [self._sums[name] / OVERHEAD_STEPS for name in self._names], dtype=np.float32
-        )
-        self._sums = dict.fromkeys(self._names, 0.0)
-        self._count = 0
-        return (row,)
+        taken, self._taken = self._taken, []
+        sums = [sum(map(dict.get, taken, repeat(name), repeat(0.0))) for name in self._names]
+        return (np.array([ms / OVERHEAD_STEPS for ms in sums], dtype=np.float32),)

@@ -16,7 +16,7 @@ from tui_trainer.probes.batch import CONVOLUTIONS
 from tui_trainer.trace.module_calls import SubmoduleCalls
 from tui_trainer.trace.parameters import TrackedParameters
 from tui_trainer.trace.probe import Probe, ProbeOptions, Readings, StepFacts, Values
-from tui_trainer.trace.torch_private import is_dense
+from tui_trainer.trace.torch_private import has_parameters, is_dense
 
 FUNCTIONS: tuple[tuple[Any, str, UnitKind], ...] = (
     (functional, "relu", "relu"),
@@ -28,6 +28,7 @@ FUNCTIONS: tuple[tuple[Any, str, UnitKind], ...] = (
     (torch, "tanh", "tanh"),
 )
 """(namespace, name, kind)"""
+LAYERS = (torch.nn.Linear, *CONVOLUTIONS)
 WINDOW = 3
 """Measurements over which a unit must not change to count."""
 MIN_POSITIONS = 16
@@ -123,9 +124,9 @@ class UnitsProbe(Probe):
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         self._stack.append(module)
-        if any(True for _ in module.parameters(recurse=False)):
+        if has_parameters(module):
             self._followed = self._next
-        if isinstance(module, (torch.nn.Linear, *CONVOLUTIONS)) and args:
+        if isinstance(module, LAYERS) and args:
             given = args[0]
             if (
                 is_dense(given)
@@ -139,7 +140,8 @@ class UnitsProbe(Probe):
                     self._first_input = self._last_input
 
     def _returned(self, module: torch.nn.Module, result: Any) -> None:
-        while self._stack and self._stack.pop() is not module:
+        stack = self._stack
+        while stack and stack.pop() is not module:
             pass
 
     def _observing(self, original: Callable[..., Any], kind: UnitKind) -> Callable[..., Any]:

@@ -231,6 +231,7 @@ class RankFollower:
             size = struct.calcsize(SHARED)
             os.ftruncate(self.descriptor, size)
             gate.shared = memoryview(mmap.mmap(self.descriptor, size)).cast("q")
+            gate.times_boundaries = True
 
     def follow(self, client: RankClient) -> None:
         """Apply the messages that `client` receives."""

@@ -142,7 +142,7 @@ class ScalarLog:
             self.recorder.notice("unseen", text, "warning", self.current_step)
 
     def _send(self, step: int, tensors: dict[str, torch.Tensor]) -> None:
-        from tui_trainer.trace.transfer import HostTransfer, TransferPart
+        from tui_trainer.trace.transfer import HostTransfer
 
         for name, tensor in list(tensors.items()):
             if tensor.numel() != 1:
@@ -151,7 +151,7 @@ class ScalarLog:
         if not tensors:
             return
         readings = [tensor.reshape(()) for tensor in tensors.values()]
-        transfer = HostTransfer([TransferPart(readings, False)], on_host=False)
+        transfer = HostTransfer([(readings, False)], on_host=False)
         self._waiting.append(_PendingValues(step, tuple(tensors), transfer))
         if not self._watching:
             self._watching = True

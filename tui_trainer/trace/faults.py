@@ -76,14 +76,14 @@ def guarded(
         if faults.given_up and not always:
             return False  # type: ignore[return-value] # "no phase" for those that return a bool
         gate = faults.gate
-        began, idle = perf_counter(), gate.idle_s
+        began = perf_counter() - gate.idle_s
         try:
             return method(self, *args, **kwargs)
         except Exception as fault:
             faults.give_up_step(method.__name__, fault)
             return False  # type: ignore[return-value]
         finally:
-            faults.own_s += perf_counter() - began - (gate.idle_s - idle)
+            faults.own_s += perf_counter() - gate.idle_s - began
 
     return wrapper  # type: ignore[return-value] # functools.wraps names `self`
 

@@ -115,7 +115,8 @@ class Gate:
         """Its time on the monotonic clock; 0.0 unless `times_boundaries` is set."""
         self.times_boundaries = False
         self.shared: memoryview | None = None
-        """Where another process reads step, boundary, phase and time (`SHARED_FIELDS` int64)."""
+        """Where another process reads step, boundary, phase and time (`SHARED_FIELDS` int64), if
+        `times_boundaries` is set."""
         self.idle_s = 0.0
         """Seconds that the training thread spent here: paused, throttled or working for others.
         Phase and step times exclude them."""
@@ -395,19 +396,24 @@ class Gate:
         self.step_in_progress = step
         self.boundary = (step, number)  # before `armed` is read: see `hold_from`
         if self.times_boundaries:
-            self.reached_at = time.monotonic()
+            self._note_time(phase, step, number)
+        if phase != "step":
+            if self.break_phases and phase in self.break_phases:
+                self._evaluate_breakpoints(phase, step)
+            if self.armed:
+                self._enter(phase, step)
+            return
+        self.completed = step
+        if phase in self.break_phases:
+            self._evaluate_breakpoints(phase, step)
+        if self.armed or step >= self._next_scheduled or self.after_step:
+            self._enter(phase, step)
+
+    def _note_time(self, phase: Phase, step: int, number: int) -> None:
+        self.reached_at = time.monotonic()
         if (shared := self.shared) is not None:
             shared[0], shared[1], shared[2] = step, number, _NUMBERS[phase]
             shared[3] = time.monotonic_ns()
-        if phase == "step":
-            self.completed = step
-        if phase in self.break_phases:
-            self._evaluate_breakpoints(phase, step)
-        if phase == "step":
-            if self.armed or step >= self._next_scheduled or self.after_step:
-                self._enter(phase, step)
-        elif self.armed:
-            self._enter(phase, step)
 
     def _evaluate_breakpoints(self, phase: Phase, step: int) -> None:
         """Pause at this boundary if a condition is met."""

@@ -9,6 +9,7 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from tui_trainer.protocol.events import Level
 from tui_trainer.protocol.formatting import cadence, percent
@@ -72,10 +73,8 @@ class ActiveProbe:
             name for name in STEP_HOOKS if getattr(kind, name) is not getattr(Probe, name)
         )
         """Hooks that it implements: the others need not be called."""
-
-    def begin_step(self) -> None:
-        self.spent_s = 0.0
-        self.readings = []
+        self.rows = self.probe.rows
+        self.owns_readings = kind.owns_readings
 
     @property
     def now(self) -> int:
@@ -109,6 +108,8 @@ class ActiveProbe:
         """Whether its cadence cannot be stretched at present."""
         return self.with_clipping or self.importance >= NEVER_STRETCHED
 
+
+_IS_WATCHED = attrgetter("watched")
 
 WINDOW = 32
 """Steps between two decisions."""
@@ -155,36 +156,31 @@ class Governor:
         """Probes of which the log says that they are measured less often."""
 
     def step(
-        self,
-        measured: Sequence[ActiveProbe],
-        probes: Sequence[ActiveProbe],
-        own_ms: Mapping[str, float],
-        step_ms: float,
+        self, probes: Sequence[ActiveProbe], own_ms: Mapping[str, float], step_ms: float
     ) -> bool:
         """A step took `step_ms`, of which our overhead was `own_ms` (by probe).
 
-        `measured` are those of `probes` that measured it. Returns whether cadences may have
-        changed.
+        `probes` are all that may be stretched; those that have measured the step are in `own_ms`.
+        Returns whether cadences may have changed.
         """
         changed = self._follow_watching(probes)
         self._steps += 1
         if self._steps <= WARM_UP:
             return changed
-        fixed_ms = own_ms.get("tracer", 0.0)
-        for probe in measured:
+        stretched_ms = 0.0
+        for probe in probes:
             spent = own_ms.get(probe.name)
-            if spent is None:
+            if spent is None:  # it has not measured this step
                 continue
-            if probe.with_clipping or probe.importance >= NEVER_STRETCHED:  # `fixed`, inlined
-                fixed_ms += spent
-            else:
-                self._spent_ms += spent
+            if not probe.with_clipping:
+                stretched_ms += spent
             # Smoothed, and limited so that one hiccup of the machine counts little.
             known = probe.cost_ms
             probe.cost_ms = (
                 spent if known != known else known + 0.2 * (min(spent, 3 * known) - known)
             )
-        self._fixed_ms.append(fixed_ms)
+        self._spent_ms += stretched_ms
+        self._fixed_ms.append(sum(own_ms.values()) - stretched_ms)
         self._step_ms.append(step_ms)
         self._since_decision += 1
         complete = self._since_decision >= WINDOW
@@ -298,7 +294,7 @@ class Governor:
     def _follow_watching(self, probes: Sequence[ActiveProbe]) -> bool:
         """Report what is watched now or no longer. When nothing is watched, cadences that were
         stretched for watched probes are restored. Returns whether a cadence changed."""
-        watched = tuple(probe for probe in probes if probe.watched)
+        watched = tuple(filter(_IS_WATCHED, probes))
         if watched == self._watched:
             return False
         if not self._watched:

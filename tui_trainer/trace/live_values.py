@@ -10,7 +10,7 @@ import torch
 from tui_trainer.trace.optimizers import OptimizerRegistry
 from tui_trainer.trace.probe import Readings, RecorderLike
 from tui_trainer.trace.step_measurer import StepMeasurer
-from tui_trainer.trace.transfer import HostTransfer, TransferPart
+from tui_trainer.trace.transfer import HostTransfer
 
 
 class TracedStep(Protocol):
@@ -102,6 +102,6 @@ class LiveValues:
 def on_host(readings: Readings | Sequence[torch.Tensor]) -> list[float]:
     """Readings as numbers, in one copy per device."""
     with torch.no_grad():
-        transfer = HostTransfer([TransferPart(list(readings), False)], on_host=False)
+        transfer = HostTransfer([(list(readings), False)], on_host=False)
         transfer.arrived(wait=True)
         return [float(value) for value in transfer.values()[0]]

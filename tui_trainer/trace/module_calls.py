@@ -289,10 +289,11 @@ class _Replacement:
 
     def _function(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def observed(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if not self._observers or torch.compiler.is_compiling():
+            observers = self._observers
+            if not observers or torch.compiler.is_compiling():
                 return original(module, *args, **kwargs)
             thread = get_ident()
-            for each in self._observers:
+            for each in observers:
                 if each.thread == thread and each.fault is None and each.left_out is not module:
                     try:
                         each.called(module, args, kwargs)

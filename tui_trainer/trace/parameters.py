@@ -6,6 +6,7 @@ import math
 import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 import numpy as np
 import torch
@@ -104,7 +105,7 @@ class TrackedParameters:
         """The current gradients, of sharded parameters their shards; None where there is none."""
         if self.sharded:
             return [None if p.grad is None else local(p.grad) for p in self.parameters]
-        return [p.grad for p in self.parameters]
+        return list(map(_gradient_of, self.parameters))
 
     def why_absent(self, gradients: Sequence[torch.Tensor | None]) -> NDArray[np.uint8]:
         """The `Absent` of each parameter that has no gradient, or no elements; 0 for the others."""
@@ -121,6 +122,9 @@ class TrackedParameters:
             elif position in self.empty:
                 absent[position] = Absent.EMPTY
         return absent
+
+
+_gradient_of = attrgetter("grad")
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:

@@ -100,9 +100,8 @@ class HostClock:
 
     def take(self) -> PhaseTimes:
         """The times of the step that ends here; the next one starts at zero."""
-        times = [seconds * 1e3 for seconds in self._totals]
-        self._totals = [0.0] * COLUMNS
-        return lambda: times
+        totals, self._totals = self._totals, [0.0] * COLUMNS
+        return lambda: [seconds * 1e3 for seconds in totals]
 
     def mark(self) -> list[float]:
         """The totals at the end of the phase before the open one, for `take_until`."""
@@ -382,7 +381,7 @@ class Phases:
             name = PHASES[phase]
             if (
                 gate.armed
-                or name in gate.break_phases
+                or (gate.break_phases and name in gate.break_phases)
                 or (phase == STEP and gate.has_work_after(self.step))
             ):
                 with torch.enable_grad():  # for the work that others do in the gate
@@ -606,10 +605,11 @@ def _step_times(
                 times[CLIP] += clip.times()[CLIP]
             if math.isnan(times[OTHER]):
                 times[OTHER] = max(0.0, step_ms - sum(times[:OTHER]))
-            for phase in range(COLUMNS):
-                if times[phase] <= 0:
-                    elsewhere = shared and phase < EVAL and (phase != CLIP or clipped)
-                    times[phase] = _SHARED if elsewhere else _NO_PHASE
+            if shared:
+                elsewhere = [p for p in range(EVAL) if times[p] <= 0 and (p != CLIP or clipped)]
+                for phase in elsewhere:
+                    times[phase] = _SHARED
+            times[:] = [_NO_PHASE if ms <= 0 else ms for ms in times]
         return times
 
     return read

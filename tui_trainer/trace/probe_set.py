@@ -3,6 +3,7 @@ what clipping computes), and how they are called in its course."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from time import perf_counter
@@ -14,7 +15,7 @@ import torch
 from tui_trainer.history.records import Floats
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.schema import Table
-from tui_trainer.trace.governor import ActiveProbe, Governor, OnChange
+from tui_trainer.trace.governor import NEVER_STRETCHED, ActiveProbe, Governor, OnChange
 from tui_trainer.trace.optimizer_slot import OptimizerSlot
 from tui_trainer.trace.parameters import TrackedParameters
 from tui_trainer.trace.probe import (
@@ -27,10 +28,12 @@ from tui_trainer.trace.probe import (
     Values,
     describe_exception,
 )
+from tui_trainer.trace.torch_private import set_grad_enabled
 from tui_trainer.trace.transfer import HostTransfer, TransferPart
 
 MAX_PLANS = 64
 NO_READINGS: Values = np.empty(0)
+_ARRAYS = frozenset({np.ndarray})
 
 
 class StepPlan:
@@ -84,12 +87,20 @@ class ProbeSchedule:
 
     def update(self) -> None:
         """Follow changed cadences and failed probes."""
-        self.working = [probe for probe in self.probes if not probe.failed]
+        self.stretchable = [
+            probe
+            for probe in self.probes
+            if not probe.failed and probe.importance < NEVER_STRETCHED
+        ]
         self._always = 0
         self._periodic = 0
         """Bit set of the probes that measure some steps, and any step before a pause."""
         self._sometimes: list[tuple[int, int, int]] = []
         """(cadence, first steps that are all measured, bit)."""
+        self._next_due: float = math.inf
+        """The next of this optimizer's steps that is due by a cadence."""
+        self._due = 0
+        """Bit set of the probes that measure it."""
         self._may_rest: list[tuple[Probe, int]] = []
         self._with_clipping = 0
         self.clip_readers: list[ActiveProbe] = []
@@ -111,6 +122,7 @@ class ProbeSchedule:
             if "gradient_norms" in probe.hooks and probe.natural == 1:
                 self._with_clipping |= bit
                 self.clip_readers.append(probe)
+        self._find_next_due()
 
     def begin_step(self, step: int, watched: Collection[str], stops_soon: bool) -> None:
         """Choose the probes of a new step. `stops_soon`: the run is about to pause in it.
@@ -125,9 +137,8 @@ class ProbeSchedule:
                 probe.needed = any(f"needed:{table.name}" in watched for table in probe.tables)
             self.update()
         chosen = self._always
-        for every, first, bit in self._sometimes:
-            if self._steps % every == 0 or self._steps < first:
-                chosen |= bit
+        if self._steps == self._next_due:
+            chosen |= self._due
         if stops_soon:  # what the user is about to look at is measured in full
             chosen |= self._requested(step) | self._periodic
         self._resting = 0
@@ -136,7 +147,18 @@ class ProbeSchedule:
                 self._resting |= bit
         self._choose(chosen)
         for probe in self.plan.reading:
-            probe.begin_step()
+            probe.spent_s, probe.readings = 0.0, []
+
+    def _find_next_due(self) -> None:
+        """Find the next step, from the current one on, that is due by a cadence."""
+        steps = self._steps
+        self._next_due, self._due = math.inf, 0
+        for every, first, bit in self._sometimes:
+            due = steps if steps < first else -(-steps // every) * every
+            if due < self._next_due:
+                self._next_due, self._due = due, bit
+            elif due == self._next_due:
+                self._due |= bit
 
     def add_requested(self, step: int) -> None:
         """The run is about to pause after all: add what needs no gradients."""
@@ -150,6 +172,8 @@ class ProbeSchedule:
     def end_step(self) -> None:
         self._steps += 1
         self.plan, self._chosen = NOTHING, 0
+        if self._steps > self._next_due:
+            self._find_next_due()
 
     def _requested(self, step: int, without: frozenset[str] = frozenset()) -> int:
         """Probes (a bit set) that measure a step before a pause. All are asked, since a probe may
@@ -167,7 +191,7 @@ class ProbeSchedule:
         self._choose(self._chosen | bits)
         for probe in self.plan.reading:
             if probe not in before:
-                probe.begin_step()
+                probe.spent_s, probe.readings = 0.0, []
 
     def _choose(self, chosen: int) -> None:
         self._chosen = chosen
@@ -204,7 +228,7 @@ class ProbeContext:
             return
         self.gradients = torch.is_grad_enabled()
         if self.gradients:
-            torch.set_grad_enabled(False)
+            set_grad_enabled(False)
         if torch.is_autocast_enabled(self.device_type):
             self.autocast = torch.autocast(self.device_type, enabled=False)
             self.autocast.__enter__()  # type: ignore[no-untyped-call]
@@ -217,7 +241,7 @@ class ProbeContext:
             self.autocast.__exit__(*exc)
             self.autocast = None
         if self.gradients:
-            torch.set_grad_enabled(True)
+            set_grad_enabled(True)
 
 
 class ProbeSet:
@@ -350,15 +374,26 @@ class ProbeSet:
                 for probe in plan.before_update:
                     self._call(probe, probe.probe.before_update)
 
-    def after_update(self) -> Sequence[ActiveProbe]:
+    def after_update(self) -> StepPlan:
         """End the step; returns the probes that have measured it."""
         plan = self.schedule.plan
         self.schedule.end_step()
         if plan.after_update:
             with self.context:
+                began = perf_counter()
                 for probe in plan.after_update:
-                    probe.readings.append(self._call(probe, probe.probe.after_update) or ())
-        return plan.probes
+                    if probe.failed:
+                        continue
+                    try:  # as `_call` does, with one look at the clock for each
+                        readings = probe.probe.after_update()
+                        if readings:
+                            probe.readings.append(readings)
+                    except Exception as fault:
+                        self._switch_off(probe, fault)
+                    ended = perf_counter()
+                    probe.spent_s += ended - began
+                    began = ended
+        return plan
 
     def forget_readings(self) -> None:
         """The gradients of the step are discarded."""
@@ -405,7 +440,7 @@ class ProbeSet:
                     HostTransfer([parts[position]], self.on_host)
                 except Exception as fault:
                     self._switch_off(probe, fault)
-                    parts[position] = TransferPart((), False)
+                    parts[position] = (), False
             return HostTransfer(parts, self.on_host)
 
     def rows(
@@ -415,15 +450,21 @@ class ProbeSet:
         rows: list[tuple[int, Floats]] = []
         own_ms = facts.own_ms
         remaining = iter(parts)
+        arrived = _ARRAYS.issuperset(map(type, parts))
+        values: Any
         began = perf_counter()
         for probe in probes:
-            values = next(remaining) if probe.hooks else NO_READINGS
+            if probe.hooks:
+                values = next(remaining)
+                spent_ms = own_ms.get(probe.name, 0.0)
+            else:
+                values, spent_ms = NO_READINGS, 0.0
             if probe.failed:
                 continue
             try:
-                if isinstance(values, Exception):
+                if not arrived and isinstance(values, Exception):
                     raise values
-                found = probe.probe.rows(values, facts)
+                found = probe.rows(values, facts)
             except Exception as fault:
                 self._switch_off(probe, fault)
                 continue
@@ -432,13 +473,13 @@ class ProbeSet:
                     if row is not None:
                         rows.append((table.id, row))
             ended = perf_counter()
-            own_ms[probe.name] = own_ms.get(probe.name, 0.0) + (ended - began) * 1e3
+            own_ms[probe.name] = spent_ms + (ended - began) * 1e3
             began = ended
         return tuple(rows)
 
-    def govern(self, probes: Sequence[ActiveProbe], facts: StepFacts) -> None:
-        """A step that `probes` have measured is recorded: adapt the cadences to their cost."""
+    def govern(self, facts: StepFacts) -> None:
+        """A step is recorded: adapt the cadences of the probes to their cost."""
         for probe in self.schedule.clip_readers:
             probe.with_clipping = bool(facts.clips)
-        if self._governor.step(probes, self.schedule.working, facts.own_ms, facts.step_ms):
+        if self._governor.step(self.schedule.stretchable, facts.own_ms, facts.step_ms):
             self._schedule_outdated = True

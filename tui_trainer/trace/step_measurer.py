@@ -485,6 +485,8 @@ class StepMeasurer:
         since: these have no gradient. Only on the CPU, where the norms are known."""
         if not self._on_host or reading.norms is None:
             return
+        if 0.0 not in reading.norms and not self._frozen_zeros:
+            return
         zero = [i for i, norm in enumerate(reading.norms) if type(norm) is float and norm == 0]
         if not zero and not self._frozen_zeros:
             return
@@ -575,7 +577,7 @@ class StepMeasurer:
         measured = self.probes.after_update()
         reading = self.reading or GradientReading()
         self._find_unused_zeros(reading)
-        completed = self._complete(outcome, reading, measured)
+        completed = self._complete(outcome, reading, measured.probes, measured.reading)
         completed.signs = self._signs()
         passes = self.passes
         if len(passes) == 1:
@@ -636,31 +638,31 @@ class StepMeasurer:
     def skipped(self, outcome: StepOutcome, lost: LostGradients) -> CompletedStep:
         """An iteration whose gradients no optimizer used."""
         norms = lost.reading.norms
-        return self._complete(
-            outcome, lost.reading, self.probes.of_skipped(norms is not None), norms
-        )
+        probes = self.probes.of_skipped(norms is not None)
+        reading = [probe for probe in probes if probe.hooks]
+        return self._complete(outcome, lost.reading, probes, reading, norms)
 
     def _complete(
         self,
         outcome: StepOutcome,
         reading: GradientReading,
         probes: Sequence[ActiveProbe],
+        with_readings: Sequence[ActiveProbe],
         norms: Readings | None = None,
     ) -> CompletedStep:
-        """`norms`: the only readings, of an iteration that was skipped."""
+        """`with_readings`: those of `probes` that have hooks. `norms`: the only readings, of an
+        iteration that was skipped."""
         header = Header(outcome, reading, None if norms is not None else self.skip, id(self))
-        parts = [TransferPart(header.readings, False)]
+        parts: list[TransferPart] = [(header.readings, False)]
         own_ms: dict[str, float] = {}
-        for probe in probes:
-            if not probe.hooks:
-                continue
+        for probe in with_readings:
             if norms is not None:
                 flat = norms if probe.name == schema.GRAD_NORM else ()
             else:
                 readings = probe.readings
                 flat = readings[0] if len(readings) == 1 else [r for some in readings for r in some]
                 own_ms[probe.name] = probe.spent_s * 1e3
-            parts.append(TransferPart(flat, probe.probe.owns_readings))
+            parts.append((flat, probe.owns_readings))
         return CompletedStep(
             optimizer=self.tracked.key,
             outcome=outcome,
@@ -690,5 +692,5 @@ class StepMeasurer:
                 self.changed_by_hand = True
         if not self._on_host and facts.gradient_norms is not None:
             self.float32_exact = exact_in_float32(facts.gradient_norms.tolist())
-        self.probes.govern(step.probes, facts)
+        self.probes.govern(facts)
         return spent

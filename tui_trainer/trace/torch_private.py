@@ -170,6 +170,15 @@ def is_compiled(module: torch.nn.Module) -> bool:
     )
 
 
+def has_parameters(module: torch.nn.Module) -> bool:
+    """Whether the module has parameters of its own."""
+    parameters = module._parameters
+    return bool(parameters) and any(p is not None for p in parameters.values())
+
+
+set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
+"""What `torch.set_grad_enabled` calls, without the object that it makes."""
+
 call_impl: Callable[[], Callable[..., Any]] = partial(getattr, torch.nn.Module, "_call_impl")
 """The function to which `Module.__call__` delegates. (`__call__` is a slot of the type: when it is
 set, Python visits every subclass of Module and drops what it has cached of them.)"""

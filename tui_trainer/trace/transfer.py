@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from time import perf_counter
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -50,12 +50,9 @@ def _widest(tensor: torch.Tensor) -> torch.dtype:
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
-class TransferPart(NamedTuple):
-    """Readings of one probe, or of the header."""
-
-    readings: Readings
-    owns_readings: bool
-    """See `Probe.owns_readings`."""
+TransferPart = tuple[Readings, bool]
+"""Readings of one probe, or of the header, and whether no other code writes to them (see
+`Probe.owns_readings`)."""
 
 
 class HostTransfer:
@@ -73,24 +70,22 @@ class HostTransfer:
         self._numbers: list[tuple[int, float]] = []
         """(position, number) of readings that were on the host already."""
         self._end_seen_at = 0.0
-        for part in parts:
-            if not (part.owns_readings and on_host):
-                for reading in part.readings:
+        for readings, owned in parts:
+            if not (owned and on_host):
+                for reading in readings:
                     if isinstance(reading, torch.Tensor) and not reading.is_cpu:
                         self._send()
                         return
         # Tensors that no other code overwrites are read later, those of many steps at once, when
         # the code that reads them is in the processor's caches.
-        self._values = [
-            None if part.owns_readings else _read_on_host(part.readings) for part in parts
-        ]
+        self._values = [None if owned else _read_on_host(readings) for readings, owned in parts]
 
     def _send(self) -> None:
         """Start one copy per device."""
         by_device: dict[torch.device, list[tuple[int, torch.Tensor]]] = {}
         position = 0
-        for part in self._parts:
-            for reading in part.readings:
+        for readings, _ in self._parts:
+            for reading in readings:
                 if isinstance(reading, torch.Tensor):
                     by_device.setdefault(reading.device, []).append((position, reading))
                     position += reading.numel()
@@ -101,7 +96,7 @@ class HostTransfer:
             vector = flattened([reading for _, reading in placed])
             spans = [(start, reading.numel()) for start, reading in placed]
             self._copies.append((spans, self._copy(device, vector)))
-        self._sizes = [length_of(part.readings) for part in self._parts]
+        self._sizes = [length_of(readings) for readings, _ in self._parts]
         self._parts = ()
 
     def _copy(self, device: torch.device, vector: torch.Tensor) -> torch.Tensor:
@@ -156,9 +151,9 @@ class HostTransfer:
         """`values`, with the exception in place of what cannot be read."""
         if self._values is not None:
             found: list[Values | Exception] = []
-            for part, values in zip(self._parts, self._values, strict=True):
+            for (readings, _), values in zip(self._parts, self._values, strict=True):
                 try:
-                    found.append(_vector(part.readings if values is None else values))
+                    found.append(_vector(readings if values is None else values))
                 except Exception as fault:
                     found.append(fault)
             return found

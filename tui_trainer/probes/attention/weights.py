@@ -338,7 +338,8 @@ class Attention(Probe):
             ]
         )
         self._norms_at_start = np.sqrt(at_start.astype(np.float64)[order[:, 9 + SQUARES].T])
-        self._growth_at_start = _growth(self._norms_at_start)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            self._growth_at_start = _growth(self._norms_at_start)
 
     def gradients(self, gradients: Sequence[Gradient]) -> Readings:
         """Inner products between the gradients of each layer."""
@@ -397,6 +398,5 @@ def _repeats(layers: Sequence[AttentionLayer]) -> NDArray[np.float64]:
 
 def _growth(norms: NDArray[np.float64]) -> NDArray[np.float64]:
     """‖Wq‖‖Wk‖ / ‖Wv‖ of each layer; `norms`: (3, layers)."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        growth: NDArray[np.float64] = norms[0] * norms[1] / norms[2]
+    growth: NDArray[np.float64] = norms[0] * norms[1] / norms[2]
     return growth
