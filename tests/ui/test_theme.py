@@ -12,6 +12,8 @@ from textual.color import Color
 from textual.events import Key
 from textual.theme import BUILTIN_THEMES, Theme
 
+from tests.ui.fake import fake_gpt
+from tests.ui.screens import app_on, settle
 from tui_trainer.ui import textual_hacks, theme
 
 MARKS = ("faint", "loss_raw")
@@ -109,3 +111,31 @@ def test_the_answer_about_the_background_never_becomes_keys(
     assert answers == [pytest.approx((1.0, 0.5, 0.0), abs=1e-3)]
     assert theme.is_light(1, 1, 0.9)
     assert not theme.is_light(0.1, 0.1, 0.2)
+
+
+async def test_a_screen_behind_another_takes_over_a_new_theme() -> None:
+    app = app_on("dashboard", fake_gpt(30))
+    async with app.run_test(size=(100, 30)) as pilot:
+        await settle(pilot)
+        dark = app.screen.styles.background
+        app.action_go("log")
+        await settle(pilot)
+        app.theme = theme.LIGHT.name
+        await settle(pilot)
+        light = app.screen.styles.background
+        app.action_go("dashboard")
+        await settle(pilot)
+        assert app.screen.styles.background == light != dark
+        assert app.screen.query_one("#body").background_colors[1] == light
+
+
+async def test_a_screen_has_the_classes_of_its_size_before_and_after_a_resize() -> None:
+    """Those that Textual sets, which are given before a screen is mounted, to style it once."""
+    app = app_on("dashboard", fake_gpt(30))
+    of_sizes = {"-narrow", "-medium", "-wide", "-short", "-tall", "-very-tall", "-folded"}
+    async with app.run_test(size=(120, 40)) as pilot:
+        await settle(pilot)
+        assert app.screen.classes & of_sizes == {"-medium", "-tall"}
+        await pilot.resize_terminal(80, 24)
+        await settle(pilot)
+        assert app.screen.classes & of_sizes == {"-narrow", "-short", "-folded"}

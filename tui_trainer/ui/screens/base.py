@@ -90,8 +90,18 @@ class RunScreen(Screen[Any]):
 
     def __init__(self) -> None:
         super().__init__()
+        self._styled = True
+        """Whether its styles follow the style sheet: it has not been behind another screen."""
         if self.context.link.cell_updates:
             textual_hacks.use_cell_compositor(self)
+        # As Textual sets them once the screen is mounted, and then finds all styles once more.
+        width, height = self.app.size
+        for breakpoints, cells in (
+            (self.app.HORIZONTAL_BREAKPOINTS, width),
+            (self.app.VERTICAL_BREAKPOINTS, height),
+        ):
+            reached = [name for least, name in breakpoints or () if cells >= least]
+            self.add_class(*reached[-1:], update=False)
 
     @property
     def context(self) -> AppContext:
@@ -105,9 +115,15 @@ class RunScreen(Screen[Any]):
     def select(self, name: str) -> None:
         """Put the cursor on a parameter, or on a layer, where the screen lists such things."""
 
-    def on_screen_resume(self) -> None:
+    def on_screen_resume(self, event: events.ScreenResume) -> None:
         """Draw what has arrived while another screen was in front."""
+        event.refresh_styles = not self._styled
+        self._styled = True
         self.context.screen_resumed(self)
+
+    def on_screen_suspend(self) -> None:
+        """The theme may change while another screen is in front."""
+        self._styled = False
 
 
 class ScreenTabs(Panel):
@@ -368,6 +384,7 @@ class FoldingScreen(RunScreen):
         super().__init__()
         self._folded = False
         self._tab = 0
+        self._fold(self.app.size)
 
     def show_panels(self) -> None:
         """Show the panel of the tab, or all panels."""
@@ -375,11 +392,14 @@ class FoldingScreen(RunScreen):
 
     def on_resize(self, event: events.Resize) -> None:
         """Choose between all panels and tabs."""
-        width, height = event.size
-        self.set_class(width < MIN_SIZE[0] or height < MIN_SIZE[1], "-too-small")
-        self._folded = width < self.full_size[0] or height < self.full_size[1]
-        self.set_class(self._folded, "-folded")
+        self._fold(event.size)
         self._show_tab()
+
+    def _fold(self, size: Size) -> None:
+        width, height = size
+        self._folded = width < self.full_size[0] or height < self.full_size[1]
+        self.set_class(width < MIN_SIZE[0] or height < MIN_SIZE[1], "-too-small")
+        self.set_class(self._folded, "-folded")
 
     def choose_tab(self, number: int) -> None:
         self._tab = number

@@ -213,9 +213,8 @@ class LearnScreen(RunScreen):
         self._show_all()
         self._open_wanted()
 
-    def on_screen_resume(self) -> None:
+    def on_screen_resume(self, event: events.ScreenResume) -> None:
         """Keep the child process, or start it again."""
-        super().on_screen_resume()
         if self._release_timer is not None:
             self._release_timer.stop()
             self._release_timer = None

@@ -225,6 +225,8 @@ def task_rows(task: TaskForm, preset: str, *, expanded: bool) -> list[Widget]:
             collapsed=not expanded,
             collapsed_symbol="▸",
             expanded_symbol="▾",
+            # As Textual sets it once the group is mounted, and all its rows with it.
+            classes="" if expanded else "-collapsed",
         )
         for name, options in grouped_options(task).items()
     ]
@@ -320,6 +322,7 @@ class StartScreen(RunScreen):
     def compose(self) -> ComposeResult:
         names = [*(task.name for task in self.tasks), SCRIPT]
         self._task_name = names[0]
+        self.set_class(self._wide, "-beside")
         yield Static(
             "[b $accent]tui-trainer[/] [$text-muted]· the debugger for neural-network training[/]",
             id="title",

@@ -8,7 +8,8 @@ from typing import ClassVar
 from textual import on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import Horizontal, Vertical
+from textual.containers import Vertical
+from textual.content import Content
 from textual.message import Message
 from textual.widgets import Input, RadioButton, RadioSet, Static
 
@@ -80,21 +81,25 @@ class ChoiceRow(RadioSet, inherit_bindings=False):
         self.call_after_refresh(self.scroll_to_widget, self._buttons[number], animate=False)
 
 
-class FormRow(Vertical):
-    """One value. A value that differs from its default is marked."""
+LABEL_WIDTH = 20
+FIELD_WIDTH = 14
+"""Of a field with a number, which has a unit behind it."""
 
-    DEFAULT_CSS = """
-    FormRow { height: auto; }
-    FormRow > Horizontal { height: 1; }
-    FormRow .label { width: 20; color: $text-muted; }
-    FormRow.-changed .label { color: $text-accent; text-style: bold; }
-    FormRow Input { width: 14; background: $surface; }
-    FormRow Input:focus { background: $panel; }
-    FormRow Input.-text { width: 1fr; max-width: 60; }
-    FormRow .unit { width: auto; color: $text-muted; padding: 0 1; }
-    FormRow .error { display: none; height: auto; color: $text-error; padding-left: 20; }
-    FormRow.-invalid .error { display: block; }
-    FormRow.-invalid .label { color: $text-error; text-style: bold; }
+
+class FormRow(Vertical):
+    """One value. A value that differs from its default is marked.
+
+    The row draws its label and unit itself: a form has some forty rows, and every widget of them
+    costs as much as the rest of a row.
+    """
+
+    DEFAULT_CSS = f"""
+    FormRow {{ height: auto; color: $text-muted; }}
+    FormRow > Input, FormRow > ChoiceRow {{ margin-left: {LABEL_WIDTH}; }}
+    FormRow > Input {{ width: {FIELD_WIDTH}; background: $surface; }}
+    FormRow > Input:focus {{ background: $panel; }}
+    FormRow > Input.-text {{ width: 1fr; max-width: 60; }}
+    FormRow > .error {{ height: auto; color: $text-error; padding-left: {LABEL_WIDTH}; }}
     """
 
     class Changed(Message):
@@ -119,14 +124,20 @@ class FormRow(Vertical):
         self.default = default
         self.help = help
         self._unit = unit
+        self._error: Static | None = None
 
     def compose(self) -> ComposeResult:
-        with Horizontal():
-            yield Static(self._label(), classes="label")
-            yield self.editor
-            if self._unit:
-                yield Static(self._unit, classes="unit")
-        yield Static("", classes="error", markup=False)
+        yield self.editor
+
+    def render(self) -> Content:
+        """The label before the field, and the unit behind it."""
+        style = "bold $text-accent" if self.changed else ""
+        if self._error is not None:
+            style = "bold $text-error"
+        mark = "•" if self.changed else " "
+        label = f"{mark} {self.option_name.replace('_', ' ')}"[:LABEL_WIDTH].ljust(LABEL_WIDTH)
+        unit = " " * (FIELD_WIDTH + 1) + self._unit if self._unit else ""
+        return Content.assemble((label, style), unit)
 
     @property
     def value(self) -> str:
@@ -142,29 +153,31 @@ class FormRow(Vertical):
         self.default = default
         with self.prevent(Input.Changed, RadioSet.Changed):
             self.editor.value = value
-        self._mark_changed()
+        self.refresh()
 
     def show_error(self, error: ConfigurationError | None) -> None:
         """Show what is wrong with the value, or that nothing is."""
-        self.set_class(error is not None, "-invalid")
         if error is not None:
             hint = f" ({error.hint})" if error.hint else ""
-            self.query_one(".error", Static).update(f"✗ {error.message}{hint}")
-
-    def _label(self) -> str:
-        return ("•" if self.changed else " ") + " " + self.option_name.replace("_", " ")
-
-    def _mark_changed(self) -> None:
-        self.set_class(self.changed, "-changed")
-        if self.is_mounted:
-            self.query_one(".label", Static).update(self._label())
+            text = f"✗ {error.message}{hint}"
+            if self._error is None:
+                self._error = Static(text, classes="error", markup=False)
+                self.mount(self._error)
+            else:
+                self._error.update(text)
+        elif self._error is not None:
+            self._error.remove()
+            self._error = None
+        else:
+            return
+        self.refresh()
 
     @on(Input.Changed)
     @on(RadioSet.Changed)
     def _edited(self, event: Message) -> None:
         event.stop()
         self.show_error(None)
-        self._mark_changed()
+        self.refresh()
         self.post_message(self.Changed(self))
 
 
