@@ -126,7 +126,10 @@ def test_tensors_of_a_paused_run(tmp_path: Path) -> None:
         assert np.isclose(found["step_gradient"][0], entry["autograd"], rtol=1e-3)
         assert_refused(call("gradcheck", "one", "0", cwd=tmp_path), "2 tensors match 0")
         assert_refused(call("gradcheck", "one", cwd=tmp_path), "name a parameter", status=2)
-        assert call("step", "one", cwd=tmp_path).returncode == 0
+        stepped = call("step", "one", "--phase", cwd=tmp_path).stdout
+        assert stepped.startswith("one paused at step 3, ")
+        text = inspect("one", "0.weight").stdout
+        assert "\nstep, the last phase:\n  mean " in text
         found = json.loads(
             inspect("one", "0.weight", "--update", "--index", "2,7", "--json").stdout
         )

@@ -17,6 +17,7 @@ from tui_trainer.protocol.autograd import (
     GradientStep,
 )
 from tui_trainer.protocol.inspection import (
+    BeforePhase,
     DescribeUse,
     ExplainUpdate,
     HeldBytes,
@@ -108,6 +109,8 @@ class FakeTensors:
 
     def __init__(self) -> None:
         self._made: dict[TensorRef, object] = {}
+        self.before: dict[TensorRef, BeforePhase] = {}
+        """What tensors were before the last phase."""
         self.images = False
         """Whether attention is that of a ViT."""
 
@@ -158,7 +161,8 @@ class FakeTensors:
                 some = bool(info.elements)
                 statistics = statistics_of(tensor, request.entries) if request.statistics else None  # type: ignore[arg-type]
                 heat = heat_map(tensor, request.window) if request.window and some else None  # type: ignore[arg-type]
-                return done(TensorSummary(info, statistics, heat))
+                before = self.before.get(ref) if request.statistics else None
+                return done(TensorSummary(info, statistics, heat, before))
             case ReadTensor(tensor=ref):
                 info = info_of(ref, tensors[ref])  # type: ignore[arg-type]
                 data = bytes(tensors[ref].numpy())  # type: ignore[attr-defined]

@@ -16,6 +16,7 @@ from tui_trainer.protocol.actions import Pause, Resume
 from tui_trainer.protocol.autograd import CheckGradient, DescribeGraph
 from tui_trainer.protocol.heat_map import HeatMapWindow
 from tui_trainer.protocol.inspection import (
+    BeforePhase,
     DescribeUse,
     ExplainUpdate,
     Histogram,
@@ -23,10 +24,17 @@ from tui_trainer.protocol.inspection import (
     ListTensors,
     ReadTensor,
     Summarize,
+    TensorMoments,
     TensorRef,
 )
 from tui_trainer.ui.app import TuiTrainerApp
-from tui_trainer.ui.panels.tensor import Viewport, bars, color_range
+from tui_trainer.ui.panels.tensor import (
+    StatisticsReading,
+    Viewport,
+    bars,
+    color_range,
+    recorded_columns,
+)
 from tui_trainer.ui.screens import inspect as screen
 from tui_trainer.ui.screens import inspection_requests
 from tui_trainer.ui.screens.dialogs import TextPrompt
@@ -141,29 +149,21 @@ async def test_unreadable_tensors_have_a_reason():
         await frame(pilot)
 
 
-@pytest.mark.parametrize("ref", [TensorRef("empty"), TensorRef(BIAS), TensorRef(HEAD)], ids=str)
-@pytest.mark.parametrize("size", SIZES, ids=str)
-async def test_every_key_on_unusual_tensors(ref, size):
-    app, _ = paused_app(ref)
-    async with app.run_test(size=size) as pilot:
-        await until(pilot, lambda: app.screen.summary is not None, "an answer")
-        for key in (
-            "plus",
-            "plus",
-            "right",
-            "down",
-            "minus",
-            "left",
-            "up",
-            "f",
-            "m",
-            "m",
-            "l",
-            "v",
-        ):
-            await pilot.press(key)
-            await settle(pilot)
-        assert ref.name in text_of(app)
+async def test_every_key_on_unusual_tensors_at_every_size():
+    app, _ = paused_app(TensorRef("empty"))
+    keys = ("plus", "plus", "right", "down", "minus", "left", "up", "f", "m", "m", "l", "v")
+    async with app.run_test(size=SIZES[0]) as pilot:
+        for ref in (TensorRef("empty"), TensorRef(BIAS), TensorRef(HEAD)):
+            app.inspected = ref
+            app.redraw()
+            for size in SIZES:
+                await pilot.resize_terminal(*size)
+                await until(pilot, lambda: app.screen.summary is not None, "an answer")
+                for key in keys:
+                    await pilot.press(key)
+                    await pilot.pause()
+                await settle(pilot)
+                assert ref.name in text_of(app)
 
 
 async def test_without_a_tensor_without_a_run_and_over_a_recording():
@@ -359,6 +359,49 @@ async def test_what_has_changed_since_the_last_reading():
         await until(pilot, lambda: app.inspected == TensorRef(BIAS), "the next tensor")
         await settle(pilot)
         assert "Since" not in text_of(app)
+
+
+async def test_what_the_last_phase_has_changed_and_what_the_run_has_recorded():
+    app, session = paused_app()
+    session.tensors.before = {
+        TensorRef(WEIGHT): BeforePhase(300, "clip", TensorMoments(-1, 1, 0.5, 0.1, 8, 2, 1)),
+        TensorRef(WEIGHT, "gradient"): BeforePhase(300, "loss", None),
+    }
+    async with app.run_test(size=(120, 40)) as pilot:
+        await until(pilot, lambda: app.screen.summary is not None, "an answer")
+        await settle(pilot)
+        shown = text_of(app)
+        assert re.search(r"Last phase .* clip → step", shown)
+        assert re.search(r"norm +8\.000 +\+0\.97", shown)
+        assert re.search(r"zeros +2  -2", shown)
+        assert re.search(r"History .* steps 10–300", shown)
+        assert re.search(r"‖g‖ +\S+ +0\.\d+", shown)
+        app.inspected = TensorRef(WEIGHT, "gradient")
+        app.redraw()
+        await until(pilot, lambda: "it was not there before step" in text_of(app), "no gradient")
+        now = app.screen._history[-1].statistics
+        same = TensorMoments(now.minimum, now.maximum, now.mean, now.std, now.norm, now.zeros, 0)
+        session.tensors.before = {TensorRef(WEIGHT): BeforePhase(300, "loss", same)}
+        numbers = app.screen.numbers
+        reading = StatisticsReading("", now, "backward", BeforePhase(300, "loss", same))
+        numbers.show(numbers.tensor, now, [reading])
+        await settle(pilot)
+        assert "backward has not changed it" in text_of(app)
+        columns = recorded_columns(app.snapshot, TensorRef(WEIGHT))
+        assert [each.label for each in columns] == ["‖w‖", "‖g‖", "Δw/w"]
+        assert not recorded_columns(app.snapshot, TensorRef(WEIGHT, "state", "exp_avg"))
+
+
+async def test_the_numbers_scroll_by_pages():
+    app, _ = paused_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: app.screen.summary is not None, "an answer")
+        await settle(pilot)
+        assert "[95, 157]" not in text_of(app)
+        await pilot.press("pagedown")
+        await until(pilot, lambda: "[95, 157]" in text_of(app), "the smallest entries")
+        await pilot.press("pageup")
+        await until(pilot, lambda: "96×300 float32" in text_of(app), "the first line again")
 
 
 async def test_choosing_what_a_module_returns():

@@ -13,6 +13,7 @@ from msgspec import structs
 from tui_trainer.inspector.errors import InspectionError
 from tui_trainer.inspector.rerun import StepCapture
 from tui_trainer.inspector.tensor_catalog import TensorCatalog, info_of, readable
+from tui_trainer.protocol import Phase
 from tui_trainer.protocol.attention import ExamineAttention
 from tui_trainer.protocol.autograd import CheckGradient, DescribeGraph
 from tui_trainer.protocol.formatting import bytes_
@@ -46,6 +47,7 @@ from tui_trainer.trace.tracer import Tracer
 
 if TYPE_CHECKING:
     from tui_trainer.inspector.optimizer_updates import UpdateCapture
+    from tui_trainer.inspector.phase_readings import PhaseReadings
 
 MAX_COPY_BYTES = 2 << 30
 """Largest tensor that is sent as a whole: it is copied to the host first."""
@@ -59,6 +61,8 @@ class Inspector:
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = weakref.ref(tracer)
         self._watch: UpdateCapture | None = None
+        self._phases: PhaseReadings | None = None
+        tracer.gate.hooks.leaving = self._leaving
         self.capture = StepCapture(tracer)
         self.tokens: Sequence[str] = ()
         """Texts of the model's tokens, by number; empty where they are not known."""
@@ -88,7 +92,12 @@ class Inspector:
                     summary, note = with_activation(tracer, self.capture, ref, use)
                     return structs.replace(summary, tensor=_noted(summary.tensor, note))
                 case Summarize(tensor=ref):
-                    return _summary(request, catalog.find(ref), catalog.note(ref))
+                    summary = _summary(request, catalog.find(ref), catalog.note(ref))
+                    if not request.statistics:
+                        return summary
+                    readings = self._phase_readings(tracer)
+                    readings.inspected(ref)
+                    return structs.replace(summary, before=readings.before(ref))
                 case ReadTensor(tensor=TensorRef(kind="input" | "output") as ref):
                     return with_activation(
                         tracer, self.capture, ref, lambda tensor: TensorCopy(ref, tensor)
@@ -112,6 +121,19 @@ class Inspector:
                     raise InspectionError("this run has no settings that can be changed")
                 case WhatIf() | FindLearningRate() | MeasureLandscape() | EstimateCost():
                     raise InspectionError("this run cannot be experimented with")
+
+    def _leaving(self, phase: Phase, step: int) -> None:
+        """The run goes on from a boundary, to pause within the step."""
+        tracer = self._tracer()
+        if tracer is not None and (self._phases is not None or tracer.gate.pauses_next):
+            self._phase_readings(tracer).read()
+
+    def _phase_readings(self, tracer: Tracer) -> PhaseReadings:
+        if self._phases is None:
+            from tui_trainer.inspector.phase_readings import PhaseReadings
+
+            self._phases = PhaseReadings(tracer)
+        return self._phases
 
     def _use(self, tracer: Tracer, catalog: TensorCatalog) -> ParameterUse:
         """With what the graph of the step's loss holds and reaches, where it can be had again."""

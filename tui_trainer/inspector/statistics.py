@@ -7,6 +7,8 @@ Extremes, moments and counts are exact. Quantiles and histograms of a tensor of 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
@@ -15,7 +17,12 @@ import numpy.typing as npt
 import torch
 
 from tui_trainer.inspector.tensor_catalog import evenly_spaced, flat_values, parts_of
-from tui_trainer.protocol.inspection import Histogram, TensorEntry, TensorStatistics
+from tui_trainer.protocol.inspection import (
+    Histogram,
+    TensorEntry,
+    TensorMoments,
+    TensorStatistics,
+)
 
 SAMPLED = 1 << 16
 """At most this many elements are sorted, which takes 2 ms. The rank of a quantile is then off by
@@ -25,6 +32,8 @@ QUANTILES = (0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
 
 Floats = npt.NDArray[np.float64]
 T = TypeVar("T")
+_Parts = list[tuple[int, torch.Tensor]]
+"""(offset in C order, view) of the parts of a tensor."""
 UNDERFLOW = 1e-12
 """A smaller spread is computed again in float64: squares of its deviations may be 0 in float32."""
 
@@ -33,23 +42,9 @@ def statistics_of(tensor: torch.Tensor, entries: int) -> TensorStatistics:
     """Statistics of a readable tensor, with up to `entries` of its extreme elements."""
     parts = list(parts_of(tensor)) if tensor.numel() else []
     readings = _on_host([_read(flat_values(part)) for _, part in parts])
-    moments, nonfinite = _Moments(), _NonFinite(entries)
-    for number, (offset, part) in enumerate(parts):
-        reading = readings[number]
-        if not (math.isfinite(reading.low) and math.isfinite(reading.high)):
-            values = flat_values(part)
-            finite = torch.isfinite(values)
-            nonfinite.add(number, offset, values, finite)
-            part = values[finite]
-            reading = readings[number] = _on_host([_read(part)])[0]
-        underflows = reading.spread < UNDERFLOW and reading.low < reading.high
-        if underflows or not (math.isfinite(reading.total) and math.isfinite(reading.spread)):
-            reading = readings[number] = _on_host([_read(flat_values(part).double())])[0]
-        moments.add(part.numel(), reading)
+    moments, nonfinite = _combined(parts, readings, entries)
     search = _Search(parts, readings, nonfinite.parts, min(entries, tensor.numel()))
-    extremes = [each for each in readings if not math.isnan(each.low)]
-    low = min((each.low for each in extremes), default=math.nan)
-    high = max((each.high for each in extremes), default=math.nan)
+    low, high = _extremes(readings)
     sample = _sample(tensor)
     shape = tuple(tensor.shape)
     return TensorStatistics(
@@ -57,7 +52,7 @@ def statistics_of(tensor: torch.Tensor, entries: int) -> TensorStatistics:
         minimum=low,
         maximum=high,
         mean=moments.mean if moments.count else math.nan,
-        std=math.sqrt(moments.squares / moments.count) if moments.count else math.nan,
+        std=moments.std,
         norm=moments.norm if moments.count else math.nan,
         zeros=moments.zeros,
         nan=nonfinite.nan,
@@ -71,6 +66,63 @@ def statistics_of(tensor: torch.Tensor, entries: int) -> TensorStatistics:
         smallest=_entries(search.run(largest=False), shape),
         nonfinite=_entries(nonfinite.first, shape),
     )
+
+
+def moments_of(tensors: Sequence[torch.Tensor]) -> list[TensorMoments]:
+    """Statistics of several readable tensors, with one copy from each device."""
+    parts = [list(parts_of(each)) if each.numel() else [] for each in tensors]
+    where: dict[torch.device, list[tuple[int, torch.Tensor]]] = defaultdict(list)
+    for number, each in enumerate(tensors):
+        where[each.device] += [(number, part) for _, part in parts[number]]
+    readings: list[list[_Reading[float]]] = [[] for _ in tensors]
+    for held in where.values():
+        found = _on_host([_read(flat_values(part)) for _, part in held])
+        for (number, _), reading in zip(held, found, strict=True):
+            readings[number].append(reading)
+    return [_moments_from(*each) for each in zip(parts, readings, strict=True)]
+
+
+def _moments_from(parts: _Parts, readings: list[_Reading[float]]) -> TensorMoments:
+    moments, nonfinite = _combined(parts, readings, 0)
+    known = moments.count > 0
+    low, high = _extremes(readings)
+    return TensorMoments(
+        low,
+        high,
+        moments.mean if known else math.nan,
+        moments.std,
+        moments.norm if known else math.nan,
+        moments.zeros,
+        nonfinite.nan + nonfinite.positive_inf + nonfinite.negative_inf,
+    )
+
+
+def _combined(
+    parts: _Parts, readings: list[_Reading[float]], entries: int
+) -> tuple[_Moments, _NonFinite]:
+    """Of all parts of a tensor. Readings that are not finite, or not exact enough, are replaced by
+    those of the finite values, or of float64 ones."""
+    moments, nonfinite = _Moments(), _NonFinite(entries)
+    for number, (offset, part) in enumerate(parts):
+        reading = readings[number]
+        if not (math.isfinite(reading.low) and math.isfinite(reading.high)):
+            values = flat_values(part)
+            finite = torch.isfinite(values)
+            nonfinite.add(number, offset, values, finite)
+            part = values[finite]
+            reading = readings[number] = _on_host([_read(part)])[0]
+        underflows = reading.spread < UNDERFLOW and reading.low < reading.high
+        if underflows or not (math.isfinite(reading.total) and math.isfinite(reading.spread)):
+            reading = readings[number] = _on_host([_read(flat_values(part).double())])[0]
+        moments.add(part.numel(), reading)
+    return moments, nonfinite
+
+
+def _extremes(readings: Sequence[_Reading[float]]) -> tuple[float, float]:
+    """The lowest and the highest value; nan without any."""
+    known = [each for each in readings if not math.isnan(each.low)]
+    low = min((each.low for each in known), default=math.nan)
+    return low, max((each.high for each in known), default=math.nan)
 
 
 class _Reading(NamedTuple, Generic[T]):
@@ -122,6 +174,10 @@ class _Moments:
         self.mean += away * count / total
         self.count = total
         self.zeros += int(reading.zeros)
+
+    @property
+    def std(self) -> float:
+        return math.sqrt(self.squares / self.count) if self.count else math.nan
 
     @property
     def norm(self) -> float:

@@ -49,7 +49,7 @@ class TensorCatalog:
         found: list[TensorInfo] = []
         left_out = 0
         others = {names[0]: names[1:] for names in self.shared()}
-        for ref, tensor in self._all():
+        for ref, tensor in self.all_tensors():
             if len(found) < MAX_LISTED:
                 also = others.get(ref.name, ()) if ref.kind != "buffer" else ()
                 found.append(structs.replace(info_of(ref, tensor), also=also))
@@ -89,6 +89,17 @@ class TensorCatalog:
 
     # ------------------------------------------------------------ looking up
 
+    def all_tensors(self) -> Iterator[tuple[TensorRef, torch.Tensor]]:
+        """Each with its reference, in the order of the list."""
+        for name, parameter in self.parameters():
+            yield TensorRef(name), parameter
+            if parameter.grad is not None:
+                yield TensorRef(name, "gradient"), parameter.grad
+            for key, tensor in self.state_of(parameter):
+                yield TensorRef(name, "state", key), tensor
+        for name, buffer in self.buffers():
+            yield TensorRef(name, "buffer"), buffer
+
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, parameter), each once: those of the models, then those of optimizers alone."""
         registry = self._run.registry
@@ -109,11 +120,15 @@ class TensorCatalog:
         """Raises InspectionError where there is none of this name."""
         found = next((each for known, each in self.parameters() if known == name), None)
         if found is None:
-            first = next((names[0] for names in self.shared() if name in names), None)
-            if first is not None:
+            first = self.first_name(name)
+            if first != name:
                 return self.parameter(first)
             raise self._unknown(name)
         return found
+
+    def first_name(self, name: str) -> str:
+        """The name by which a parameter is listed, of one that has several."""
+        return next((names[0] for names in self.shared() if name in names), name)
 
     def shared(self) -> Iterator[tuple[str, ...]]:
         """The names of each parameter that a model has under several ones, the first one first."""
@@ -146,16 +161,6 @@ class TensorCatalog:
             state = optimizer.state.get(parameter)
             if state:
                 yield from tensors_in((str(key), value) for key, value in state.items())
-
-    def _all(self) -> Iterator[tuple[TensorRef, torch.Tensor]]:
-        for name, parameter in self.parameters():
-            yield TensorRef(name), parameter
-            if parameter.grad is not None:
-                yield TensorRef(name, "gradient"), parameter.grad
-            for key, tensor in self.state_of(parameter):
-                yield TensorRef(name, "state", key), tensor
-        for name, buffer in self.buffers():
-            yield TensorRef(name, "buffer"), buffer
 
     # ------------------------------------------------------------ reasons
 

@@ -153,12 +153,36 @@ class TensorStatistics(msgspec.Struct, frozen=True, array_like=True):
         return self.nan + self.positive_inf + self.negative_inf
 
 
+class TensorMoments(msgspec.Struct, frozen=True, array_like=True):
+    """The statistics of a tensor that one pass computes, of the finite elements."""
+
+    minimum: float
+    maximum: float
+    mean: float
+    std: float
+    norm: float
+    zeros: int
+    not_finite: int
+
+
+class BeforePhase(msgspec.Struct, frozen=True, array_like=True):
+    """A tensor at the boundary before the last one."""
+
+    step: int
+    phase: Phase | Literal[""]
+    """The phase that had ended then."""
+    moments: TensorMoments | None
+    """None: there was no such tensor, such as a gradient that backward computed since."""
+
+
 class TensorSummary(msgspec.Struct, tag="summary", frozen=True, array_like=True):
     """The answer to `Summarize`."""
 
     tensor: TensorInfo
     statistics: TensorStatistics | None = None
     heat: HeatMap | None = None
+    before: BeforePhase | None = None
+    """With `statistics`: the same tensor before the last phase; None where it was not read then."""
 
 
 class TensorData(msgspec.Struct, tag="data", frozen=True, array_like=True):

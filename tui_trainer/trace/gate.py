@@ -56,6 +56,9 @@ class GateHooks:
 
     pausing: Callable[[Phase, int], None] = _do_nothing
     """Training thread, `(phase, step)`: about to pause; the moment for the phase report."""
+    leaving: Callable[[Phase, int], None] = _do_nothing
+    """Training thread, `(phase, step)`: goes on from this boundary, to pause within one step; the
+    moment to read what the next phase will change."""
     changed: Callable[[], None] = _do_nothing
     """Any thread: mode, target or rate changed."""
     fault: Callable[[str, BaseException], None] = _do_nothing
@@ -122,6 +125,8 @@ class Gate:
         Phase and step times exclude them."""
         self.paused_s = 0.0
         """The part of `idle_s` spent paused."""
+        self.rewinds = 0
+        """How often the training was taken back."""
         self.after_step: list[Callable[[int], None]] = []
         """Called on the training thread after every step with the number of completed steps."""
         self.in_gate = False
@@ -203,6 +208,13 @@ class Gate:
         if self._hold is not None:
             return True
         return self._boundaries_left > 0 or (target is not None and target <= self.completed + 1)
+
+    @property
+    def pauses_next(self) -> bool:
+        """Whether it is to pause at the next boundary, as when it is stepped by phases."""
+        step, number = self.boundary
+        following = (step + 1, 1) if self.phase == "step" else (step, number + 1)
+        return self._boundaries_left == 1 or (self._hold is not None and self._hold <= following)
 
     # ------------------------------------------------------------ controls, for any thread
 
@@ -378,6 +390,7 @@ class Gate:
         with self._condition:
             self.completed, self.step_in_progress = step, step + 1
             self.phase, self.boundary = "step", (step, 0)
+            self.rewinds += 1
             self._waiting = self._pausing = False
             self._boundaries_left, self._target, self._hold = 0, None, None
             self._due = dict.fromkeys(self._due, step + 1)
@@ -439,6 +452,9 @@ class Gate:
             if phase == "step":
                 self._wait_for_rate()
                 self._stop_if_asked(phase)
+            if self.stops_soon and not self._stopping:
+                with self.hooks.work_context():
+                    self._call_hook(self.hooks.leaving, phase, step)
         finally:
             self.in_gate = False
             self.idle_s += time.perf_counter() - began

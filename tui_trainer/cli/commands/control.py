@@ -71,12 +71,16 @@ def step(
     count: Annotated[str | None, Parameter(show=False)] = None,
     /,
     *,
+    phase: Annotated[bool, flag("only to the end of the next phase, such as backward")] = False,
     no_wait: NoWait = False,
     runs_dir: RunsDir = None,
 ) -> int:
     """make one optimizer step, or N, then pause"""
     name, wanted = _run_and_count([each for each in (run, count) if each is not None])
-    return _execute("step", actions.Step(wanted), _paused, name, no_wait, runs_dir)
+    if phase and wanted != 1:
+        raise UsageError("--phase goes to the end of one phase", "tui-trainer step RUN --phase")
+    action = actions.StepPhase() if phase else actions.Step(wanted)
+    return _execute("step", action, _paused, name, no_wait, runs_dir)
 
 
 def stop(
@@ -201,7 +205,9 @@ def _sentence(name: str, status: Status, history: History, early: bool) -> str:
     state = "accepted" if early else status.state
     elapsed = f", {rough_duration(status.elapsed_s)}" if status.elapsed_s else ""
     reason = f" ({status.reason})" if status.reason and not early else ""
-    return f"{name} {state} at step {status.step:,}{loss}{elapsed}{reason}"
+    inside = status.state == "paused" and not early and status.phase not in ("", "step")
+    phase = f", after {status.phase} of step {status.step + 1:,}" if inside else ""
+    return f"{name} {state} at step {status.step:,}{phase}{loss}{elapsed}{reason}"
 
 
 def _run_and_count(given: list[str]) -> tuple[str | None, int]:

@@ -35,6 +35,7 @@ from tui_trainer.protocol.heat_map import MAX_CELLS, HeatMap, HeatMapWindow, Red
 from tui_trainer.protocol.inspection import (
     MAX_ENTRIES,
     NOT_OBSERVED,
+    BeforePhase,
     DescribeUse,
     ExplainUpdate,
     Histogram,
@@ -368,12 +369,37 @@ def _as_text(answer: Inspected, summary: TensorSummary, screen: PixelSupport | N
     tensor, statistics, heat = summary.tensor, summary.statistics, summary.heat
     lines = [tensor.ref.text, f"{_facts(tensor)} · {answer.moment}"]
     if statistics is not None and statistics.count:
+        if summary.before is not None:
+            lines += ["", *_before_lines(summary.before, statistics, answer.phase)]
         lines += ["", *_statistics_lines(statistics)]
     elif statistics is not None:
         lines += ["", "it has no elements"]
     if heat is not None:
         lines += ["", *(heat_lines(heat) if screen is None else picture_lines(heat, screen))]
     return "\n".join(lines)
+
+
+def _before_lines(before: BeforePhase, now: TensorStatistics, phase: str) -> list[str]:
+    """What the last phase has changed."""
+    title = f"{phase}, the last phase"
+    old = before.moments
+    if old is None:
+        return [f"{title}: it was not there before"]
+    pairs = [
+        (name, getattr(old, field), getattr(now, field))
+        for name, field in (
+            *(("mean", "mean"), ("std", "std"), ("norm", "norm")),
+            *(("min", "minimum"), ("max", "maximum"), ("zeros", "zeros")),
+            ("not finite", "not_finite"),
+        )
+    ]
+    changed = [pair for pair in pairs if pair[1] != pair[2] and pair[1] == pair[1]]
+    if not changed:
+        return [f"{title}: it has not changed the tensor"]
+    table = columns("left", "right", "left", "right", "right")
+    for name, earlier, later in changed:
+        table.add_row(name, number(earlier, 0), "→", number(later, 0), f"{later - earlier:+.3g}")
+    return [f"{title}:", *(f"  {line.plain}" for line in table_lines(table))]
 
 
 def _statistics_lines(statistics: TensorStatistics) -> list[str]:

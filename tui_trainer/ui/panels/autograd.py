@@ -309,14 +309,14 @@ def _users(graph: AutogradGraph) -> list[list[tuple[int, float]]]:
     return found
 
 
-def graph_spans(graph: AutogradGraph) -> Sequence[Span]:
-    """The facts of a graph, for a caption."""
+def graph_spans(graph: AutogradGraph, wide: bool) -> Sequence[Span]:
+    """The facts of a graph, for a caption; `wide`: with those that the first row has as well."""
     operations = sum(not node.leaf for node in graph.nodes)
     leaves = len(graph.nodes) - operations
     spans: list[Span] = [
         (counted(operations, "operation"), "text"),
         (counted(leaves, "leaf", "leaves"), "text"),
     ]
-    if graph.saved_bytes is not None:
+    if wide and graph.saved_bytes is not None:
         spans.append((f"{bytes_(graph.saved_bytes, 0)} saved", "text"))
     return spans

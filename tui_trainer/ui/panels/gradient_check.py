@@ -35,8 +35,8 @@ class GradientCheckView(BuiltLines):
         self._built = [title_line(self, width, "Gradient check")]
         if found is not None:
             loss = f"loss {number(found.loss, 0, 7)} in {found.dtype}"
-            copied = f"a copy of {bytes_(found.copied_bytes, 0)}"
-            self._built += self._wrapped(f"{loss}, {copied}", "dim", width)
+            copied = f"computed on a copy of {bytes_(found.copied_bytes, 0)}"
+            self._built += [self.styled([(text, "dim")]) for text in (loss, copied)]
             for note in found.notes:
                 self._built += self._wrapped(note, "warning", width)
             for entry in found.entries:

@@ -172,7 +172,7 @@ class ParameterUseTable(VirtualTable):
         groups = use.groups if use is not None else ()
         self.left_out = sum(group.parameters - len(group.names) for group in groups)
         widest = max((cell_len(row.group) for row in self.listed), default=9)
-        self.columns = self._columns(min(max(widest, 5), MAX_GROUP_WIDTH))
+        self.columns = self._columns(min(max(widest, 5), MAX_GROUP_WIDTH) + 1)
         self.set_order(np.arange(len(self.listed)))
         self.update_rows()
 

@@ -16,13 +16,25 @@ from textual.message import Message
 from textual.strip import Strip
 
 from tui_trainer.client.answers.tensors import cells_of
+from tui_trainer.client.api import Snapshot
+from tui_trainer.history.series import SeriesReader
+from tui_trainer.protocol import schema
 from tui_trainer.protocol.formatting import bytes_, count, number, percent
 from tui_trainer.protocol.heat_map import MAX_CELLS, HeatMap, HeatMapWindow, Reduction
-from tui_trainer.protocol.inspection import Histogram, TensorEntry, TensorInfo, TensorStatistics
-from tui_trainer.ui.panels.base import title_line
+from tui_trainer.protocol.inspection import (
+    BeforePhase,
+    Histogram,
+    TensorEntry,
+    TensorInfo,
+    TensorMoments,
+    TensorRef,
+    TensorStatistics,
+)
+from tui_trainer.ui.panels.base import newest_row, title_line
 from tui_trainer.ui.panels.samples import Pixels, half_blocks
 from tui_trainer.ui.terminal_images import PixelSupport, enlarged
 from tui_trainer.ui.theme import Palette
+from tui_trainer.ui.widgets.braille import sparklines
 from tui_trainer.ui.widgets.lines import BuiltLines, LineView, Row, Span
 from tui_trainer.ui.widgets.picture import Picture, PictureContext
 
@@ -229,7 +241,11 @@ class HeatMapView(LineView):
     ) -> list[Row]:
         if self.glyphs.ascii or self.palette.text.bgcolor is None:
             return self._shades(values, filled, low, high)
-        return half_blocks(colored(self.palette, values, filled, low, high))
+        pixels = colored(self.palette, values, filled, low, high)
+        if len(pixels) % 2:  # the lower half of the last row is empty
+            below = np.full_like(pixels[:1], background_of(self.palette))
+            pixels = np.concatenate([pixels, below])
+        return half_blocks(pixels)
 
     def _shades(
         self, values: Floats, filled: NDArray[np.bool_], low: float, high: float
@@ -360,9 +376,50 @@ class StatisticsReading:
     at: str
     """`step 12, after backward`"""
     statistics: TensorStatistics
+    phase: str = ""
+    """The phase that had ended last."""
+    before: BeforePhase | None = None
+    """The same tensor before that phase."""
+
+
+@dataclass(frozen=True)
+class RecordedColumn:
+    """A quantity of a parameter that the run records, such as its norm."""
+
+    label: str
+    series: SeriesReader
+    column: int
+    newest: float
+
+
+RECORDED = {
+    "parameter": (
+        (schema.WEIGHT_NORM, "‖w‖"),
+        (schema.GRAD_NORM, "‖g‖"),
+        (schema.UPDATE_RATIO, "Δw/w"),
+    ),
+    "gradient": ((schema.GRAD_NORM, "‖g‖"),),
+}
+"""What is recorded of each kind of tensor, and its label."""
+
+
+def recorded_columns(snapshot: Snapshot, ref: TensorRef) -> list[RecordedColumn]:
+    """What the run has recorded of a parameter, or of its gradient."""
+    found = []
+    for quantity, label in RECORDED.get(ref.kind, ()):
+        for series in snapshot.history.tables_named(quantity):
+            names = [column.name for column in series.table.columns]
+            row, _ = newest_row(snapshot, series)
+            if series.rows and row is not None and ref.name in names:
+                at = names.index(ref.name)
+                found.append(RecordedColumn(label, series, at, float(row[at])))
+                break
+    return found
 
 
 MIN_FOR_SPARKS = 3
+COUNTS = {"zeros": "zeros", "nan/inf": "not_finite"}
+"""Statistics that are numbers of entries, by their labels."""
 
 
 class StatisticsView(BuiltLines):
@@ -375,6 +432,7 @@ class StatisticsView(BuiltLines):
         self.tensor: TensorInfo | None = None
         self.statistics: TensorStatistics | None = None
         self.history: Sequence[StatisticsReading] = ()
+        self.recorded: Sequence[RecordedColumn] = ()
         self.log_scale = False
         """Whether the histogram is of the logarithms of absolute values."""
 
@@ -383,9 +441,11 @@ class StatisticsView(BuiltLines):
         tensor: TensorInfo | None,
         statistics: TensorStatistics | None,
         history: Sequence[StatisticsReading] = (),
+        recorded: Sequence[RecordedColumn] = (),
     ) -> None:
         """Show a tensor; `history`: its readings while it was on the screen, the last one last."""
         self.tensor, self.statistics, self.history = tensor, statistics, history
+        self.recorded = recorded
         self._build()
 
     def toggle_log(self) -> None:
@@ -407,12 +467,15 @@ class StatisticsView(BuiltLines):
         if statistics is None or not statistics.count:
             return rows
         rows += self._moments(statistics)
-        if len(self.history) > 1:
+        if self.history and self.history[-1].before is not None:
+            rows += self._last_phase(self.history[-1], self.history[-1].before, width)
+        elif len(self.history) > 1:
             rows += self._since_last(width)
         rows += [title_line(self, width, "Histogram", self._histogram_figures(statistics))]
         rows += self._histogram(statistics, width)
         rows += [title_line(self, width, "Quantiles", (), self._sampled(statistics))]
         rows += self._quantiles(statistics)
+        rows += self._course(width)
         rows += [title_line(self, width, "Largest and smallest")]
         rows += self._extremes(statistics)
         return rows
@@ -448,23 +511,58 @@ class StatisticsView(BuiltLines):
             rows += [self._entry_row("", entry, "error") for entry in statistics.nonfinite[:3]]
         return rows
 
+    def _last_phase(self, now: StatisticsReading, before: BeforePhase, width: int) -> list[Row]:
+        """What the last phase has changed."""
+        arrow = f"{before.phase} {self.glyphs.arrow} {now.phase}"
+        rows = [title_line(self, width, "Last phase", right=arrow)]
+        if before.moments is None:
+            return [*rows, self.styled([(f"it was not there before {now.phase}", "text")])]
+        changes = _changes(before.moments, now.statistics)
+        if not changes:
+            return [*rows, self.styled([(f"{now.phase} has not changed it", "dim")])]
+        return rows + [self._change(*change) for change in changes]
+
+    def _change(self, name: str, old: float, new: float) -> Row:
+        change = f"{new - old:+.3g}" if math.isfinite(new - old) else number(new, 0)
+        if new == old:
+            change = "the same"
+        counted = name in COUNTS
+        before = f"{old:>10,.0f}" if counted else number(old, 10)
+        return self.styled([(f"{name:<6}", "dim"), (before, "dim"), (f"  {change}", "text")])
+
     def _since_last(self, width: int) -> list[Row]:
-        """What has changed since the reading before, and the norm at all of them."""
+        """What has changed since the reading before."""
         before, now = self.history[-2].statistics, self.history[-1].statistics
         rows = [title_line(self, width, "Since", right=self.history[-2].at)]
-        for name in ("mean", "std", "norm"):
-            old, new = getattr(before, name), getattr(now, name)
-            change = f"{new - old:+.3g}" if new != old else "the same"
-            spans = [(f"{name:<6}", "dim"), (number(old, 10), "dim"), (f"  {change}", "text")]
-            rows.append(self.styled(spans))
-        values = [each.statistics.norm for each in self.history][-(width - 6) :]
-        low, high = min(values), max(values)
-        sparks = self.glyphs.sparks
-        if len(values) > MIN_FOR_SPARKS and math.isfinite(high - low):
-            levels = [int((v - low) / ((high - low) or 1.0) * (len(sparks) - 1)) for v in values]
-            text = "".join(sparks[level] for level in levels)
-            rows.append(self.styled([(f"{'norm':<6}", "dim"), (text, "norm")]))
-        return rows
+        names = ("mean", "std", "norm")
+        return rows + [self._change(n, getattr(before, n), getattr(now, n)) for n in names]
+
+    def _course(self, width: int) -> list[Row]:
+        """What the run has recorded; of other tensors the norm at all readings."""
+        if self.recorded:
+            series = self.recorded[0].series
+            steps = f"steps {series.first_step or 0:,}–{series.last_step or 0:,}"
+            rows = [title_line(self, width, "History", right=steps)]
+            return rows + [self._recorded(each, max(1, width - 17)) for each in self.recorded]
+        values = [each.statistics.norm for each in self.history]
+        if len(values) <= MIN_FOR_SPARKS:
+            return []
+        rows = [title_line(self, width, "History", right=f"{len(values):,} readings")]
+        shown = np.array([values[-(width - 17) :]], np.float32)
+        line = sparklines(shown, ~np.isfinite(shown), self.glyphs, hold=True)[0]
+        return [*rows, self._line("norm", line, values[-1], width - 17)]
+
+    def _recorded(self, recorded: RecordedColumn, room: int) -> Row:
+        """The highest value in each part of the run, and the newest one."""
+        series = recorded.series
+        start, stop = series.first_step or 0, (series.last_step or 0) + 1
+        window = series.window([recorded.column], start, stop, min(room, series.rows))
+        line = sparklines(window.high.T, window.nonfinite.T, self.glyphs, hold=True)[0]
+        return self._line(recorded.label, line, recorded.newest, room)
+
+    def _line(self, label: str, line: str, newest: float, room: int) -> Row:
+        spans = [(f"{label:<6}", "dim"), (f"{line:<{room}} ", "norm"), (number(newest, 10), "text")]
+        return self.styled(spans)
 
     def _pair(self, name: str, value: str) -> list[Span]:
         return [(f"{name:<6}", "dim"), (f"{value}   ", "text")]
@@ -511,6 +609,21 @@ class StatisticsView(BuiltLines):
         place = f"[{', '.join(map(str, entry.index))}]"
         spans = [(f"{label:<4}", "dim"), (number(entry.value, 10), style), (f"  {place}", "dim")]
         return self.styled(spans)
+
+
+def _changes(before: TensorMoments, now: TensorStatistics) -> list[tuple[str, float, float]]:
+    """(name, old, new) of the statistics to show; none where nothing has changed."""
+    pairs = [
+        ("mean", before.mean, now.mean),
+        ("std", before.std, now.std),
+        ("norm", before.norm, now.norm),
+        ("min", before.minimum, now.minimum),
+        ("max", before.maximum, now.maximum),
+    ]
+    counts = [(n, float(getattr(before, at)), float(getattr(now, at))) for n, at in COUNTS.items()]
+    differing = [(name, old, new) for name, old, new in counts if old != new]
+    same = all(old == new or (math.isnan(old) and math.isnan(new)) for _, old, new in pairs)
+    return [] if same and not differing else pairs + differing
 
 
 def bars(histogram: Histogram, width: int, height: int, sparks: str) -> list[str]:

@@ -48,10 +48,11 @@ class UpdateView(BuiltLines):
         if found.index is not None:
             place = f"entry [{', '.join(map(str, found.index))}]"
         figures = [("", place, self.palette.text)]
-        rows = [title_line(self, width, "Update", figures)]
+        count = f"its step t = {found.count:,}" if found.count else ""
+        rows = [title_line(self, width, "Update", figures, count)]
         group = f"{found.optimizer}, group {found.group}"
         rows += self._wrapped(group, "accent", width)
-        return rows + self._wrapped(settings_text(found.settings, found.count), "dim", width)
+        return rows + self._wrapped(settings_text(found.settings), "dim", width)
 
     def _terms(self, found: UpdateExplanation, width: int) -> list[Row]:
         rows: list[Row] = []

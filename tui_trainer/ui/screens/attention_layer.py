@@ -57,6 +57,10 @@ class _SentRequest:
     rank: int
 
 
+TEXT_SHARE = 40
+"""Percent of the rows for a text above the table."""
+
+
 class AttentionLayerScreen(DetailScreen):
     """Opened by enter on a layer of the attention screen; escape returns to it."""
 
@@ -228,6 +232,7 @@ class AttentionLayerScreen(DetailScreen):
         shown = found if not message[0] else None
         self.map_view.show_attention(shown, READING)
         self.query_one(InputView).show_attention(shown)
+        self._fit_text()
         self.query_one(QueryTable).show_attention(shown)
         self.query_one(AttentionHeadsTable).show_attention(shown)
         self.query_one(SpectraView).show_attention(shown)
@@ -303,6 +308,15 @@ class AttentionLayerScreen(DetailScreen):
         width = self.app.size.width
         self.set_class(together and width >= MIN_WIDTH_TOGETHER, "-together")
         self.set_class(width >= ROOMY_WIDTH, "-roomy")
+        self.call_after_refresh(self._fit_text)
+
+    def _fit_text(self) -> None:
+        """Above the query's table a short text takes no more rows than it has."""
+        view = self.query_one(InputView)
+        needed = view.text_height(view.view_size.width)
+        most = self.query_one("#beside").size.height * TEXT_SHARE // 100
+        short = self.has_class("-together") and 0 < needed < most
+        view.styles.height = needed if short else None
 
     def action_head(self, by: int) -> None:
         heads = self.found.heads if self.found is not None else 0

@@ -25,7 +25,7 @@ from tui_trainer.ui.widgets.lines import Span
 from tui_trainer.ui.widgets.search import SearchInput
 from tui_trainer.ui.widgets.table import VirtualTable
 
-MIN_WIDTH_BESIDE, MIN_HEIGHT_BELOW = 104, 30
+MIN_WIDTH_BESIDE, MIN_HEIGHT_BELOW = 118, 30
 """Size from which the details are shown next to the graph, or else below it."""
 MIN_WIDTH_WIDE = 160
 """Width from which more of it is left to the details."""
@@ -47,7 +47,7 @@ class AutogradScreen(DetailScreen):
     CSS = """
     AutogradScreen #graph { margin: 0 1; }
     AutogradScreen #parts { height: 1fr; margin: 0 1; }
-    AutogradScreen #beside { width: 48; margin-left: 2; display: none; }
+    AutogradScreen #beside { width: 40; margin-left: 2; display: none; }
     AutogradScreen #below { height: 9; margin: 1 1 0 1; display: none; }
     AutogradScreen.-beside #beside { display: block; }
     AutogradScreen.-wide #beside { width: 72; }
@@ -144,10 +144,10 @@ class AutogradScreen(DetailScreen):
             if self.graph.loss is not None:
                 spans.append((f"loss {number(self.graph.loss, 0)}", "accent"))
             spans.append((self._requests.read_at, "text"))
-            spans += graph_spans(self.graph)
-            right = f"read in {milliseconds(self._requests.took_ms, 0)}"
             if self.graph.source == "live":
                 spans.append(("without gradients", "warning"))
+            spans += graph_spans(self.graph, self.app.size.width >= MIN_WIDTH_BESIDE)
+            right = f"read in {milliseconds(self._requests.took_ms, 0)}"
         self.query_one("#graph", Caption).update(spans, right, right_is_optional=True)
 
     def _missing(self, snapshot: Snapshot) -> tuple[str, str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import msgspec
+from rich.cells import cell_len
 from textual import events
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
@@ -42,6 +43,7 @@ from tui_trainer.ui.panels.tensor import (
     StatisticsReading,
     StatisticsView,
     Viewport,
+    recorded_columns,
 )
 from tui_trainer.ui.panels.update_explanation import UpdateView
 from tui_trainer.ui.screens.base import (
@@ -53,7 +55,7 @@ from tui_trainer.ui.screens.dialogs import TextPrompt
 from tui_trainer.ui.screens.inspection_requests import InspectionRequests, ending
 from tui_trainer.ui.screens.saving import save_tensor
 from tui_trainer.ui.widgets.caption import Caption, Placeholder
-from tui_trainer.ui.widgets.lines import Span
+from tui_trainer.ui.widgets.lines import BuiltLines, Span
 
 MIN_WIDTH_BESIDE = 76
 """Width from which heat map and numbers are side by side."""
@@ -63,6 +65,8 @@ MIN_WIDTH_FOR_ALL = 170
 """Width from which the numbers stay next to the update or the check."""
 MAX_MATCHES = 200
 """Tensors that the dialog lists at a time."""
+MAX_NAME_WIDTH = 52
+"""Cells of names beyond which what follows them is not aligned."""
 ENTRIES = 5
 READINGS_KEPT = 500
 CHECKED_ENTRIES = 2
@@ -113,7 +117,9 @@ class TensorDialog(ModalScreen[TensorRef | None]):
         found = [each for each in self._tensors.tensors if each.is_named(words)]
         self._matches = found[:MAX_MATCHES]
         options = self.query_one(OptionList)
-        options.set_options([Option(_option(each)) for each in self._matches])
+        widest = max((cell_len(each.ref.text) for each in self._matches), default=0)
+        width = min(widest, MAX_NAME_WIDTH)
+        options.set_options([Option(_option(each, width)) for each in self._matches])
         options.display = bool(self._matches)
         if self._matches:
             options.highlighted = 0
@@ -134,10 +140,12 @@ class TensorDialog(ModalScreen[TensorRef | None]):
         self.query_one(OptionList).focus()
 
 
-def _option(tensor: TensorInfo) -> Content:
+def _option(tensor: TensorInfo, width: int) -> Content:
+    """Name, shape and type; `width`: cells for the names."""
     shape = "×".join(map(str, tensor.shape)) or "0-d"
     other = "".join(f"  = {name}" for name in tensor.also)
-    return Content.assemble(tensor.ref.text, (f"   {shape} {tensor.dtype}{other}", "dim"))
+    gap = " " * (2 + max(0, width - cell_len(tensor.ref.text)))
+    return Content.assemble(tensor.ref.text, (f"{gap}{shape:<12} {tensor.dtype}{other}", "dim"))
 
 
 class InspectScreen(DetailScreen):
@@ -206,6 +214,10 @@ class InspectScreen(DetailScreen):
                 tooltip="Write the whole tensor to a .npy or .safetensors file"),
         Binding("G", "groups", "Groups", key_display="G", id="inspect.groups",
                 tooltip="Parameter groups, who updates which parameters, and the memory by kind"),
+        Binding("pagedown", "scroll(1)", "Further down", id="inspect.scroll_down", show=False,
+                tooltip="More of the numbers, of the update or of the check"),
+        Binding("pageup", "scroll(-1)", "Further up", id="inspect.scroll_up", show=False,
+                tooltip="The numbers, the update or the check further up"),
         Binding("v", "numbers", "Numbers", id="inspect.numbers",
                 tooltip="Heat map or numbers, where only one fits"),
         RANK_BINDING,
@@ -320,7 +332,8 @@ class InspectScreen(DetailScreen):
             if summary.statistics is not None and not (
                 self._history and self._history[-1].at == at
             ):
-                self._history.append(StatisticsReading(at, summary.statistics))
+                reading = StatisticsReading(at, summary.statistics, answer.phase, summary.before)
+                self._history.append(reading)
         self.summary = summary
         self._draw(self.context.snapshot)
         self._explain()
@@ -358,7 +371,8 @@ class InspectScreen(DetailScreen):
         if summary is not None:
             empty = "it has no entries" if not summary.tensor.elements else READING
             self.heat_map.show(summary.heat, empty)
-            self.numbers.show(summary.tensor, summary.statistics, tuple(self._history))
+            recorded = [] if self._rank else recorded_columns(snapshot, summary.tensor.ref)
+            self.numbers.show(summary.tensor, summary.statistics, tuple(self._history), recorded)
             self.query_one(UpdateView).show(self.explanation, self._unexplained)
             self.query_one(GradientCheckView).show(self.gradient_check, self._unchecked)
         else:
@@ -554,6 +568,11 @@ class InspectScreen(DetailScreen):
             self.call_after_refresh(self._show)
 
         self.app.push_screen(TextPrompt("Index of the entry (* for the whole tensor)"), chosen)
+
+    def action_scroll(self, direction: int) -> None:
+        """By a page, in each view beside the heat map that has more than fits."""
+        for view in self.query(BuiltLines):
+            view.scroll_relative(y=direction * view.size.height, animate=False)
 
     def action_numbers(self) -> None:
         self.toggle_class("-numbers")

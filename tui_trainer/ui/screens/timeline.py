@@ -23,6 +23,7 @@ from tui_trainer.ui.screens import app_context
 from tui_trainer.ui.screens.dialogs import SnapshotDialog
 from tui_trainer.ui.screens.inspection_requests import InspectionRequests
 
+NEWEST = "newest step"
 KEYS = "left, right: one step, enter: go there, tab: step or memory, escape: close"
 NOTHING = "nothing is kept yet: enter an amount of memory for snapshots, such as 512MB"
 SCRIPT = (
@@ -49,13 +50,14 @@ class TimelineList(OptionList):
         for place in timeline.places:
             by_step.setdefault(place.step, []).append(place.text or place.kind)
         self.steps = sorted(by_step, reverse=True)
+        by_step[timeline.newest].append(NEWEST)
         now = app_context(self).glyphs.paused
+        width = len(f"{self.steps[0]:,}")
         self.set_options(
             Option(
                 Content.assemble(
-                    (f"{step:<9,} {now if step == timeline.now else ' '} ", "$text-accent"),
-                    " ".join(dict.fromkeys(by_step[step])),
-                    ("  newest step" if step == timeline.newest else "", "dim"),
+                    (f"{step:>{width},} {now if step == timeline.now else ' '}  ", "$text-accent"),
+                    ", ".join(dict.fromkeys(by_step[step])),
                 )
             )
             for step in self.steps

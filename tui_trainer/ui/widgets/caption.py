@@ -50,6 +50,9 @@ class Caption(LineView):
                 row.append(Segment(GAP, self.palette.text))
             row += self.styled([span])
         used = sum(segment.cell_length for segment in row)
+        if used > size.width and size.width:
+            row = list(Segment.adjust_line_length(row, size.width - 1, pad=False))
+            return [[*row, Segment(self.glyphs.ellipsis[:1], self.palette.dim)]]
         if not self._right or (self._right_is_optional and used > room):
             return [row]
         if used > room:

@@ -71,29 +71,49 @@ class InputView(ExaminationView):
     def _colored(self) -> bool:
         return not self.glyphs.ascii and self.palette.text.bgcolor is not None
 
+    def text_height(self, width: int) -> int:
+        """Rows that the whole text takes, with its title; 0 where there is no text."""
+        found = self.found
+        if found is None or found.row is None or not found.labels:
+            return 0
+        return 1 + len(self._text_rows(found, floats(found.row.weights), width)[0])
+
     def _text(self, found: AttentionExamination, weights: Floats, size: Size) -> list[Row]:
-        """The tokens, each on a ground as strong as its weight; the query is marked."""
+        """The tokens, each on a ground as strong as its weight; the query is marked. Of a longer
+        text those rows that end with the query's."""
+        rows, of_query = self._text_rows(found, weights, size.width)
+        room = size.height - 1
+        first = max(0, min(of_query + 1, len(rows)) - room)
+        figures: list[Figure] = [
+            ("query", position_label(found, found.query) or str(found.query), self.palette.accent)
+        ]
+        title = title_line(self, size.width, "Text", figures)
+        return [title, *rows[first : first + room]]
+
+    def _text_rows(
+        self, found: AttentionExamination, weights: Floats, columns: int
+    ) -> tuple[list[Row], int]:
+        """The rows of the text, and which of them has the query."""
         largest = float(weights.max(initial=0.0)) or 1.0
         assert found.row is not None
         masked = np.isnan(floats(found.row.scores))
         rows: list[Row] = [[]]
-        used = 0
+        used = of_query = 0
         for key, label in enumerate(found.labels[: len(weights)]):
             text = strip_escapes(visible(label).replace("␣", " "))
             width = cell_len(text)
-            if used + width > size.width and used:
+            if used + width > columns and used:
                 rows.append([])
                 used = 0
             share = float(weights[key]) / largest
+            if key == found.query:
+                of_query = len(rows) - 1
             rows[-1].append(self._token(text, share, key == found.query, bool(masked[key])))
             used += width
             if "\n" in label:
                 rows.append([])
                 used = 0
-        figures: list[Figure] = [
-            ("query", position_label(found, found.query) or str(found.query), self.palette.accent)
-        ]
-        return [title_line(self, size.width, "Text", figures), *rows[: size.height - 1]]
+        return rows, of_query
 
     def _token(self, text: str, share: float, query: bool, masked: bool) -> Segment:
         if query:
