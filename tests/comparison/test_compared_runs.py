@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import threading
 
 import msgspec
 import numpy as np
@@ -12,12 +13,13 @@ import pytest
 
 from tests.cli.calling import assert_refused, call
 from tests.recorded_runs import STEPS, directory, fingerprint, home
-from tests.ui.screens import SIZES, settle, text_of
+from tests.ui.screens import SIZES, settle, text_of, until
 from tui_trainer.cli.commands.compare import as_lines
 from tui_trainer.comparison import compared_runs
 from tui_trainer.comparison.compared_runs import ComparedRun, ComparedValue, differences, outcome
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.runs.liveness import inspect_run
+from tui_trainer.store.database import Store
 from tui_trainer.ui.compare_app import CompareApp
 from tui_trainer.ui.glyphs import UNICODE
 from tui_trainer.ui.panels.runs import ASCII_RUN_MARKERS, RUN_MARKERS, distinct_parts
@@ -119,11 +121,18 @@ def test_where_the_runs_part_is_printed():
     assert_refused(call("compare", "calm", "eager", "--tolerance", "-1", cwd=home()), "tolerance")
 
 
+async def read(pilot):
+    """Until the runs have been read, and drawn."""
+    await settle(pilot)
+    await until(pilot, lambda: not getattr(pilot.app.screen, "reading", 0), "the runs are read")
+    await settle(pilot)
+
+
 async def test_where_the_runs_part_is_on_the_screen():
     app = CompareApp(compared("calm", "eager"))
     async with app.run_test(size=(120, 40)) as pilot:
         await app.workers.wait_for_complete()
-        await settle(pilot)
+        await read(pilot)
         text = text_of(app)
         assert "first difference" in text
         assert re.search(r"at step +1 +1", text)
@@ -162,7 +171,7 @@ def test_too_many(tmp_path):
 async def test_runs_are_distinguishable_without_colour(size):
     app = CompareApp(compared("calm", "eager"))
     async with app.run_test(size=size) as pilot:
-        await settle(pilot)
+        await read(pilot)
         text = text_of(app)
         assert "● calm" in text
         assert "◆ eager" in text
@@ -171,7 +180,7 @@ async def test_runs_are_distinguishable_without_colour(size):
         assert chart.count(RUN_MARKERS[0]) > 2
         assert chart.count(RUN_MARKERS[1]) > 2
         await pilot.press("left" if size[0] < 100 else "down")
-        await settle(pilot)
+        await read(pilot)
         text = text_of(app)
         assert "learning_rate" in text
         assert "0.02" in text
@@ -181,30 +190,30 @@ async def test_runs_are_distinguishable_without_colour(size):
 async def test_keys_align_smooth_and_scale():
     app = CompareApp(compared("calm", "eager"))
     async with app.run_test(size=(120, 40)) as pilot:
-        await settle(pilot)
+        await read(pilot)
         seen = {text_of(app)}
         for key, message in (("t", "seconds"), ("m", "by time"), ("l", "log"), ("t", "by step")):
             await pilot.press(key)
-            await settle(pilot)
+            await read(pilot)
             assert message in text_of(app)
             assert text_of(app) not in seen
             seen.add(text_of(app))
         await pilot.press("question_mark")
-        await settle(pilot)
+        await read(pilot)
         assert "Align the runs by step or by time" in text_of(app)
         await pilot.press("1")  # of one run there is no dashboard here
         await pilot.press("escape")
-        await settle(pilot)
+        await read(pilot)
         assert app.current_mode == "compare"
         await pilot.press("q")
-        await settle(pilot)
+        await read(pilot)
     assert app.return_code == 0
 
 
 async def test_ascii_only():
     app = CompareApp(compared("calm", "eager"), ascii=True)
     async with app.run_test(size=(80, 24)) as pilot:
-        await settle(pilot)
+        await read(pilot)
         assert text_of(app).isascii()
         assert f"{ASCII_RUN_MARKERS[1]} eager" in text_of(app)
 
@@ -222,7 +231,7 @@ async def test_runs_without_a_series(tmp_path):
     empty = ComparedRun(run.__class__("empty", tmp_path, "crashed", run.reported))
     app = CompareApp([calm, empty])
     async with app.run_test(size=(120, 40)) as pilot:
-        await settle(pilot)
+        await read(pilot)
         assert "◆ empty" in text_of(app)
         assert "–" in text_of(app)
 
@@ -237,7 +246,7 @@ def test_only_the_parts_that_differ_are_shown_of_long_settings():
 async def test_four_runs_at_120_columns_show_whole_numbers():
     app = CompareApp(compared("calm", "eager", "calm", "eager"), frames_per_second=0.01)
     async with app.run_test(size=(120, 40)) as pilot:
-        await settle(pilot)
+        await read(pilot)
         text = text_of(app)
         assert text.count("finished") >= 4
         state = next(line for line in text.splitlines() if "finished" in line)
@@ -254,6 +263,26 @@ async def test_skipped_iterations_are_marked_and_counted():
     assert by_name(outcome(runs))["skipped iterations"] == (3, None)
     app = CompareApp(runs)
     async with app.run_test(size=(120, 40)) as pilot:
-        await settle(pilot)
+        await read(pilot)
         axis = next(line for line in text_of(app).splitlines() if line.lstrip().startswith("step"))
         assert UNICODE.failed in axis
+
+
+async def test_the_event_loop_reads_no_database(monkeypatch):
+    readers = set()
+
+    def stream(store, query, *values, unpatched=Store.stream):
+        readers.add(threading.current_thread().name)
+        yield from unpatched(store, query, *values)
+
+    runs = compared("calm", "eager")
+    monkeypatch.setattr(Store, "stream", stream)
+    app = CompareApp(runs)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await app.workers.wait_for_complete()
+        await read(pilot)
+        for key in ("t", "m", "l", "t"):
+            await pilot.press(key)
+            await read(pilot)
+        assert readers
+        assert threading.main_thread().name not in readers

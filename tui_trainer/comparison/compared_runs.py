@@ -168,6 +168,26 @@ def _into_buckets(
     return ComparedCurve(lows, highs, lasts, filled, nonfinite)
 
 
+@dataclass(frozen=True)
+class ComparedSeries:
+    """One of `SERIES` of all runs, as their charts need it."""
+
+    buckets: int
+    by_time: bool
+    stop: float
+    """The last step or second of all runs."""
+    curves: tuple[ComparedCurve | None, ...]
+    newest: tuple[float | None, ...]
+
+
+def read_series(
+    runs: Sequence[ComparedRun], series: str, buckets: int, by_time: bool
+) -> ComparedSeries:
+    stop = max(1.0, *(run.length[1 if by_time else 0] for run in runs))
+    curves = tuple(run.curve(series, stop, buckets, by_time) for run in runs)
+    return ComparedSeries(buckets, by_time, stop, curves, tuple(run.newest(series) for run in runs))
+
+
 # ---------------------------------------------------------------- tables of runs
 
 
@@ -218,6 +238,21 @@ def _outcome_of(run: ComparedRun) -> dict[str, Scalar]:
             which = "lowest" if each.better == "lower" else "highest"
             values[f"{each.name} (logged), {which}"] = highest
     return values
+
+
+@dataclass(frozen=True)
+class ComparedValues:
+    """What the table of differences shows, and which charts there are."""
+
+    measured: frozenset[str]
+    """The names of `SERIES` that any of the runs has."""
+    settings: Sequence[ComparedValue]
+    outcomes: Sequence[ComparedValue]
+
+
+def read_values(runs: Sequence[ComparedRun]) -> ComparedValues:
+    measured = {name for name in SERIES if any(run.series(name) is not None for run in runs)}
+    return ComparedValues(frozenset(measured), differences(runs), outcome(runs))
 
 
 def differences(runs: Sequence[ComparedRun]) -> list[ComparedValue]:

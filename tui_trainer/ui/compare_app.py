@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 from textual.app import ComposeResult
@@ -10,10 +11,20 @@ from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 
 from tui_trainer.client.api import Snapshot
-from tui_trainer.comparison.compared_runs import SERIES, ComparedRun, Divergence, find_divergences
+from tui_trainer.comparison.compared_runs import (
+    SERIES,
+    ComparedRun,
+    ComparedSeries,
+    ComparedValues,
+    Divergence,
+    find_divergences,
+    read_series,
+    read_values,
+)
 from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.command_palette import ActionProvider
 from tui_trainer.ui.panels.runs import DifferenceDetail, DifferencesTable, Legend, OverlayChart
+from tui_trainer.ui.reader_thread import ReaderThread
 from tui_trainer.ui.screens.base import MIN_SIZE, FoldingScreen, RunScreen
 from tui_trainer.ui.theme import initial_theme
 from tui_trainer.ui.widgets.key_line import KeyLine, TooSmall
@@ -26,7 +37,10 @@ SEARCH_INTERVAL_S = 10.0
 
 
 class CompareScreen(FoldingScreen):
-    """Charts of all runs, and a table of their differences."""
+    """Charts of all runs, and a table of their differences.
+
+    The runs are read on a thread, by the methods whose names begin with `_load`.
+    """
 
     CSS = """
     CompareScreen #charts { width: 3fr; height: 1fr; padding: 0 1; }
@@ -58,6 +72,13 @@ class CompareScreen(FoldingScreen):
         self.tolerance = tolerance
         self.divergence: Sequence[Divergence] = ()
         self.by_time = False
+        self.reading = 0
+        """Jobs of the thread that are not done."""
+        self._thread = ReaderThread(
+            "tui-trainer comparison", lambda: self.context.schedule(self._failed)
+        )
+        self._measured = frozenset(SERIES)
+        """The series that any run has."""
 
     def compose(self) -> ComposeResult:
         yield TooSmall(*MIN_SIZE)
@@ -66,7 +87,7 @@ class CompareScreen(FoldingScreen):
         with Horizontal(id="body"):
             with Vertical(id="charts"):
                 for series in SERIES:
-                    yield OverlayChart(series, self.runs, id=series)
+                    yield OverlayChart(series, self.runs, self._read_series)
             with Vertical(id="table"):
                 yield DifferencesTable(self.runs, id="differences")
                 yield DifferenceDetail(self.runs)
@@ -76,8 +97,8 @@ class CompareScreen(FoldingScreen):
         self.query_one(DifferenceDetail).styles.height = len(self.runs) + 1
         self.set_class(len(self.runs) > 3, "-many")
         table = self.query_one(DifferencesTable)
-        table.read()
         table.focus()
+        self._load(self._load_values)
         self.set_interval(REFRESH_INTERVAL_S, self._refresh_live_runs)
         self._search()
         if any(run.run.live for run in self.runs):
@@ -104,13 +125,53 @@ class CompareScreen(FoldingScreen):
     def _redraw(self) -> None:
         self.show(self.context.snapshot)
 
+    # ------------------------------------------------------------ reading
+
+    def _load(self, job: Callable[[], None]) -> None:
+        self.reading += 1
+        self._thread.put(job)
+
     def _refresh_live_runs(self) -> None:
-        live = [run for run in self.runs if run.run.live]
-        for run in live:
-            run.refresh()
-        if live:
-            self.query_one(DifferencesTable).read()
-            self._redraw()
+        if not self.reading and any(run.run.live for run in self.runs):
+            self._load(self._load_on)
+
+    def _read_series(self, chart: OverlayChart, buckets: int, by_time: bool) -> None:
+        self._load(partial(self._load_series, chart, buckets, by_time))
+
+    def _load_on(self) -> None:
+        for run in self.runs:
+            if run.run.live:
+                run.refresh()
+        self.context.schedule(self._show_values, read_values(self.runs), True)
+
+    def _load_values(self) -> None:
+        self.context.schedule(self._show_values, read_values(self.runs), False)
+
+    def _load_series(self, chart: OverlayChart, buckets: int, by_time: bool) -> None:
+        found = read_series(self.runs, chart.series, buckets, by_time)
+        self.context.schedule(self._show_series, chart, found)
+
+    def _show_values(self, values: ComparedValues, refreshed: bool) -> None:
+        self.reading -= 1
+        self.query_one(DifferencesTable).show_values(values)
+        if refreshed:
+            for chart in self.query(OverlayChart):
+                chart.outdate()
+        if values.measured != self._measured:
+            self._measured = values.measured
+            self.show_panels()
+        self._redraw()
+
+    def _show_series(self, chart: OverlayChart, found: ComparedSeries) -> None:
+        self.reading -= 1
+        chart.show_series(found)
+
+    def _failed(self) -> None:
+        """After an error in a job: what is drawn is asked for again with the next key or step."""
+        self.reading -= 1
+
+    def on_unmount(self) -> None:
+        self._thread.close(lambda: None)
 
     # ------------------------------------------------------------ the first difference
 
@@ -125,15 +186,13 @@ class CompareScreen(FoldingScreen):
 
     def _found(self, divergence: Sequence[Divergence]) -> None:
         self.divergence = divergence
-        table = self.query_one(DifferencesTable)
-        table.divergence = divergence
-        table.read()
+        self.query_one(DifferencesTable).show_divergence(divergence)
 
     # ------------------------------------------------------------ layout
 
     def show_panels(self) -> None:
         for number, name in enumerate((*SERIES, "table")):
-            measured = name == "table" or any(run.series(name) is not None for run in self.runs)
+            measured = name == "table" or name in self._measured
             shown = number == self._tab if self._folded else measured
             self.query_one(f"#{name}").display = shown
         # Columns of two runs are wide enough for nearly all values.

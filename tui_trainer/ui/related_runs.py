@@ -9,8 +9,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Thread
 from typing import Protocol
 
 import numpy as np
@@ -25,6 +23,7 @@ from tui_trainer.runs.liveness import RunEntry, inspect_run
 from tui_trainer.runs.recording import open_history
 from tui_trainer.runs.registry import list_runs
 from tui_trainer.store.schema import READ_ERRORS, StoreError
+from tui_trainer.ui.reader_thread import ReaderThread
 
 MAX_RELATED = 4
 """Other runs on the charts of one: more cannot be distinguished."""
@@ -210,7 +209,9 @@ class RelatedRuns:
         """Description of the run whose relatives they are."""
         self._reading = False
         self._refreshing = False
-        self._jobs: SimpleQueue[Callable[[], None] | None] | None = None
+        self._thread = ReaderThread(
+            "tui-trainer related runs", lambda: self._schedule(self._failed)
+        )
         self._recordings: tuple[RelatedRecording, ...] = ()
         """Used by the thread alone."""
 
@@ -231,35 +232,20 @@ class RelatedRuns:
     def find(self) -> None:
         """Look for other runs of the tree."""
         if self._info is not None:
-            self._load(partial(self._load_runs, self._info))
+            self._thread.put(partial(self._load_runs, self._info))
 
     def refresh(self) -> None:
         """Read on in those that train."""
         if not self._refreshing and any(each.run.live for each in self.runs):
             self._refreshing = True
-            self._load(self._load_on)
+            self._thread.put(self._load_on)
 
     def close(self) -> None:
         """Close them, and end the thread."""
         self.runs = ()
-        if self._jobs is not None:
-            self._jobs.put(self._load_nothing)
-            self._jobs.put(None)
-            self._jobs = None
+        self._thread.close(self._load_nothing)
 
     # ------------------------------------------------------------ on the event loop
-
-    def _load(self, job: Callable[[], None]) -> None:
-        if self._jobs is None:
-            self._jobs = SimpleQueue()
-            # A daemon: leaving does not wait for a disk that does not answer.
-            Thread(
-                target=_run,
-                args=(self._jobs, lambda: self._schedule(self._failed)),
-                name="tui-trainer related runs",
-                daemon=True,
-            ).start()
-        self._jobs.put(job)
 
     def _read(self) -> None:
         """Read what the charts want, once all of them have been drawn."""
@@ -271,7 +257,7 @@ class RelatedRuns:
         wanted = [(each, each.wanted) for each in self.runs if each.wanted]
         for run, _ in wanted:
             run.wanted = {}
-        self._load(partial(self._load_curves, wanted))
+        self._thread.put(partial(self._load_curves, wanted))
 
     def _found(self, info: RunInfo, entries: Sequence[RunEntry]) -> None:
         if self._info is None or info.directory != self._info.directory:
@@ -340,12 +326,3 @@ class RelatedRuns:
 
     def _load_nothing(self) -> None:
         self._recordings = open_related((), self._recordings)
-
-
-def _run(jobs: SimpleQueue[Callable[[], None] | None], failed: Callable[[], None]) -> None:
-    while (job := jobs.get()) is not None:
-        try:
-            job()
-        except Exception:
-            with suppress(Exception):  # the event loop has been closed
-                failed()

@@ -3,7 +3,7 @@ values and configurations."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -15,10 +15,10 @@ from tui_trainer.comparison.compared_runs import (
     SERIES,
     ComparedCurve,
     ComparedRun,
+    ComparedSeries,
     ComparedValue,
+    ComparedValues,
     Divergence,
-    differences,
-    outcome,
 )
 from tui_trainer.protocol import formatting
 from tui_trainer.protocol.schema import Scalar
@@ -41,6 +41,7 @@ from tui_trainer.ui.widgets.table import Cell, TableColumn, VirtualTable
 RUN_MARKERS, ASCII_RUN_MARKERS = "●◆▲■○◇△□", "ox+#@%&="
 RUN_STYLES = ("q", "k", "v", "validation", "norm", "warning", "accent", "error")
 assert len(RUN_MARKERS) == len(ASCII_RUN_MARKERS) == len(RUN_STYLES) == MAX_RUNS
+READING = "reading …"
 MARKER_SPACING = 22
 """Dot columns between two markers of a curve."""
 
@@ -51,27 +52,53 @@ def run_marker(number: int, glyphs: Glyphs) -> str:
 
 
 class OverlayChart(LineView):
-    """One of `SERIES` of all runs, by step or by time."""
+    """One of `SERIES` of all runs, by step or by time. It asks for what it draws, and draws what
+    has been read so far."""
 
     DEFAULT_CSS = "OverlayChart { width: 1fr; height: 1fr; }"
 
-    def __init__(self, series: str, runs: Sequence[ComparedRun], *, id: str | None = None) -> None:
-        super().__init__(id=id)
+    def __init__(
+        self,
+        series: str,
+        runs: Sequence[ComparedRun],
+        read: Callable[[OverlayChart, int, bool], None],
+    ) -> None:
+        """`read(chart, buckets, by_time)` asks for the series; `show_series` brings it."""
+        super().__init__(id=series)
         self.series = series
         self.runs = runs
         self.chart = Chart()
         self.by_time = False
         self.smooth = True
+        self._read = read
+        self._found: ComparedSeries | None = None
+        self._asked: tuple[int, bool] | None = None
+        """Buckets and alignment that are being read."""
+        self._outdated = False
+
+    def show_series(self, found: ComparedSeries) -> None:
+        self._found, self._asked = found, None
+        self.update_rows()
+
+    def outdate(self) -> None:
+        """Read again what is drawn."""
+        self._outdated, self._asked = True, None
+        self.update_rows()
 
     def rows(self, size: Size) -> Sequence[Row]:
         """Title and chart."""
         columns = 2 * self.chart.plot_width(size.width)
-        stop = max(1.0, *(run.length[1 if self.by_time else 0] for run in self.runs))
-        curves = [run.curve(self.series, stop, columns, self.by_time) for run in self.runs]
-        if all(curve is None for curve in curves):
-            message = message_row("not measured in any of these runs", self.palette.dim)
+        wanted, found = (columns, self.by_time), self._found
+        if found is not None and (found.buckets, found.by_time) != wanted:
+            found = None
+        if (found is None or self._outdated) and self._asked != wanted:
+            self._asked, self._outdated = wanted, False
+            self._read(self, *wanted)
+        if found is None or all(curve is None for curve in found.curves):
+            text = READING if found is None else "not measured in any of these runs"
+            message = message_row(text, self.palette.dim)
             return [self._title_row(size.width), [], message]
-        layers = self._layers(curves)
+        stop, layers = found.stop, self._layers(found.curves)
         steps = (0, max(1, round(stop))) if self.by_time else (1, int(stop) + 1)
         layers += self._skipped(steps, columns)
         height = size.height - 1
@@ -126,8 +153,9 @@ class OverlayChart(LineView):
         row: Row = [Segment(f"{SERIES[self.series][2]} ", palette.title)]
         left = width - len(row[0].text)
         right = " log" if self.chart.drawn_log else ""
-        for number, run in enumerate(self.runs):
-            value = formatting.number(run.newest(self.series), 6)
+        for number in range(len(self.runs)):
+            newest = self._found.newest[number] if self._found is not None else None
+            value = formatting.number(newest, 6)
             text = f" {run_marker(number, self.glyphs)} {value}"
             if len(text) + len(right) > left:
                 break
@@ -174,32 +202,39 @@ class DifferencesTable(VirtualTable):
     def __init__(self, runs: Sequence[ComparedRun], *, id: str | None = None) -> None:
         super().__init__(id=id)
         self.runs = runs
-        self.placeholder = "nothing was recorded"
-        self.divergence: Sequence[Divergence] = ()
+        self.placeholder = READING
+        self._divergence: Sequence[Divergence] = ()
         """The first differences of the runs, once they are known."""
+        self._values: ComparedValues | None = None
         self._lines: list[ComparedValue | str] = []
         """Headings and rows."""
         self._outcomes = 0
         self._run_width = MIN_RUN_WIDTH
 
-    def read(self) -> None:
-        """Read the runs again."""
-        settings = differences(self.runs)
-        heading = DIFFERENT if settings else SAME
-        divergences, outcomes = self._divergence_lines(), outcome(self.runs)
-        self._outcomes = len(divergences) + len(outcomes)
-        self._lines = [*divergences, OUTCOME, *outcomes, heading, *settings]
+    def show_values(self, values: ComparedValues | None) -> None:
+        """Show other values, with the first differences that are known."""
+        if values is None:
+            return
+        self._values = values
+        heading = DIFFERENT if values.settings else SAME
+        divergences = self._divergence_lines()
+        self._outcomes = len(divergences) + len(values.outcomes)
+        self._lines = [*divergences, OUTCOME, *values.outcomes, heading, *values.settings]
         self.set_order(np.arange(len(self._lines)))
         self.update_rows()
 
+    def show_divergence(self, divergence: Sequence[Divergence]) -> None:
+        self._divergence = divergence
+        self.show_values(self._values)
+
     def _divergence_lines(self) -> list[ComparedValue | str]:
         """Where each run differs first from the first one, and both values around it."""
-        if not self.divergence:
+        if not self._divergence:
             return []
         steps: list[Scalar] = [None] * len(self.runs)
         phases: list[Scalar] = [None] * len(self.runs)
         around: list[ComparedValue | str] = []
-        for each in self.divergence:
+        for each in self._divergence:
             first = each.found.first
             steps[each.number] = "none" if first is None else first.step
             phases[each.number] = None if first is None else first.phase
