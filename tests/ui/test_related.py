@@ -75,8 +75,8 @@ def test_an_error_while_related_runs_are_read_does_not_end_the_reading() -> None
     def broken() -> None:
         raise ValueError("unexpected")
 
-    found._load(broken)
-    found._load(tried.set)
+    found._thread.put(broken)
+    found._thread.put(tried.set)
     assert tried.wait(60)
     assert not found._reading
     assert not found._refreshing
