@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from textual import events
+
 from tests.ui.fake import fake_gpt
 from tests.ui.screens import app_on, frame, settle, text_of, until
 from tui_trainer.protocol.actions import Branch, ChangeSettings, UndoSettings
@@ -44,6 +46,12 @@ async def test_settings_are_shown_changed_and_undone() -> None:
         await pilot.press("escape", "ctrl+b")
         await settle(pilot)
         assert session.sent[-1] == Branch((SettingChange("clip", 0.5),))
+        await pilot.press("ctrl+u")
+        for key in (*"lr=1", "ctrl+b"):  # as fast as a terminal or ssh may send them
+            app.post_message(events.Key(key, key if len(key) == 1 else None))
+        await until(pilot, lambda: session.sent[-1] == Branch((SettingChange("lr", 1.0),)), "lr=1")
+        await pilot.press("ctrl+u", "ctrl+o")
+        await until(pilot, lambda: "type the change that it is about" in text_of(app), "why not")
         await pilot.press("ctrl+z")
         await frame(pilot)
         assert session.sent[-1] == UndoSettings()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 from textual.app import ComposeResult
@@ -35,6 +36,7 @@ EXAMPLES = "such as lr=3e-4, lr[1]=1e-3, betas=0.9,0.95, clip=off, freeze=blocks
 IN_THE_PAST = (
     "step {:,} is in the past of this run, which has been at step {:,}: ctrl+b starts a branch"
 )
+NOTHING_TYPED = "type the change that it is about, for example lr=3e-4"
 LATER = "the settings are read at the next step boundary"
 
 
@@ -161,15 +163,27 @@ class SettingsDialog(SnapshotDialog):
 
     def action_what_if(self) -> None:
         """Compare the next steps with and without the change in the input."""
-        text = self.query_one(Input).value
+        self._once_typed(self._what_if)
+
+    def action_branch(self) -> None:
+        """Start a new run from here with the changes in the input."""
+        self._once_typed(self._branch)
+
+    def _once_typed(self, act: Callable[[str], None]) -> None:
+        """Call it with the text of the input, after the keys that were pressed before: they wait in
+        the queue of the input, which a binding with priority overtakes."""
+        entry = self.query_one(Input)
+        entry.call_later(lambda: act(entry.value))
+
+    def _what_if(self, text: str) -> None:
         if self._parsed(text):
             from tui_trainer.ui.screens.experiments import ExperimentsDialog
 
             self.app.push_screen(ExperimentsDialog(text))
+        elif not text.strip():
+            self.query_one(".error", Static).update(NOTHING_TYPED)
 
-    def action_branch(self) -> None:
-        """Start a new run from here with the changes in the input."""
-        text = self.query_one(Input).value
+    def _branch(self, text: str) -> None:
         changes = self._parsed(text)
         if changes or not text.strip():
             app_context(self).command(Branch(changes))
