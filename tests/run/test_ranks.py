@@ -50,7 +50,7 @@ from tui_trainer.protocol.inspection import (
 from tui_trainer.protocol.ranks import MAX_BYTES, Go, to_rank
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.protocol.settings import SettingChange
-from tui_trainer.protocol.travel import WhatIf
+from tui_trainer.protocol.travel import ExperimentResult, MeasureLandscape, WhatIf
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.run import rank_server
 from tui_trainer.run.rank_server import Peer, RankServer, ending_of
@@ -274,9 +274,12 @@ def look_into_ranks(client):
         assert not ack.ok, action
         assert ack.message.startswith("this run trains in 2 processes"), ack
     experiment = client.inspect(WhatIf(changes))
-    assert (experiment.state, experiment.message) == (
-        "failed", "experiments are for the shipped tasks",
-    )  # fmt: skip
+    assert experiment.state == "failed"
+    assert experiment.message.startswith("the steps of a script cannot be made twice"), experiment
+    along = client.inspect(MeasureLandscape("random", 3, 0.1))
+    assert isinstance(along.result, ExperimentResult), along
+    assert f"on the batch of step {along.step}" in along.result.text
+    assert all(map(math.isfinite, along.result.curves[0].loss))
 
 
 @pytest.mark.slow
