@@ -1,8 +1,9 @@
-"""Runs a set of planted programs and their clean twins and prints a table.
+"""Runs sets of planted programs and their clean twins and prints a table of each.
 
-    python -m benchmarks.findings --set B|C|D|E [NAME …] [--jobs N] [--json FILE]
+    python -m benchmarks.findings [--set A|B|C|D|E] [NAME …] [--jobs N] [--json FILE]
 
-Set A is run by `python benchmarks/findings/run.py`.
+Without `--set`, all of them. Set A, the faults that the rules were written for, has a judge of its
+own, `benchmarks/findings/planted_kinds.py`, and writes nothing to FILE.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from benchmarks.findings.judge import Answer, Verdict, judge, run
 from benchmarks.findings.planted import SETS, Program
+from benchmarks.findings.planted_kinds import main as run_planted_kinds
 
 GOALS = {
     "B": "goal: 10 of 11 within one step of the trigger",
@@ -82,21 +84,14 @@ def _summary(which: str, judged: Sequence[tuple[Program, Answer, Verdict]]) -> s
     return "\n".join([*lines, GOALS[which]])
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Print a line per program; the exit status is 1 if one failed to run."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.findings")
-    parser.add_argument("--set", choices=sorted(SETS), required=True, dest="which")
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--no-twins", action="store_true", help="only the programs with a fault")
-    parser.add_argument("names", nargs="*", metavar="NAME")
-    options = parser.parse_args(arguments)
+def _run_set(which: str, options: argparse.Namespace) -> list[tuple[Program, Answer, Verdict]]:
+    """Run the programs of a set, and print a line for each and their numbers."""
     programs = [
         each
-        for each in SETS[options.which]
+        for each in SETS[which]
         if not options.names or any(name in each.name for name in options.names)
     ]
-    if options.which != "D" and not options.no_twins:
+    if which != "D" and not options.no_twins:
         programs += _twins(programs)
     judged = []
     with ThreadPoolExecutor(options.jobs) as pool:
@@ -104,14 +99,36 @@ def main(arguments: Sequence[str]) -> int:
             verdict = judge(program, answer)
             judged.append((program, answer, verdict))
             print(_line(program, answer, verdict), flush=True)
-    print(_summary(options.which, judged))
+    print(_summary(which, judged))
+    return judged
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print a line per program; the exit status is 1 if one failed to run, or one of set A was not
+    named as it should be."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.findings")
+    parser.add_argument("--set", choices=["A", *sorted(SETS)], dest="which")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--no-twins", action="store_true", help="only the programs with a fault")
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    options = parser.parse_args(arguments)
+    wanted = [options.which] if options.which else ["A", *sorted(SETS)]
+    status = 0
+    judged: list[tuple[Program, Answer, Verdict]] = []
+    for which in wanted:
+        print(f"set {which}")
+        if which == "A":
+            status |= run_planted_kinds(options.names, options.jobs)
+        else:
+            judged += _run_set(which, options)
     if options.json:
         made = [
             {"program": asdict(program), "answer": asdict(answer), "verdict": asdict(verdict)}
             for program, answer, verdict in judged
         ]
         options.json.write_text(json.dumps(made, indent=1), encoding="utf-8")
-    return int(any(answer.fault for _, answer, _ in judged))
+    return status or int(any(answer.fault for _, answer, _ in judged))
 
 
 if __name__ == "__main__":

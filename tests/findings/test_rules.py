@@ -807,3 +807,11 @@ def test_sum_over_episodes_is_not_taken_for_a_loss_that_diverges(signs, judged):
     for number in range(1, 120):
         run.step(1.0 + 0.1 * number, signs=signs)
     assert ("loss-diverges" in run.found) == judged
+
+
+@pytest.mark.parametrize(("signs", "judged"), [((), True), (("calls_vary",), False)])
+def test_episodes_that_the_model_plays_are_not_taken_for_slow_data(signs, judged):
+    run = Run()
+    for _ in range(120):
+        run.step(data_ms=25.0, signs=signs)
+    assert ("input-bound" in run.found) == judged

@@ -12,7 +12,7 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -111,6 +111,22 @@ PASSING = (
 """Modules whose output is finite where their input is."""
 
 
+class _Kind(NamedTuple):
+    """What is known of the modules of one class."""
+
+    passing: bool
+    propagating: bool
+    read_by_others: bool
+
+
+class _Kinds(dict[type[nn.Module], _Kind]):
+    def __missing__(self, cls: type[nn.Module]) -> _Kind:
+        kind = self[cls] = _Kind(
+            issubclass(cls, PASSING), issubclass(cls, PROPAGATING), issubclass(cls, READ_BY_OTHERS)
+        )
+        return kind
+
+
 @dataclass(slots=True)
 class _Sum:
     """One tensor that went into or came out of a module."""
@@ -155,6 +171,7 @@ class OutputSums(Probe):
         )
         # By weak references: a probe does not keep a model.
         self._modules = weakref.WeakValueDictionary(tracked.modules)
+        self._kinds = _Kinds()
         self._sums: list[_Sum] = []
         self._values: list[torch.Tensor | None] = []
         """None: held instead."""
@@ -224,16 +241,17 @@ class OutputSums(Probe):
             given = tensors_in((*args, *kwargs.values()))
         for tensor in given:
             if not self._is_known(tensor):
-                self._add(module, True, tensor, isinstance(module, PROPAGATING))
+                self._add(module, True, tensor, self._kinds[type(module)].propagating)
 
     def _returned(self, module: torch.nn.Module, result: Any) -> None:
+        kind = self._kinds[type(module)]
         single = type(result) in PLAIN
-        if single and isinstance(module, PASSING):
+        if single and kind.passing:
             self._known[id(result)] = weakref.ref(result), version_of(result)
             return
         for tensor in (result,) if single else tensors_in(result):
             if not self._is_known(tensor):
-                self._add(module, False, tensor, isinstance(module, READ_BY_OTHERS))
+                self._add(module, False, tensor, kind.read_by_others)
 
     def _is_known(self, tensor: torch.Tensor) -> bool:
         known = self._known.get(id(tensor))
@@ -260,10 +278,10 @@ class OutputSums(Probe):
         held = None
         # Without gradients, as in a checkpointed block, autograd keeps nothing and neither do we.
         if passed_on and self._on_host and torch.is_grad_enabled():
-            size = tensor.numel() * tensor.element_size()
+            size = tensor.nbytes
             if self._held_bytes + size <= MAX_HELD_BYTES:
                 self._held_bytes += size
-                held = tensor.detach()
+                held = tensor
         self._values.append(_sum(tensor) if held is None else None)
         self._sums.append(_Sum(owner, entering, reference, held))
 

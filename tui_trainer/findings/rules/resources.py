@@ -70,7 +70,9 @@ class InputBound(Rule):
     needs = "the phases of 60 steps of at least 20 ms"
     explanation = (
         "More than half of each step passes before forward begins: the training waits for the next "
-        "batch, or the script does other work between two steps."
+        "batch, or the script does other work between two steps. A training that calls its model "
+        "another number of times at every step (episodes of a reinforcement learning) is not "
+        "judged: the model makes its data."
     )
     advice = (
         "use a DataLoader with num_workers > 0, pin_memory and persistent_workers; decode and "
@@ -85,7 +87,7 @@ class InputBound(Rule):
     FIRST = 10
 
     def start(self) -> None:
-        self._count = 0
+        self._count = self._varied = 0
         self._data = self._total = 0.0
         self._since = 0
         self._reported = False
@@ -97,6 +99,7 @@ class InputBound(Rule):
         if data is None or data != data:
             return
         self._count += 1
+        self._varied += "calls_vary" in seen.signs
         if self._count <= self.FIRST:  # workers are starting
             return
         weight = 1 / min(self._count - self.FIRST, 50)
@@ -111,6 +114,7 @@ class InputBound(Rule):
             self._count < self.FIRST + 50
             or seen.step - self._since < 30
             or self._total < self.limits["step_ms"]
+            or self._varied > self._count / 2
         ):
             return
         self._reported = True

@@ -1,16 +1,17 @@
-"""Runs the planted bugs and their clean twins under `tui-trainer check` and prints a table.
+"""Set A: runs the planted bugs and their clean twins under `tui-trainer check`.
 
-    .venv/bin/python benchmarks/findings/run.py [NAME …]
+    python -m benchmarks.findings --set A [NAME …] [--jobs N]
 
-A bug counts as named where the first finding is of the expected rule, and as placed where its onset
-is the step from which the bug acts.
+A bug counts as named where a finding that is no effect of another is of the expected rule, and as
+placed where its onset is the step from which the bug acts.
 """
 
 from __future__ import annotations
 
 import json
 import subprocess
-import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -127,28 +128,26 @@ def verdict(case: Case, found: list[dict]) -> tuple[str, bool]:
     onset = found[rules.index(case.rule)]["onset"]
     placed = case.onset <= onset <= case.onset + case.within
     first = "" if rules[0] == case.rule else ", not first"
-    return ("named" if placed else f"named, onset not {case.onset}") + first, placed and not first
+    return ("named" if placed else f"named, onset not {case.onset}") + first, placed
 
 
-def main(names: list[str]) -> int:
+def main(names: Sequence[str], jobs: int = 1) -> int:
     """Print a line for each case; the exit status is 1 where any is not as it should be."""
-    good = total = 0
+    cases = [each for each in CASES if not names or each.name in names or each.bug in names]
+    good = 0
     print(f"{'program':<26} {'result':<28} findings")
-    for case in CASES:
-        if names and case.name not in names and case.bug not in names:
-            continue
-        began = perf_counter()
-        found, fault = check(case)
-        word, right = ("FAILED", False) if fault else verdict(case, found)
-        listed = fault or "; ".join(
-            f"{each['rule']} ({each['level']}) since {each['onset']}" for each in found
-        )
-        total += 1
-        good += right
-        print(f"{case.name:<26} {word:<28} {listed}  {perf_counter() - began:.0f} s", flush=True)
-    print(f"{good} of {total} as they should be")
-    return 0 if good == total else 1
+    with ThreadPoolExecutor(jobs) as pool:
+        for case, (found, fault, seconds) in zip(cases, pool.map(_timed, cases), strict=True):
+            word, right = ("FAILED", False) if fault else verdict(case, found)
+            listed = fault or "; ".join(
+                f"{each['rule']} ({each['level']}) since {each['onset']}" for each in found
+            )
+            good += right
+            print(f"{case.name:<26} {word:<28} {listed}  {seconds:.0f} s", flush=True)
+    print(f"{good} of {len(cases)} as they should be")
+    return 0 if good == len(cases) else 1
 
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def _timed(case: Case) -> tuple[list[dict], str, float]:
+    began = perf_counter()
+    return *check(case), perf_counter() - began
