@@ -242,6 +242,7 @@ WRONG_BEFORE = (
     ),
     Loop(iterations=4, zero_by="hand", perturbs=True),
     Loop(iterations=5, zero_by="hand", skip="after backward", skip_at=3),
+    Loop(iterations=4, clips=(Clip("data", when="each"),), perturbs=True),
     Loop(
         iterations=2,
         optimizers=(Optimizer("sgd", ("a", "b")), Optimizer("sgd", ("b",))),

@@ -62,7 +62,7 @@ class Clippings:
         waiting = self._waiting
         waiting.registry.register_reached()
         waiting.take_unseen()
-        waiting.follow_changes_by_hand(compare=True)
+        waiting.follow_changes_by_hand()
         self._measurers, self._used, careful = [], [], False
         for measurer in waiting.registry.measurers_of(parameters):
             if not measurer.passes:

@@ -91,7 +91,7 @@ class OptimizerSteps:
             measurer.do_not_read(Absent.CHANGED_BY_FRAMEWORK)
         if not closure:
             self._waiting.take_unseen()
-            self._waiting.follow_changes_by_hand(compare=True)
+            self._waiting.follow_changes_by_hand()
             if measurer.reading is None:
                 self._waiting.read(measurer)
             if self._origins.rerun is not None and measurer.reading is not None:
@@ -112,7 +112,7 @@ class OptimizerSteps:
         if measurer is not None and self._open_step.evaluations == 1:
             self._phases.stop_clock()
             self._waiting.take_unseen()
-            self._waiting.follow_changes_by_hand(compare=True)
+            self._waiting.follow_changes_by_hand()
             if measurer.reading is None:
                 self._waiting.read(measurer)
             self._open_step.evaluated = measurer

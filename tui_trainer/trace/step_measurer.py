@@ -261,15 +261,15 @@ class StepMeasurer:
             return self.changed_between_passes()
         return self.marks.first_changed()
 
-    def change_by_hand(self, compare: bool) -> HandChange | None:
+    def change_by_hand(self) -> HandChange | None:
         """What the script has done to the gradients by itself since the last change that is known.
 
         Its in-place operations leave a mark, but for those on `grad.data`: while this measurer is
-        careful, the norms are compared as well where it matters (`compare`). Gradients that it has
+        careful, the norms are compared as well. Gradients that it has
         released or zeroed are discarded, which does not count as a change.
         """
         changed = self.marks.changed()
-        compare = compare and self._latest is not None and self.careful
+        compare = self._latest is not None and self.careful
         if not changed and not compare:
             return None
         if self.averaged and self.reading is None:

@@ -468,7 +468,7 @@ class Tracer:
     def unscale_began(self) -> None:
         """`scaler.unscale_` is called: follow what the script did to the scaled gradients."""
         if not self.in_phase:
-            self._waiting.follow_changes_by_hand(compare=True)
+            self._waiting.follow_changes_by_hand()
 
     @guarded
     def gradients_unscaled(self, optimizer: Optimizer) -> None:

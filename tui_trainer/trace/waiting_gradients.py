@@ -176,13 +176,13 @@ class WaitingGradients:
             backward.claims.discard(measurer)
             measurer.marks.remember()
 
-    def follow_changes_by_hand(self, compare: bool = False) -> None:
+    def follow_changes_by_hand(self) -> None:
         """Find out whether the script has changed gradients between backward and step by itself:
-        scaled, clipped or averaged them. `compare`: as in `StepMeasurer.change_by_hand`."""
+        scaled, clipped or averaged them."""
         changes: list[HandChange] = []
         for measurer in self.registry.measurers:
             if measurer.passes and measurer is not self._open_step.evaluated:
-                change = measurer.change_by_hand(compare)
+                change = measurer.change_by_hand()
                 if change is not None:
                     changes.append(change)
         if not changes:
@@ -271,7 +271,7 @@ class WaitingGradients:
         if not measurer.changed_between_passes():
             return
         if not measurer.thrown_away():
-            self.follow_changes_by_hand(compare=True)
+            self.follow_changes_by_hand()
         else:
             self.skip(self._discard(measurer), "hand")
             measurer.zeroes_by_hand = True
