@@ -106,3 +106,32 @@ def test_many_names_are_parts_of_one_evaluation(losses):
         loss_of(float(ord(name) - ord("a")))
     losses.end()
     assert losses.results == [{"loss": 2.5}]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_ignored_targets_are_not_counted_in_a_sum(losses, device):
+    """A meta tensor has no value: what is computed with it waits for no device."""
+    total, count = 0.0, 0
+    for number in range(2):
+        call(losses)
+        logits = torch.randn(4, 3, device=device)
+        target = torch.tensor([0, -100, 2, -100 if number else 1], device=device)
+        loss = F.cross_entropy(logits, target, reduction="sum")
+        if device == "cpu":
+            total, count = total + float(loss), count + int((target >= 0).sum())
+    losses.trains(MODEL)
+    (found,) = losses.results
+    if device == "cpu":
+        assert found["loss"] == pytest.approx(total / count)
+    else:
+        assert found["loss"].is_meta
+
+
+def test_a_fault_of_ours_is_reported_and_the_evaluation_has_no_loss(losses):
+    faults = []
+    losses.on_fault = faults.append
+    losses.label_of = lambda frame: 1 / 0
+    validate(losses)
+    losses.trains(MODEL)
+    assert losses.results == []
+    assert isinstance(faults[0], ZeroDivisionError)

@@ -77,7 +77,7 @@ class _Mean:
     def __init__(self) -> None:
         self._sum = 0.0
         self._count = 0
-        self._targets = 0
+        self._targets: int | torch.Tensor = 0
         self._is_sum = False
         self._on_device: list[torch.Tensor] = []
         self._device_sum: torch.Tensor | None = None
@@ -87,10 +87,11 @@ class _Mean:
     ) -> bool:
         """Whether the loss is of the same reduction as those before."""
         is_sum = kwargs.get("reduction") == "sum"
-        if self._is_sum and not is_sum:
+        if self._count and is_sum != self._is_sum:
             return False
         self._is_sum = is_sum
-        self._targets += _target_count(name, args, kwargs) if is_sum else 0
+        if is_sum:
+            self._targets = self._targets + _target_count(name, args, kwargs)
         self._count += 1
         if loss.is_cpu:
             self._sum += float(loss)
@@ -104,14 +105,15 @@ class _Mean:
         """Add the losses of another evaluation, of the same place."""
         self._sum += other._sum
         self._count += other._count
-        self._targets += other._targets
+        self._targets = self._targets + other._targets
         self._on_device += other._on_device
         if other._device_sum is not None:
             self._on_device.append(other._device_sum)
 
     def value(self) -> torch.Tensor | float | None:
+        """The mean, on the device of the losses; None where there were no targets."""
         divisor = self._targets if self._is_sum else self._count
-        if divisor == 0:
+        if isinstance(divisor, int) and divisor == 0:
             return None
         self._add_up()
         if self._device_sum is None:
@@ -143,6 +145,8 @@ class EvaluationLosses:
         self.on_ambiguous: Callable[[int], None] = _ignore
         """Called in place of it, with the number of completed steps, where several losses are
         computed, since it is unknown which of them is the loss of the script."""
+        self.on_fault: Callable[[Exception], None] = _ignore_fault
+        """Called with a fault of ours, after which the evaluation in progress has no loss."""
         self.label_of: Callable[[FrameType], str] = _no_label
         """The value of the loop over names that a frame or its callers execute; "" without one."""
         self.on_training_loss: OnTrainingLoss | None = None
@@ -308,9 +312,10 @@ class EvaluationLosses:
             if self._means.setdefault(key, _Mean()).add(loss, name, args, kwargs):
                 self._count += 1
             self._current, self._calls_before = key, self._calls
-        except Exception:
+        except Exception as fault:
             self._open = False
             self._reset()
+            self.on_fault(fault)
 
 
 USUAL_DISTANCE = 5
@@ -382,6 +387,10 @@ def _ignore(step: int) -> None:
     pass
 
 
+def _ignore_fault(fault: Exception) -> None:
+    pass
+
+
 def _no_label(frame: FrameType) -> str:
     return ""
 
@@ -403,13 +412,15 @@ def _place_of(frame: FrameType | None) -> tuple[tuple[Any, int], FrameType | Non
     return ((frame.f_code, frame.f_lineno) if frame is not None else (None, 0)), frame
 
 
-def _target_count(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """The number of targets that a summed loss sums over."""
+def _target_count(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | torch.Tensor:
+    """The number of targets that a summed loss sums over; a 0-d tensor on a device, which is not
+    waited for."""
     given = args[0] if args else kwargs.get("input")
     target = args[1] if len(args) > 1 else kwargs.get("target")
     if name in CLASS_LOSSES and isinstance(target, torch.Tensor) and not target.is_floating_point():
-        ignored = kwargs.get("ignore_index", -100)
-        return int((target != ignored).sum()) if target.is_cpu else target.numel()
+        ignored = args[4] if len(args) > 4 else kwargs.get("ignore_index", -100)
+        count = (target != ignored).sum()
+        return int(count) if target.is_cpu else count
     if name in CLASS_LOSSES and isinstance(given, torch.Tensor):
         return given.numel() // max(1, given.shape[1] if given.dim() > 1 else given.shape[0])
     return given.numel() if isinstance(given, torch.Tensor) else 1

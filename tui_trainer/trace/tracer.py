@@ -22,6 +22,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -166,6 +167,7 @@ class Tracer:
         self._roots.call_model = self._forwards.call_model
         self._roots.called_without_gradients = self._forwards.rollouts.called
         self.evaluation.on_training_loss = self._forwards.loss_called
+        self.evaluation.on_fault = partial(self.faults.report, "the losses of an evaluation")
         self._hooks = TorchHooks(self, self._steps, self._backwards, self._clips, self._patches)
 
     # ------------------------------------------------------------ attaching
