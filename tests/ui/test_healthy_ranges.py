@@ -44,6 +44,20 @@ def test_the_band_in_words() -> None:
     assert HealthyRange(low=0.5).words == "healthy from 0.5"
 
 
+async def test_a_clipping_of_scaled_gradients_shows_both_norms_and_the_scale() -> None:
+    run = synthesise(describe())
+    norms = run.values[run.table(schema.STEP)]
+    clips = run.values[run.table(schema.CLIP)]
+    norms[:, 2] = 1.477
+    clips[:] = (1.0, 96_821.0, 1.0, 1 / 96_821, 65_536.0)
+    app = app_on("dashboard", FakeSession(run, 300))
+    async with app.run_test(size=(120, 40)) as pilot:
+        await frame(pilot)
+        text = text_of(app)
+    assert "norm   1.48  clip saw 96821  loss scale 65536" in text
+    assert "healthy" not in next(line for line in text.split("\n") if "clip saw" in line)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_not_judged(value: float) -> None:
     assert UPDATE_RATIO.holds(value)

@@ -112,6 +112,8 @@ async def test_norms_of_a_shard_are_marked() -> None:
             await settle(pilot)
             selected = text_of(app).split("\n")[app.screen.query_one("#selected").region.y]
             assert ("norms of rank 0's shard" in selected) is marked
+            shares = app.screen.query_one(ParameterTable).values.shares
+            assert np.isnan(shares).all() == marked
 
 
 async def test_filter_keeps_what_has_all_words() -> None:

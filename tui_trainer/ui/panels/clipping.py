@@ -99,7 +99,8 @@ class ClippingPanel(Panel):
             return steps, [], []
         columns = 2 * self.chart.plot_width(width)
         layers: list[Layer] = []
-        limit = self._newest_clip()[0].get("max_norm", math.nan)
+        clip = self._newest_clip()[0]
+        limit = clip.get("max_norm", math.nan) / _loss_scale(clip)
         if math.isfinite(limit):
             layers.append(Threshold(self.palette.clip, limit))
         window = table.window([index], *steps, columns)
@@ -134,11 +135,17 @@ class ClippingPanel(Panel):
         clip, provisional = self._newest_clip()
         healthy = self._norm_range.of(table)
         norm = clip.get("norm_before") if clip else table.newest_measured("grad_norm_preclip")
+        clip_saw, loss_scale = norm, _loss_scale(clip)
+        if norm is not None:
+            norm /= loss_scale
         style = palette.provisional if provisional else palette.norm
         style = palette.clip if clip.get("scale", 1.0) < 1 else style
         figures = self._with_range("norm", norm, formatting.number(norm, 6, 3), style, healthy)
         if not clip:
             return figures
+        if loss_scale != 1.0:
+            figures.append(("clip saw", formatting.number(clip_saw, 0, 3), palette.warning))
+            figures.append(("loss scale", formatting.number(loss_scale, 0), palette.warning))
         limit, scale = clip.get("max_norm", math.nan), clip.get("scale")
         of_limit = len(figures)
         figures.append(("limit", formatting.number(clip.get("max_norm"), 5, 3), palette.clip))
@@ -147,10 +154,6 @@ class ClippingPanel(Panel):
         )
         if why_absent(limit) is Absent.NO_LIMIT:
             figures[of_limit] = ("", "by hand", palette.clip)
-        loss_scale = clip.get("gradient_scale", 1.0)
-        if math.isfinite(loss_scale) and loss_scale != 1.0:
-            text = formatting.number(loss_scale, 0)
-            figures.append(("loss scale", text, palette.warning))
         return figures
 
     def _with_range(
@@ -220,3 +223,9 @@ class ClippingPanel(Panel):
             )
             left -= needed
         return row
+
+
+def _loss_scale(clip: dict[str, float]) -> float:
+    """The factor that a GradScaler still had on the clipped gradients; 1 without one."""
+    scale = clip.get("gradient_scale", 1.0)
+    return scale if math.isfinite(scale) and scale > 0 else 1.0

@@ -61,6 +61,8 @@ class ParameterValues:
         self._indices: dict[str, int] = {}
         self._next_event = 0
         self._revision: tuple[int, int] | None = None
+        self._sharded = False
+        """Whether the norms of some are those of rank 0's shards."""
 
     def update(self, snapshot: Snapshot) -> bool:
         """Read the newest values. Returns whether the parameters themselves have changed."""
@@ -80,6 +82,7 @@ class ParameterValues:
     def _index(self, snapshot: Snapshot, info: RunInfo) -> None:
         self.info = info
         self._indices = {parameter.name: i for i, parameter in enumerate(info.parameters)}
+        self._sharded = any(parameter.sharded for parameter in info.parameters)
         self.last_nonfinite.clear()
         self._next_event = 0
         for quantity in QUANTITIES:
@@ -159,10 +162,11 @@ class ParameterValues:
 
     @property
     def shares(self) -> Values:
-        """‖gᵢ‖² / Σ‖g‖² of each parameter, over those with a finite norm."""
+        """‖gᵢ‖² / Σ‖g‖² of each parameter, over those with a finite norm; NaN where the norms are
+        those of shards."""
         squares = np.square(self.newest[schema.GRAD_NORM].astype(np.float64))
         total = squares[np.isfinite(squares)].sum()
-        if not total > 0:
+        if self._sharded or not total > 0:
             return np.full(len(squares), np.nan, np.float32)
         return np.asarray(squares / total, np.float32)
 
