@@ -124,6 +124,26 @@ def test_a_planted_difference_is_named_with_both_sides(tmp_path, table, column, 
     assert first.text_of(7.5) == "7.5"
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_gradients_scaled_in_one_run_only_are_named_before_their_update(tmp_path, swapped):
+    a, b = training(30), training(30)
+    del a[schema.CLIP]
+    b[schema.CLIP] = {20: np.array([absent(Absent.NO_LIMIT), 2.0, 1.5, 0.75, 1])}
+    change(b[schema.UPDATE_RATIO], 20, 1, 7.5)
+    runs = (b, a) if swapped else (a, b)
+    first = compare(tmp_path, *runs).first
+    assert first is not None
+    assert (first.step, first.phase) == (20, "clip")
+    assert first.quantity == "gradient norm after clipping"
+    texts = [first.text_of(value) for value in first.values]
+    assert sorted(texts) == ["1.5", "the step had no such phase"]
+    assert first.others == 1
+    # A clipping that changed nothing later is not looked for.
+    a, b = training(30), training(30)
+    del a[schema.CLIP]
+    assert compare(tmp_path / "equal", a, b).first is None
+
+
 def test_of_several_quantities_the_earliest_of_the_step_is_named(tmp_path):
     a, b = training(30), training(30)
     for step in range(20, 31):

@@ -137,8 +137,11 @@ def first_difference(a: History, b: History, tolerance: float = 0.0) -> RunsComp
             found.append(hit)
             limit = hit.step if limit is None else min(limit, hit.step)
     hits = [hit for hit in found if hit.step == limit]
+    first = _describe(hits) if hits else None
+    if first is not None and ORDER.index(first.phase) > ORDER.index("clip"):
+        first = _clipped_in_one(a, b, first) or first
     return RunsCompared(
-        _describe(hits) if hits else None,
+        first,
         max((pair.common_steps for pair in pairs), default=0),
         sum(pair.columns for pair in pairs),
         (_only_in(a, b), _only_in(b, a)),
@@ -422,6 +425,46 @@ def _describe(hits: Sequence[_Hit]) -> FirstDifference:
         len(places) - 1,
         tuple(around),
     )
+
+
+def _clipped_in_one(a: History, b: History, found: FirstDifference) -> FirstDifference | None:
+    """The clipping that only one of the runs has at the step of a difference found after it: the
+    script may have scaled the gradients by hand, which is no phase of its own."""
+    keys = {_key(series) for run in (a, b) for series in run.tables_named(schema.CLIP)}
+    for key in sorted(keys, key=str):
+        values = [_clipping(run, key, found.step) for run in (a, b)]
+        if (values[0] is None) == (values[1] is None):
+            continue
+        missing = absent(Absent.NO_PHASE)
+        both = tuple(missing if value is None else value for value in values)
+        _, optimizer, rank = key
+        quantity = "gradient norm after clipping" + (f" of rank {rank}" if rank is not None else "")
+        return FirstDifference(
+            found.step,
+            "clip",
+            f"{quantity} ({optimizer})" if optimizer else quantity,
+            schema.CLIP,
+            "norm_after",
+            (both[0], both[1]),
+            None,
+            found.others + 1,
+            ((found.step, both[0], both[1]),),
+        )
+    return None
+
+
+def _clipping(run: History, key: tuple[str, str, int | None], step: int) -> float | None:
+    """The gradient norm after the clipping of a step, which may be absent; None: not clipped."""
+    for series in run.tables_named(schema.CLIP):
+        names = [column.name for column in series.table.columns]
+        if _key(series) != key or "norm_after" not in names:
+            continue
+        column = names.index("norm_after")
+        level = series.levels()[0]
+        start, stop = level.find(step), level.find(step + 1)
+        if stop > start:
+            return float(level.buckets(start, stop, np.array([column], np.intp)).value[-1, 0])
+    return None
 
 
 def _backward(hits: Sequence[_Hit], place: tuple[tuple[int, int], int, int]) -> int:
