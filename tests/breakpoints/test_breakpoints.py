@@ -169,6 +169,15 @@ def test_a_selector_that_matches_nothing_disables_its_breakpoint_with_a_notice(
     assert caught.value.start == len("step > 3 and ")
 
 
+def test_a_quantity_that_the_run_does_not_have_is_named_once(tmp_path: Path) -> None:
+    run = Run(tmp_path, "cos_qk(any) > 0.5", 'validation("loss") > 3', "clip.scale < 0")
+    assert run.train() == []
+    assert run.notices() == [
+        "breakpoint 1 waits: this run has measured no attention so far: cos_qk(any) > 0.5"
+    ]
+    assert all(each.enabled for each in run.breakpoints.list())
+
+
 def test_a_fault_in_an_evaluation_disables_the_breakpoint_and_stops_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

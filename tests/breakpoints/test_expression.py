@@ -243,13 +243,17 @@ def test_errors_point_at_the_place(text: str, place: str | None, message: str, h
         ("loss > 3 && step > 2", "write `and` and `or`"),
         ("(loss > 3", "a parenthesis is missing"),
         ('grad_norm("a) > 3', "a quotation mark is missing"),
-        ("loss >", ""),
+        ("loss => 3", "write >="),
+        ("loss =< 3", "write <="),
+        ("loss > 3 at", "such as loss > 5 at backward"),
+        ("loss > 3 at step 5", "such as loss > 5 at backward"),
+        ("loss >", "the condition ends too early"),
         ("lambda: 1", ""),
         ("(x := 3) > 1", ""),
         ("", "such as"),
     ],
 )
-def test_what_cannot_be_read(text: str, hint: str) -> None:
+def test_syntax_errors_have_a_hint(text: str, hint: str) -> None:
     with pytest.raises(ExpressionError) as caught:
         parse(text)
     assert hint in caught.value.hint

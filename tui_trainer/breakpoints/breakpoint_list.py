@@ -35,6 +35,8 @@ from tui_trainer.protocol.events import Level, NoticeKind
 from tui_trainer.protocol.messages import Breakpoint, BreakpointStop
 
 MAX_BREAKPOINTS = 100
+MISSED_AFTER = 10
+"""Evaluations after which the log names what a condition reads and the run does not measure."""
 
 
 class BreakpointError(UserError):
@@ -68,6 +70,8 @@ class _Active:
     """How many values had been logged at the last boundary."""
     compared: int | None = None
     """The last step for which the processes were compared."""
+    evaluations: int = 0
+    """Up to MISSED_AFTER."""
 
     def as_message(self) -> Breakpoint:
         return Breakpoint(
@@ -244,6 +248,10 @@ class Breakpoints:
                 self._disable(active, f"{type(error).__name__}: {error}", step)
                 continue
             active.logged_before = self._values.logged_count
+            if active.evaluations < MISSED_AFTER:
+                active.evaluations += 1
+                if active.evaluations == MISSED_AFTER:
+                    self._report_missing_tables(active, step)
             met_before, active.met = active.met, outcome.met
             if not outcome.met:
                 continue
@@ -270,6 +278,16 @@ class Breakpoints:
         if stop is not None:
             self.stop = stop
         return stop is not None
+
+    def _report_missing_tables(self, active: _Active, step: int) -> None:
+        """Warn of a condition that cannot be met, such as one about attention in a model without.
+        It stays enabled: the script may still build such a model."""
+        existing = {table.name for table in self._run.info().tables}
+        missing = active.expression.tables - existing - {schema.LOGGED, schema.VALIDATION}
+        if missing:
+            names = " and ".join(sorted(name.replace("_", " ") for name in missing))
+            text = f"breakpoint {active.number} waits: this run has measured no {names} so far"
+            self._run.notice("breakpoint", f"{text}: {active.expression.text}", "warning", step)
 
     def _evaluate(self, active: _Active, context: LiveContext) -> ConditionResult:
         if not active.expression.ranks:

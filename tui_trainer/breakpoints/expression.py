@@ -142,6 +142,7 @@ class Expression:
             raise ExpressionError(message, self.text, start, end, hint)
 
 
+_QUOTED = re.compile(r"\"[^\"]*\"|'[^']*'")
 _AT = re.compile(r"(?:^|\s)at\s+(\S+)\s*$")
 
 
@@ -153,8 +154,10 @@ def parse(text: str) -> Expression:
     if len(text) > MAX_CHARACTERS:
         message = f"a condition has at most {MAX_CHARACTERS} characters"
         raise ExpressionError(message, text[:60], 0, 60)
+    outside_quotes = _QUOTED.sub(lambda quoted: " " * len(quoted.group()), text)
+    comment = outside_quotes.find("#")
     for position, character in enumerate(text):
-        if character == "\\" or not (character.isprintable()):
+        if character == "\\" or position == comment or not character.isprintable():
             raise ExpressionError(
                 "this character is not allowed in a condition",
                 text.encode("ascii", "replace").decode() if not text.isprintable() else text,
@@ -273,17 +276,25 @@ class _Compiler:
         return ExpressionError(message, self._text, *self._place(node), hint)
 
     def _syntax_error(self, error: SyntaxError) -> ExpressionError:
-        start = max(0, (error.offset or 1) - 1)
-        hint = ""
         text = self._condition
+        # Python gives 0 where the condition ends too early.
+        start = error.offset - 1 if error.offset else len(text)
+        hint = ""
         if re.search(r"&&|\|\|", text):
             hint = "write `and` and `or`"
+        elif (reversed_ := re.search(r"=[<>]", text)) is not None:
+            hint = f"write {reversed_.group()[::-1]}"
         elif re.search(r"(?<![<>=!])=(?!=)", text):
             hint = "write == to compare"
+        elif (place := re.search(r"(?:^|\s)at\b", text)) is not None:
+            start = place.end() - len("at")
+            hint = "a condition ends with `at` and a phase, such as loss > 5 at backward"
         elif text.count('"') % 2 or text.count("'") % 2:
             hint = "a quotation mark is missing"
         elif text.count("(") != text.count(")"):
             hint = "a parenthesis is missing"
+        elif start >= len(text):
+            hint = "the condition ends too early"
         return ExpressionError("this is not a valid condition", self._text, start, start + 1, hint)
 
     # ------------------------------------------------------------ nodes
