@@ -42,6 +42,19 @@ def _flag(
     )
 
 
+def _repeated(name: str, help: str, metavar: str) -> Parameter:
+    """An option that may be given several times."""
+    return Parameter(
+        name=name,
+        help=help,
+        group=RUNNING,
+        negative=(),
+        metavar=metavar,
+        show_default=False,
+        consume_multiple=False,
+    )
+
+
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
@@ -118,15 +131,11 @@ class RunOptions:
     ] = None
     set: Annotated[
         tuple[str, ...],
-        Parameter(
-            name="--set",
-            help="change a setting before the first step, as tui-trainer set does in a live run, "
+        _repeated(
+            "--set",
+            "change a setting before the first step, as tui-trainer set does in a live run, "
             "such as lr=3e-4 with --resume; may be given several times",
-            group=RUNNING,
-            negative=(),
             metavar="CHANGE",
-            show_default=False,
-            consume_multiple=False,
         ),
     ] = ()
     snapshots: Annotated[
@@ -167,15 +176,11 @@ class RunOptions:
     ] = ""
     breakpoints: Annotated[
         tuple[str, ...],
-        Parameter(
-            name="--break",
-            help="pause when a condition is met, such as nonfinite or 'loss > 3 * ema(loss)'; may "
+        _repeated(
+            "--break",
+            "pause when a condition is met, such as nonfinite or 'loss > 3 * ema(loss)'; may "
             "be given several times (docs/breakpoints.md has the language)",
-            group=RUNNING,
-            negative=(),
             metavar="CONDITION",
-            show_default=False,
-            consume_multiple=False,
         ),
     ] = ()
     break_on_finding: Annotated[
@@ -188,15 +193,11 @@ class RunOptions:
     ] = None
     alert: Annotated[
         tuple[str, ...],
-        Parameter(
-            name="--alert",
-            help="a command or an http(s) address to call at findings that are warnings or errors, "
+        _repeated(
+            "--alert",
+            "a command or an http(s) address to call at findings that are warnings or errors, "
             "at breakpoints, and at the end; may be given several times (docs/runs.md)",
-            group=RUNNING,
-            negative=(),
             metavar="COMMAND|URL",
-            show_default=False,
-            consume_multiple=False,
         ),
     ] = ()
     checkpoint_every: Annotated[

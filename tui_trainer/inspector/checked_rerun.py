@@ -316,7 +316,7 @@ class CheckedRerun:
 
     def origin_of_gradients(self) -> Producer | None:
         """The operation whose backward made the gradients not finite. The gradient of each output
-        of the model is taken to be 1: which values are multiplied by it is what matters."""
+        of the model is assumed to be 1: which values are multiplied by it is what matters."""
         for call in reversed(self._taken()):
             with contextlib.suppress(Exception), self._checked(call, True) as (model, checks):
                 outputs = [t for t in outputs_of(call_again(model, call)) if t.grad_fn is not None]

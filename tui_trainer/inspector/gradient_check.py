@@ -44,7 +44,7 @@ MAX_S = 30.0
 ROUNDINGS = 10
 """Rounding error of a loss that is a sum of many numbers, in units of the last place."""
 SAME_LOSS = 1e-3
-"""Relative difference of the losses up to which float64 is taken to draw the same random
+"""Relative difference of the losses up to which float64 is assumed to draw the same random
 numbers."""
 
 

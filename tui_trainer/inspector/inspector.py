@@ -136,7 +136,7 @@ class Inspector:
         return self._phases
 
     def _use(self, tracer: Tracer, catalog: TensorCatalog) -> ParameterUse:
-        """With what the graph of the step's loss holds and reaches, where it can be had again."""
+        """With what the graph of the step's loss holds and reaches, where that can be computed."""
         from tui_trainer.inspector.autograd_graph import LIVE_NOTE, describe_graph
         from tui_trainer.inspector.parameter_groups import parameter_use
 

@@ -1,6 +1,6 @@
 """Branches of a script: what it does after it was taken back is also recorded as a run of its own.
 
-The process goes on, and so does its recording. The branch has a directory beside it, whose steps
+The process goes on, and so does its recording. The branch has a directory next to it, whose steps
 are counted from the step that was restored, so that it can be compared with what happened first.
 """
 
@@ -178,7 +178,7 @@ class BranchRecording(Sink):
         self.begun = True
 
     def left(self, reason: str) -> None:
-        """The script was taken back once more, to go on in another branch. On the training
+        """The script was taken back once more, to continue in another branch. On the training
         thread, before the next step."""
         self._end = msgspec.structs.replace(self._recorder.status, reason=reason)
 

@@ -11,7 +11,7 @@ class RunError(UserError):
 
 
 class NotListening(RunError):
-    """Nothing listens on the run's socket yet, or it is being replaced: worth another try soon."""
+    """Nothing listens on the run's socket yet, or it is being replaced: try again soon."""
 
 
 class Unreachable(RunError):

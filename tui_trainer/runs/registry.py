@@ -120,8 +120,7 @@ def newest(runs: Sequence[RunEntry], live: bool = True) -> RunEntry:
 
 
 def one_of_each_process(runs: Sequence[RunEntry]) -> list[RunEntry]:
-    """The runs without those live ones that are recorded beside an older one, by its process: the
-    branches of a script."""
+    """The runs without the branches of a script, which the process of an older live run records."""
     oldest: dict[tuple[str, int, str], RunEntry] = {}
     for run in sorted(runs, key=lambda run: run.reported.started_at):
         if run.live:

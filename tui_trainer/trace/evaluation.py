@@ -352,9 +352,9 @@ FEWEST_CALLS = 2
 class Rollouts:
     """Calls without gradients in which a policy acts in an environment: they are part of `data`.
 
-    An evaluation looks alike. A script is taken to collect what it trains on where it makes such
-    calls before it trains for the first time, with inputs of one shape, computes no loss in them,
-    and has no DataLoader to draw batches from.
+    An evaluation looks the same. A script is assumed to collect what it trains on where it makes
+    such calls before it trains for the first time, with inputs of one shape, computes no loss in
+    them, and has no DataLoader to draw batches from.
     """
 
     def __init__(self) -> None:

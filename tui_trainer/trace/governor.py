@@ -153,7 +153,7 @@ class Governor:
         self._windows_over = 0
         self._reported = False
         self._reported_slower: set[str] = set()
-        """Probes of which the log says that they are measured less often."""
+        """Probes whose longer cadence has been logged."""
 
     def step(
         self, probes: Sequence[ActiveProbe], own_ms: Mapping[str, float], step_ms: float

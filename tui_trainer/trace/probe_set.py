@@ -117,7 +117,7 @@ class ProbeSchedule:
                 self._always |= bit
             elif every:
                 self._sometimes.append((every, probe.probe.first_steps, bit))
-                if type(probe.probe).wants is Probe.wants:  # others say so themselves
+                if type(probe.probe).wants is Probe.wants:  # others return them
                     self._periodic |= bit
             if "gradient_norms" in probe.hooks and probe.natural == 1:
                 self._with_clipping |= bit

@@ -43,13 +43,13 @@ class GradientMarks:
     """
 
     def __init__(
-        self, parameters: Sequence[torch.Tensor], beside: Sequence[torch.Tensor] = ()
+        self, parameters: Sequence[torch.Tensor], further: Sequence[torch.Tensor] = ()
     ) -> None:
-        """`beside`: further parameters that are looked at only where one of these has changed."""
+        """`further`: parameters that are looked at only where one of these has changed."""
         self._watched = parameters[:: -(-len(parameters) // MAX_WATCHED)] if parameters else []
         self._all_watched = len(self._watched) == len(parameters)
-        self._beside = [(i, p) for i, p in enumerate(beside, len(parameters)) if p.requires_grad]
-        self._beside_known: list[tuple[int, int]] = []
+        self._further = [(i, p) for i, p in enumerate(further, len(parameters)) if p.requires_grad]
+        self._further_known: list[tuple[int, int]] = []
         count = len(self._watched)
         self._nothing = Marks([NO_GRADIENT] * count, [NO_VERSION] * count)
         self._known: Marks | None = self._nothing
@@ -112,11 +112,11 @@ class GradientMarks:
 
     def _set_known(self, marks: Marks) -> None:
         self._known = marks
-        if self._beside:
-            self._beside_known = self._marks_beside()
+        if self._further:
+            self._further_known = self._marks_beside()
 
     def _marks_beside(self) -> list[tuple[int, int]]:
-        gradients = [parameter.grad for _, parameter in self._beside]
+        gradients = [parameter.grad for _, parameter in self._further]
         return [(id(g), NO_VERSION if g is None else version_of(g)) for g in gradients]
 
     def changed(self) -> bool:
@@ -153,8 +153,8 @@ class GradientMarks:
             return None
         both = zip(*marks, *before, strict=True)
         found = [i for i, (a, n, b, m) in enumerate(both) if a != b or n != m]
-        if self._beside and self._beside_known:
-            pairs = zip(self._beside, self._marks_beside(), self._beside_known, strict=True)
+        if self._further and self._further_known:
+            pairs = zip(self._further, self._marks_beside(), self._further_known, strict=True)
             found += [place for (place, _), now, known in pairs if now != known]
         return found
 
@@ -169,8 +169,8 @@ class GradientMarks:
         before, raised = self._known, self._raised_by_clipping
         if before is not None and raised and self._last is before:
             self._known = self._last = Marks(before.ids, list(map(raised.__add__, before.versions)))
-            if self._beside:
-                self._beside_known = self._marks_beside()
+            if self._further:
+                self._further_known = self._marks_beside()
             return
         self.remember()
         after = self._known

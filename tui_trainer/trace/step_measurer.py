@@ -63,7 +63,7 @@ CAREFUL_STEPS = 3
 treats them: later they are read at the clipping or the step, which costs nothing or once."""
 CHANGES_WITHOUT_STEP = 3
 """Iterations in which weights change while their optimizer has never stepped, after which the
-script is taken to update them by itself. Fewer may be the perturbations of a method like SAM."""
+script is assumed to update them by itself. Fewer may be the perturbations of a method like SAM."""
 
 
 class StepMeasurer:

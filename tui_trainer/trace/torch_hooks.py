@@ -43,7 +43,7 @@ CLIPPING: dict[str, ClipKind] = {
 class TorchEvents(Protocol):
     """What the hooks report: the tracer.
 
-    A method that returns a bool tells whether a phase begins; if so, the matching `…_ended` or
+    A method that returns a bool returns whether a phase begins; if so, the matching `…_ended` or
     `phase_failed` follows.
     """
 

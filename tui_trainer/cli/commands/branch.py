@@ -8,11 +8,15 @@ from typing import Annotated
 import msgspec
 from cyclopts import Parameter, validators
 
-from tui_trainer.cli.commands.common import RunsDir, cli_errors, flag, require_single_run
-from tui_trainer.cli.errors import CommandError, UsageError
+from tui_trainer.cli.commands.common import (
+    RunsDir,
+    cli_errors,
+    flag,
+    require_single_run,
+    run_and_changes,
+)
+from tui_trainer.cli.errors import CommandError
 from tui_trainer.client.connection import RunClient
-from tui_trainer.config.errors import ConfigurationError
-from tui_trainer.config.live_settings import parse_changes
 from tui_trainer.config.run_spec import read_spec
 from tui_trainer.protocol.actions import Back, Branch
 from tui_trainer.protocol.events import Notice
@@ -56,16 +60,9 @@ def branch(
     runs_dir: RunsDir = None,
 ) -> int:
     """start a new run from the current step of a live one, with other settings"""
-    changes = [each for each in given if "=" in each]
-    names = [each for each in given if "=" not in each]
-    if len(names) > 1:
-        raise UsageError(f"{names[1]!r} is not a change of a setting", "for example lr=3e-4")
-    try:
-        parsed = parse_changes(changes) if changes else ()
-    except ConfigurationError as error:
-        raise UsageError(error.message, error.hint) from error
+    run, changes, parsed = run_and_changes(given)
     with cli_errors():
-        found = require_single_run(names[0] if names else None, runs_dir)
+        found = require_single_run(run, runs_dir)
         step, new = _start(found, to, Branch(parsed, name or "", paused))
     if json:
         document = {"run": new, "parent": found.name, "branch_step": step, "changes": changes}

@@ -97,7 +97,7 @@ def break_(
 
 def check_condition(condition: str, option: str = "", processes: int | None = None) -> None:
     """Raise UsageError, pointing at the place, for a condition that cannot be understood, or that
-    reads a rank that a run of so many `processes` does not have (None: not known yet)."""
+    reads a rank that a run of `processes` processes does not have (None: not known yet)."""
     try:
         expression = parse(condition)
         if processes is not None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter, validators
 
-from tui_trainer.cli.errors import CommandError
+from tui_trainer.cli.errors import CommandError, UsageError
+from tui_trainer.config.errors import ConfigurationError
+from tui_trainer.config.live_settings import parse_changes
+from tui_trainer.protocol.settings import SettingChange
 from tui_trainer.runs.errors import RunError
 from tui_trainer.runs.liveness import RunEntry
 from tui_trainer.runs.registry import list_runs, newest, one_of_each_process, resolve
@@ -49,6 +52,22 @@ Rank = Annotated[
         validator=validators.Number(gte=0),
     ),
 ]
+
+
+def run_and_changes(
+    given: Sequence[str], required: bool = False
+) -> tuple[str | None, list[str], tuple[SettingChange, ...]]:
+    """The run that is named, if any, and the changes of settings such as `lr=3e-4`, as given and
+    parsed. Raises UsageError, also where none is given although they are `required`."""
+    changes = [each for each in given if "=" in each]
+    names = [each for each in given if "=" not in each]
+    if len(names) > 1:
+        raise UsageError(f"{names[1]!r} is not a change of a setting", "for example lr=3e-4")
+    try:
+        parsed = parse_changes(changes) if changes or required else ()
+    except ConfigurationError as error:
+        raise UsageError(error.message, error.hint) from error
+    return (names[0] if names else None), changes, parsed
 
 
 @contextlib.contextmanager

@@ -21,12 +21,11 @@ from tui_trainer.cli.commands.common import (
     cli_errors,
     flag,
     require_single_run,
+    run_and_changes,
 )
 from tui_trainer.cli.errors import CommandError, UsageError
 from tui_trainer.cli.table import new_table, table_lines
 from tui_trainer.client.connection import RunClient
-from tui_trainer.config.errors import ConfigurationError
-from tui_trainer.config.live_settings import parse_changes
 from tui_trainer.history import History
 from tui_trainer.protocol import actions, schema
 from tui_trainer.protocol.actions import Action, ChangeSettings, UndoSettings
@@ -259,19 +258,12 @@ def set_(
 
 def _parse(given: tuple[str, ...], undo: bool) -> tuple[str | None, Action | None]:
     """The run's name and the command. Raises UsageError."""
-    changes = [each for each in given if "=" in each]
-    names = [each for each in given if "=" not in each]
-    if len(names) > 1:
-        raise UsageError(f"{names[1]!r} is not a change of a setting", "for example lr=3e-4")
-    if undo and changes:
-        raise UsageError("--undo takes no changes", "tui-trainer set RUN --undo")
-    action: Action | None = UndoSettings() if undo else None
+    run, _, changes = run_and_changes(given)
+    if not undo:
+        return run, ChangeSettings(changes) if changes else None
     if changes:
-        try:
-            action = ChangeSettings(parse_changes(changes))
-        except ConfigurationError as error:
-            raise UsageError(error.message, error.hint) from error
-    return (names[0] if names else None), action
+        raise UsageError("--undo takes no changes", "tui-trainer set RUN --undo")
+    return run, UndoSettings()
 
 
 def _settings(client: RunClient, run: RunEntry) -> SettingList:

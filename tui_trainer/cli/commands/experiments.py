@@ -16,13 +16,12 @@ from tui_trainer.cli.commands.common import (
     cli_errors,
     flag,
     require_single_run,
+    run_and_changes,
 )
 from tui_trainer.cli.errors import CommandError, UsageError
 from tui_trainer.cli.table import new_table, table_lines
 from tui_trainer.cli.text_chart import TextCurve, text_chart
 from tui_trainer.client.connection import RunClient
-from tui_trainer.config.errors import ConfigurationError
-from tui_trainer.config.live_settings import parse_changes
 from tui_trainer.protocol.formatting import cost_text, number
 from tui_trainer.protocol.travel import (
     MAX_POINTS,
@@ -65,15 +64,7 @@ def what_if(
     runs_dir: RunsDir = None,
 ) -> int:
     """compare the next steps with the present settings and with changed ones"""
-    changes = [each for each in given if "=" in each]
-    names = [each for each in given if "=" not in each]
-    if len(names) > 1:
-        raise UsageError(f"{names[1]!r} is not a change of a setting", "for example lr=3e-4")
-    try:
-        parsed = parse_changes(changes)
-    except ConfigurationError as error:
-        raise UsageError(error.message, error.hint) from error
-    run = names[0] if names else None
+    run, _, parsed = run_and_changes(given, required=True)
     return _experiment("what-if", run, WhatIf(parsed, steps), yes, json, runs_dir)
 
 

@@ -212,8 +212,8 @@ class HeatMapView(LineView):
         row = self._picture.row(y, self.palette.text)
         if row is None:
             return strip
-        beside = strip.crop(0, self._picture.left)
-        drawn = Strip.join([beside, Strip(row)])
+        left = strip.crop(0, self._picture.left)
+        drawn = Strip.join([left, Strip(row)])
         return drawn.adjust_cell_length(self.size.width, self.palette.text)
 
     def render_lines(self, crop: Region) -> list[Strip]:

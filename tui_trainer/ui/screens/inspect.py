@@ -570,7 +570,7 @@ class InspectScreen(DetailScreen):
         self.app.push_screen(TextPrompt("Index of the entry (* for the whole tensor)"), chosen)
 
     def action_scroll(self, direction: int) -> None:
-        """By a page, in each view beside the heat map that has more than fits."""
+        """By a page, in each view next to the heat map that has more than fits."""
         for view in self.query(BuiltLines):
             view.scroll_relative(y=direction * view.size.height, animate=False)
 

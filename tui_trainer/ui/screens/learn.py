@@ -387,15 +387,15 @@ class LearnScreen(RunScreen):
             return text["measuring"], "warning", ""
         newest = known[-1]
         if len(known) == 1:
-            told = text["measured"].format(
+            line = text["measured"].format(
                 seed=newest.seed, milliseconds=round(newest.milliseconds)
             )
-            return f"{told}, PyTorch {newest.torch}", "dim", text["press_again"]
+            return f"{line}, PyTorch {newest.torch}", "dim", text["press_again"]
         changed = len(changed_values(page.text + page.answer, numbers))
-        told = text["compared"].format(
+        line = text["compared"].format(
             seed=newest.seed, same=len(newest.values) - changed, changed=changed
         )
-        return told, "dim", text["legend"].format(before=known[-2].seed)
+        return line, "dim", text["legend"].format(before=known[-2].seed)
 
     # ------------------------------------------------------------ measuring
 
