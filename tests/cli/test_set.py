@@ -7,8 +7,10 @@ from pathlib import Path
 
 from tests.cli.calling import assert_refused, call, started
 from tests.runs.starting import until
+from tui_trainer.cli.run_summary import _shown_events
 from tui_trainer.client.connection import RunClient
 from tui_trainer.protocol.actions import StepPhase
+from tui_trainer.protocol.events import Notice
 from tui_trainer.runs.registry import resolve
 
 OPTIONS = """
@@ -46,6 +48,7 @@ def test_a_live_run_is_changed_undone_and_resumed_with_the_change(tmp_path: Path
         shown = json.loads(call("show", "one", "--json", cwd=tmp_path).stdout)
         edits = [event for event in shown["events"] if event["kind"] == "edit"]
         assert [event["step"] for event in edits] == [3, 6]
+        assert "undone: lr 0.001" in call("show", "one", cwd=tmp_path).stdout
         one = tmp_path / "runs" / "one"
         until(lambda: len(rates(one, tmp_path)) == 8, "eight steps are stored")
         found = rates(one, tmp_path)
@@ -74,3 +77,10 @@ def test_a_live_run_is_changed_undone_and_resumed_with_the_change(tmp_path: Path
     assert done.returncode == 0, done
     again = rates(tmp_path / "runs" / "two", tmp_path)
     assert again == {7: 0.0003, 8: 0.0003}
+
+
+def test_changes_of_settings_are_shown_where_other_events_are_newer() -> None:
+    events = [Notice(id=0, step=1, time=0.0, kind="edit", text="lr 0.1 → 0.2")]
+    events += [Notice(id=n, step=n, time=0.0, kind="command", text="pause") for n in range(2, 20)]
+    assert [each.id for each in _shown_events(events, 4)] == [0, 16, 17, 18, 19]
+    assert [each.id for each in _shown_events(events[:3], 4)] == [0, 2, 3]

@@ -1,5 +1,5 @@
 """A run through its whole life: started detached, attached to and hung up on, reached over ssh, cut
-off, killed, replayed and resumed."""
+off, experimented with, taken back, killed, replayed and resumed."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ def newest(run: Path) -> tuple[int, Path]:
 def test_a_run_outlives_its_terminals_and_its_links(host, runs, terminal, tmp_path):
     out = tmp_path / "alerts"
     alert = ("--alert", f"cat >> {out}; echo >> {out}")
-    endless = (*OPTIONS, "--steps", "10000000", "--checkpoint-every", "100")
+    saving = ("--checkpoint-every", "100", "--snapshots", "16MB")
+    endless = (*OPTIONS, "--steps", "10000000", *saving)
     started = runs.call("gpt", "--detach", *alert, *endless)
     assert started.returncode == 0, started.stderr
     name = started.stdout.strip()
@@ -93,6 +94,19 @@ def test_a_run_outlives_its_terminals_and_its_links(host, runs, terminal, tmp_pa
 
         again = terminal("attach", f"ssh://Box/{name}")
         again.wait_for("paused")
+        again.press("s")
+        again.wait_for("after step")
+        again.press("E")
+        again.wait_for("ctrl+o: what if")
+        again.press(*"lr=0.1", "ctrl+o")
+        again.find(r"after 50 steps the loss is [\d.]+ instead of [\d.]+; the run is as it was")
+        again.press("escape")
+        again.wait_for("ctrl+o: what if")
+        again.press("escape")
+        again.wait_until(lambda text: "ctrl+o" not in text, "the dialog is closed")
+        again.press(",")
+        was = int(again.find(r"back from step ([\d,]+)")[1].replace(",", ""))
+        until(lambda: again.pump(0.01) and runs.reported(name).step == was - 1, "a step back")
         here_step = last_step(runs.call("step", "1", name))
         assert last_step(runs.call("resume", "--no-wait", name)) >= here_step
         again.wait_for("running")

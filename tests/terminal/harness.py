@@ -38,6 +38,7 @@ KEYS = {
     "escape": "\x1b",
     "tab": "\t",
     "ctrl+c": "\x03",
+    "ctrl+o": "\x0f",
     "ctrl+p": "\x10",
     "up": "\x1b[A",
     "down": "\x1b[B",

@@ -207,7 +207,7 @@ def _summary(
         viewers=status.viewers,
         recording=status.recording,
         findings=tuple(newest_findings(events)),
-        events=_shown_events(events),
+        events=_shown_events(events, EVENTS_SHOWN),
         ranks=tuple(summarize_ranks(info, status, history)),
         logged=_logged(history, schema.LOGGED),
     )
@@ -343,13 +343,13 @@ def _attention(info: RunInfo, history: History, step: int) -> tuple[LayerSummary
     )
 
 
-def _shown_events(events: Sequence[Event]) -> tuple[Event, ...]:
-    """The newest events, and the newest changes of settings even where they are older. How often
-    things are measured is left to the log."""
+def _shown_events(events: Sequence[Event], count: int) -> tuple[Event, ...]:
+    """The newest `count` events, and as many changes of settings even where they are older. How
+    often things are measured is left to the log."""
     events = [each for each in events if not (isinstance(each, Notice) and each.kind == "cadence")]
     edits = [each for each in events if isinstance(each, Notice) and each.kind == "edit"]
-    newest = events[-EVENTS_SHOWN:]
-    older = [each for each in edits[-EVENTS_SHOWN:] if each not in newest]
+    newest = events[-count:]
+    older = [each for each in edits[-count:] if each not in newest]
     return (*older, *newest)
 
 
@@ -391,7 +391,7 @@ def picture(summary: RunSummary, console: Console) -> RenderableType:
     elif run.step:
         lines.append(Text("no findings", "dim"))
     shown = [event for event in summary.events if not isinstance(event, Finding)]
-    lines += [_event_line(event) for event in shown[-NEWEST_EVENTS:]]
+    lines += [_event_line(event) for event in _shown_events(shown, NEWEST_EVENTS)]
     lines.append(Text(run.directory, "dim"))
     return Group(*lines)
 

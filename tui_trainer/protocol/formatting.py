@@ -202,7 +202,7 @@ def cost_text(cost: ExperimentCost) -> str:
     """`100 steps in about 4 s, with 24.1 MB of memory and 8.0 MB on cuda:0`."""
     took = f" in about {rough_duration(math.ceil(cost.seconds))}" if cost.seconds else ""
     device = f" and {bytes_(cost.device_bytes, 0)} on {cost.device}" if cost.device_bytes else ""
-    return f"{counted(cost.steps, 'step')}{took}, with {bytes_(cost.bytes, 0)} of memory{device}"
+    return f"{counted(cost.steps, cost.unit)}{took}, with {bytes_(cost.bytes, 0)} of memory{device}"
 
 
 def cadence(every: int) -> str:

@@ -123,6 +123,7 @@ class ExperimentCost(msgspec.Struct, tag="experiment_cost", frozen=True, array_l
     device_bytes: int = 0
     device_free: int | None = None
     """None where it is not known."""
+    unit: Literal["step", "evaluation"] = "step"
 
     @property
     def large(self) -> bool:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from torch.amp.grad_scaler import GradScaler
@@ -300,7 +300,8 @@ class TimeTravel:
         step_s = self._step_s()
         seconds = made * step_s * share if step_s is not None else None
         free = free_bytes(HOST) or 0
-        return ExperimentCost(made, seconds, host, free, *_fullest(needed))
+        unit: Literal["step", "evaluation"] = "evaluation" if copied else "step"
+        return ExperimentCost(made, seconds, host, free, *_fullest(needed), unit)
 
     def _steps_left(self, task: Training) -> int:
         return max(0, task.total_steps - self._gate.completed)
