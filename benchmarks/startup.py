@@ -84,7 +84,7 @@ def first_step(child: pexpect.spawn, run: Path) -> float:
             os.read(child.child_fd, 1 << 16)
         with contextlib.suppress(OSError, sqlite3.Error, StoreError):
             history = StoredHistory(run)
-            first = history.timeline.first_step
+            first = history.step_times.first_step
             history.close()
             if first is not None:
                 return first[1]
