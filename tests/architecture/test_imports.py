@@ -78,6 +78,11 @@ def test_the_training_side_never_brings_textual_and_a_model_nothing_of_ours() ->
     assert {"tui_trainer", "torch"} <= loaded_after(models + import_each(TRAINING, never))
 
 
+def test_the_first_paint_waits_for_no_database_and_no_parser() -> None:
+    code = "import tui_trainer.cli.main, tui_trainer.ui.app, tui_trainer.ui.screens.dashboard"
+    assert not loaded_after(code) & {"sqlite3", "tomllib", "markdown_it", "plotext", "PIL"}
+
+
 def test_asking_for_help_brings_neither() -> None:
     every = [["--help"], ["--version"], ["gpt", "--help"], ["run", "-h"]]
     code = (

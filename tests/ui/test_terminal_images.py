@@ -20,7 +20,6 @@ from tests.ui.screens import app_on, frame, until
 from tui_trainer.protocol.actions import Pause
 from tui_trainer.protocol.attention import ExamineAttention
 from tui_trainer.protocol.inspection import TensorRef
-from tui_trainer.ui import app as app_module
 from tui_trainer.ui import terminal_images
 from tui_trainer.ui.app import TuiTrainerApp, run_app
 from tui_trainer.ui.screens.attention_layer import AttentionLayerScreen
@@ -116,7 +115,7 @@ def test_the_app_says_where_there_are_none(monkeypatch, support, colors, pixels,
     shown = []
     monkeypatch.setenv("COLORTERM", colors)
     monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setattr(app_module, "ask_terminal", lambda: support)
+    monkeypatch.setattr(terminal_images, "ask_terminal", lambda: support)
     monkeypatch.setattr(TuiTrainerApp, "run_until_exit", lambda app: shown.append(app) or 0)
     run_app(None, pixels=True)
     assert shown[0].pixels == pixels

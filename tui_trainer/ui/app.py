@@ -38,10 +38,10 @@ from tui_trainer.ui.run_commands import RunCommands
 from tui_trainer.ui.screens import SCREENS
 from tui_trainer.ui.screens.base import RunScreen
 from tui_trainer.ui.screens.dialogs import SnapshotDialog
-from tui_trainer.ui.terminal_images import HINT, PixelSupport, ask_terminal
 
 if TYPE_CHECKING:
     from tui_trainer.ui.screens import AppContext
+    from tui_trainer.ui.terminal_images import PixelSupport
 
 FIRST_MESSAGE_S = 30.0
 MIN_TICKS_PER_SECOND = 4.0
@@ -513,11 +513,14 @@ class TuiTrainerApp(App[int]):
         self.redraw()
 
 
-def _ask_for_pixels() -> PixelSupport:
+def _ask_for_pixels() -> tuple[PixelSupport | None, str]:
+    """What the terminal can draw, or None and the reason."""
+    from tui_trainer.ui.terminal_images import HINT, ask_terminal
+
     support = ask_terminal()
     if support.placeholders and Console(force_terminal=True).color_system != "truecolor":
-        return replace(support, kitty=False)  # a picture's number is a colour of 24 bits
-    return support
+        support = replace(support, kitty=False)  # a picture's number is a colour of 24 bits
+    return (support, "") if support.in_app else (None, f"No pixels: {support.missing}. {HINT}")
 
 
 def run_app(
@@ -538,11 +541,7 @@ def run_app(
     heat maps with real pixels where the terminal has them. Returns the exit code: 0, or 1 when the
     app itself failed.
     """
-    message = ""
-    support = _ask_for_pixels() if pixels else None
-    if support is not None and not support.in_app:
-        message = f"No pixels: {support.missing}. {HINT}"
-        support = None
+    support, message = _ask_for_pixels() if pixels else (None, "")
     return TuiTrainerApp(
         session,
         ascii=ascii,

@@ -317,7 +317,9 @@ class GuidedRuns:
         return True if stage == "paused" and snapshot.link.state == "live" else None
 
     def label(self) -> str:
-        """What the key of the cure does now."""
+        """What the key of the cure does now; "" where no guided run is open."""
+        if demo_of(self.context.snapshot.info) is None:
+            return ""
         text = words(self.context.language)
         return text["demo_key_curves" if self.context.snapshot.status.ended else "demo_key_cure"]
 

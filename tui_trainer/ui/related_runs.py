@@ -20,9 +20,7 @@ from tui_trainer.protocol.events import Notice
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.runs.errors import RunError
 from tui_trainer.runs.liveness import RunEntry, inspect_run
-from tui_trainer.runs.recording import open_history
 from tui_trainer.runs.registry import list_runs
-from tui_trainer.store.schema import READ_ERRORS, StoreError
 from tui_trainer.ui.reader_thread import ReaderThread
 
 MAX_RELATED = 4
@@ -42,6 +40,9 @@ class RelatedRecording:
     """The recording of a run of the same tree. Raises StoreError where it cannot be opened."""
 
     def __init__(self, run: RunEntry) -> None:
+        # Few runs have relatives: the first paint does not wait for SQLite.
+        from tui_trainer.runs.recording import open_history
+
         self.run = run
         self._history = open_history(run.directory)
 
@@ -96,14 +97,20 @@ def open_related(
         run = by_directory.pop(entry.directory, None)
         try:
             opened.append(run or RelatedRecording(entry))
-        except (StoreError, OSError):
+        except unreadable():
             continue
     for left in by_directory.values():
         left.close()
     return tuple(opened)
 
 
-UNREADABLE = (StoreError, OSError, *READ_ERRORS)
+def unreadable() -> tuple[type[Exception], ...]:
+    """What reading a recording raises."""
+    from tui_trainer.store.schema import READ_ERRORS, StoreError
+
+    return (StoreError, OSError, *READ_ERRORS)
+
+
 CurveKey = tuple[str, str, int]
 """(table, column, buckets)"""
 MAX_CURVES = 512
@@ -303,7 +310,7 @@ class RelatedRuns:
             try:
                 if each.run.live and each.refresh():
                     changed[each.run.directory] = each.run
-            except UNREADABLE:
+            except unreadable():
                 continue
         self._schedule(self._refreshed, changed)
 
@@ -318,7 +325,7 @@ class RelatedRuns:
             for (table, column, buckets), steps in keys.items():
                 curve = RelatedCurve(None, None)
                 if recording is not None:
-                    with suppress(*UNREADABLE):
+                    with suppress(*unreadable()):
                         curve = recording.curve(table, column, steps, buckets)
                 curves[table, column, buckets] = CachedCurve(curve, steps)
             found.append((run, curves))
