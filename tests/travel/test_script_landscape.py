@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from tests.inspector.test_inspector import Traced
 from tests.inspector.test_rerun import Everything, fingerprint
+from tests.travel.support import same
 from tui_trainer.inspector.errors import InspectionError
 from tui_trainer.protocol.travel import MeasureLandscape
 from tui_trainer.trace.gate import Refusal
@@ -47,7 +51,8 @@ def optimizer_of(model):
 
 def measured(make, phases):
     """(phase → direction → the curve of step 3, losses of the steps, what is needed by hand)"""
-    torch.manual_seed(0)
+    for seed in (torch.manual_seed, random.seed, np.random.seed):
+        seed(0)
     model, ring = make(), SnapshotRing(1 << 20)
     optimizer = optimizer_of(model)
     parts = TrainingParts([model], [optimizer])
@@ -140,7 +145,13 @@ def test_losses_are_those_of_a_loop_by_hand():
 
 
 def test_modules_with_state_of_every_kind_are_as_they_were():
-    found, losses, _, _ = measured(Everything, ("loss", "backward", "step"))
+    found, losses, _, ring = measured(Everything, ("loss", "backward", "step"))
+    _, plain, _, unasked = measured(Everything, ())
+    assert losses == plain
+    ends = [each.before(3).state for each in (ring, unasked)]
+    assert all(map(torch.equal, *(end.tensors for end in ends)))
+    assert same(ends[0].optimizers, ends[1].optimizers)
+    assert same(ends[0].random, ends[1].random)
     for phase in ("loss", "backward"):
         line = curve(found[phase]["gradient"])
         assert line.loss[1] == losses[2]
