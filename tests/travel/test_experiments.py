@@ -23,7 +23,7 @@ from tui_trainer.protocol.travel import (
 )
 from tui_trainer.trace.gate import Refusal
 from tui_trainer.trace.random_state import restore_random_state
-from tui_trainer.travel import time_travel
+from tui_trainer.travel import memory
 from tui_trainer.travel.experiments import Experiments
 from tui_trainer.travel.snapshots import (
     SnapshotRing,
@@ -275,7 +275,7 @@ def test_losses_along_a_direction_take_no_more_memory_than_was_said(direction):
         loop()
         ring.add(TrainingSnapshot(step, TrainingState.take(parts), None))
     optimizer.zero_grad()
-    task = types.SimpleNamespace(loop=loop, stateful={}, model=model)
+    task = types.SimpleNamespace(loop=loop, stateful={}, model=model, total_steps=9)
     edits = types.SimpleNamespace(snapshot=dict, restore=list)
     travel, asked = travel_of(parts, task), MeasureLandscape(direction, 3, 1.0, 1, 2)
     said = travel.cost(asked).bytes
@@ -296,7 +296,7 @@ def test_copies_on_an_accelerator_are_counted_there_and_bounded(monkeypatch):
     frozen = torch.nn.Linear(1000, 1000, device="meta").requires_grad_(False)
     parts = TrainingParts([model, frozen], [torch.optim.SGD(model.parameters(), lr=0.1)])
     free = {"cpu": 10**9, "meta": None}
-    monkeypatch.setattr(time_travel, "free_bytes", lambda device: free[device.type])
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free[device.type])
     size = 4 * 1001 * 1000
     task = travel_of(parts, types.SimpleNamespace(total_steps=100))
     script = travel_of(parts)
@@ -315,12 +315,12 @@ def test_copies_on_an_accelerator_are_counted_there_and_bounded(monkeypatch):
     assert found.possible
     free["meta"] = size
     with pytest.raises(Refusal, match=r"too little memory: 9 .* of which .* 3.8 MB on meta are"):
-        script._require_memory(MeasureLandscape(points=9))
+        memory.require_memory(script.cost(MeasureLandscape(points=9)))
     free["meta"], free["cpu"] = None, 10**6
     with pytest.raises(Refusal, match="too little memory"):
-        task._require_memory(FindLearningRate())
+        memory.require_memory(task.cost(FindLearningRate()))
     with pytest.raises(Refusal, match=r"a copy of the present state takes 7.7 MB"):
-        time_travel._require_room(parts)
+        memory.require_room(parts)
     for asked in (WhatIf(()), FindLearningRate()):
         with pytest.raises(Refusal, match="the steps of a script cannot be made twice"):
             script.cost(asked)

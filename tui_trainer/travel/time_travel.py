@@ -16,14 +16,14 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from torch.amp.grad_scaler import GradScaler
 
 from tui_trainer.inspector.rerun import StepCapture
 from tui_trainer.protocol.errors import UserError
-from tui_trainer.protocol.formatting import bytes_, cost_text, counted, rough_duration
+from tui_trainer.protocol.formatting import bytes_, counted, rough_duration
 from tui_trainer.protocol.schema import STEP, STEP_INDEX
 from tui_trainer.protocol.text import single_line
 from tui_trainer.protocol.travel import (
@@ -31,11 +31,9 @@ from tui_trainer.protocol.travel import (
     Experiment,
     ExperimentCost,
     ExperimentResult,
-    FindLearningRate,
     MeasureLandscape,
     Timeline,
     TravelPlace,
-    WhatIf,
 )
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.settings.edits import LiveEdits, SettingEdit
@@ -46,7 +44,13 @@ from tui_trainer.trace.optimizers import Optimizer
 from tui_trainer.trace.script_frames import objects_of_script
 from tui_trainer.trace.tracer import Tracer
 from tui_trainer.travel.experiments import Experiments
-from tui_trainer.travel.memory import HOST, Bytes, bytes_by_device, free_bytes
+from tui_trainer.travel.memory import (
+    HOST,
+    estimate_cost,
+    free_bytes,
+    require_memory,
+    require_room,
+)
 from tui_trainer.travel.script_landscape import measure_landscape
 from tui_trainer.travel.snapshots import (
     SnapshotRing,
@@ -71,8 +75,6 @@ NOT_FOR_SCRIPTS = (
 )
 RECENT_STEPS = 50
 """Steps over which their duration is averaged."""
-FORWARD_SHARE = 0.5
-"""Share of a step that a forward pass takes, at most."""
 NO_SNAPSHOTS = "no snapshot of an earlier step is kept"
 HOW_TO_KEEP = (
     "tui-trainer back RUN --keep 1GB keeps them from here on; --snapshots 1GB from the start"
@@ -277,43 +279,13 @@ class TimeTravel:
             return 0
 
     def cost(self, experiment: Experiment) -> ExperimentCost:
-        """The cost of an experiment, apart from what the training takes for a step. On the training
-        thread. Raises Refusal."""
-        task, parts = self.task, self._parts()
-        made, share, copied = 0, 1.0, 0
-        match experiment:
-            case MeasureLandscape(points=points):
-                made, share, copied = points, FORWARD_SHARE, 1  # the direction
-            case _ if task is None:
-                raise Refusal(*NOT_FOR_SCRIPTS)
-            case WhatIf(steps=steps):
-                made = 2 * min(steps, self._steps_left(task))
-            case FindLearningRate(steps=steps):
-                made = min(steps, self._steps_left(task))
-        trained = [p for model in parts.models for p in model.parameters() if p.requires_grad]
-        if task is None:
-            copied += 1  # in place of the weights, which stay
-        needed = {device: copied * size for device, size in bytes_by_device(trained).items()}
-        host = needed.pop(HOST, 0) + (parts.nbytes() if task is not None else 0)
-        if copied:  # that of one parameter is drawn, or subtracted, on the host
-            host += max((each.nbytes for each in trained), default=0)
-        step_s = self._step_s()
-        seconds = made * step_s * share if step_s is not None else None
-        free = free_bytes(HOST) or 0
-        unit: Literal["step", "evaluation"] = "evaluation" if copied else "step"
-        return ExperimentCost(made, seconds, host, free, *_fullest(needed), unit)
-
-    def _steps_left(self, task: Training) -> int:
-        return max(0, task.total_steps - self._gate.completed)
-
-    def _require_memory(self, experiment: Experiment) -> None:
-        """Raises Refusal where there is too little for it."""
-        cost = self.cost(experiment)
-        if not cost.possible:
-            free = bytes_(cost.free, 0)
-            if cost.device_free is not None:
-                free += f", and {bytes_(cost.device_free, 0)} on {cost.device}"
-            raise Refusal(f"too little memory: {cost_text(cost)}, of which {free} are free")
+        """The cost of an experiment. On the training thread. Raises Refusal."""
+        task, left = self.task, None
+        if task is not None:
+            left = max(0, task.total_steps - self._gate.completed)
+        elif not isinstance(experiment, MeasureLandscape):
+            raise Refusal(*NOT_FOR_SCRIPTS)
+        return estimate_cost(experiment, self._parts(), left, self._step_s())
 
     def _leave_loop(self, step: int) -> None:
         """Raises RewindRequested, or an exception where the state is no longer kept."""
@@ -328,7 +300,7 @@ class TimeTravel:
     def _rescue_copy(self) -> RescueCopy:
         """Raises Refusal where there is too little memory for it."""
         gate, position = self._gate, None
-        _require_room(self._parts())
+        require_room(self._parts())
         batches = self.task.stateful.get("batches") if self.task is not None else None
         if isinstance(drawn := getattr(batches, "position", None), int):
             position = drawn - (gate.phase not in ("", "step"))
@@ -372,7 +344,7 @@ class TimeTravel:
         def run() -> None:
             try:
                 with self._tracer.suspended(), self._recorder.excluded():
-                    self._require_memory(experiment)
+                    require_memory(self.cost(experiment))
                     experiments = Experiments(task, self._edits, self._parts(), self.ring, wanted)
                     result = answered(experiments.run(experiment))
             except Exception as error:
@@ -388,7 +360,9 @@ class TimeTravel:
             step = gate.completed
             raise RewindRequested(RewindTarget(step, step, experiment=run))
 
-        gate.call_soon(leave)
+        gate.call_soon(leave).add_done_callback(
+            lambda done: found.cancel() if done.cancelled() else None
+        )
         return found
 
     def _landscape_of_script(
@@ -408,7 +382,7 @@ class TimeTravel:
                 return
             try:
                 with self._tracer.suspended(), self._recorder.excluded():
-                    self._require_memory(experiment)
+                    require_memory(self.cost(experiment))
                     optimizers = self._parts().optimizers
                     result = measure_landscape(capture, optimizers, self.ring, experiment, wanted)
                 gate.pause()
@@ -645,7 +619,7 @@ class TimeTravel:
 
     def _restore_script(self, snapshot: TrainingSnapshot) -> None:
         """Raises Refusal, without changing anything, where the snapshot no longer fits."""
-        _require_room(snapshot.state.parts)
+        require_room(snapshot.state.parts)
         rescue, edits = TrainingState.take(snapshot.state.parts), self._edits.snapshot()
         try:
             snapshot.state.restore()
@@ -661,20 +635,6 @@ class TimeTravel:
             text += f"; what follows is branch {self.went_back(now, snapshot.step)}"
         self.restored = now, snapshot.step
         self._recorder.notice("edit", text, step=now)
-
-
-def _require_room(parts: TrainingParts) -> None:
-    """Raises Refusal where the host has too little memory for a copy of the present state."""
-    needed, free = parts.nbytes(), free_bytes(HOST) or 0
-    if needed > free:
-        text = f"a copy of the present state takes {bytes_(needed, 0)}, and {bytes_(free, 0)}"
-        raise Refusal(f"{text} are free")
-
-
-def _fullest(needed: Bytes) -> tuple[str, int, int | None]:
-    """Of the devices that copies are made on: its name, their bytes, and what is free there."""
-    found = [(str(device), size, free_bytes(device)) for device, size in needed.items() if size]
-    return max(found, key=lambda each: each[1] / max(1, each[2] or each[1]), default=("", 0, None))
 
 
 def _reason(error: Exception) -> str:
