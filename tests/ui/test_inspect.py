@@ -436,10 +436,11 @@ async def test_groups_memory_and_what_is_unusual_about_parameters(size):
         ):
             await until(pilot, lambda p=part: p in re.sub(" +", " ", text_of(app)), part)
         assert "foreach" not in text_of(app)
-        before = session.inspected.count(DescribeUse())
+        before, tensors = session.inspected.count(DescribeUse()), len(summaries(session))
         session.advance(1)
         await frame(pilot)
         await until(pilot, lambda: session.inspected.count(DescribeUse()) > before, "read again")
+        assert len(summaries(session)) == tensors, "the screen behind does not take its place"
         await pilot.press("down", "enter")
         await until(pilot, lambda: app.inspected == TensorRef("norm.weight"), "the parameter")
         assert isinstance(app.screen, screen.InspectScreen)

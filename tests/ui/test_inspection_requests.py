@@ -10,7 +10,12 @@ from tui_trainer.ui.screens.inspection_requests import InspectionRequests
 
 def requests_of_a_screen():
     sent = []
-    app = SimpleNamespace(inspect=lambda request, *then: sent.append((request, *then)))
+    status = SimpleNamespace(step=3, phase="step")
+    app = SimpleNamespace(
+        inspect=lambda request, *then: sent.append((request, *then)),
+        snapshot=SimpleNamespace(status=status),
+        inspected_rank=0,
+    )
     return InspectionRequests(SimpleNamespace(app=app, is_mounted=True)), sent
 
 
@@ -49,3 +54,14 @@ def test_a_result_takes_the_place_of_a_refusal():
     assert requests.result(Inspected(1, "done", tensors, step=3), TensorList) is tensors
     assert requests.refusal == ("", "")
     assert requests.read_at == "step 3"
+
+
+def test_another_screen_that_inspects_comes_first():
+    requests, _ = requests_of_a_screen()
+    screen = requests._screen
+    screen.app.screen = screen
+    assert requests.in_front
+    screen.app.screen = SimpleNamespace()  # a dialog
+    assert requests.in_front
+    screen.app.screen = SimpleNamespace(requests=InspectionRequests(screen))
+    assert not requests.in_front

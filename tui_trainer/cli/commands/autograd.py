@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -28,7 +27,7 @@ from tui_trainer.client.answers.autograd import (
     short,
     svg,
 )
-from tui_trainer.client.answers.tensors import find_tensor
+from tui_trainer.client.answers.tensors import find_tensor, parse_index
 from tui_trainer.client.connection import RunClient
 from tui_trainer.config.options import parse_size
 from tui_trainer.protocol.autograd import (
@@ -266,6 +265,15 @@ def _as_json(run: RunEntry, answer: Inspected, graph: AutogradGraph) -> str:
     return msgspec.json.encode({**known, "took_ms": answer.took_ms, **as_data(graph)}).decode()
 
 
+def parse_index_option(text: str) -> tuple[int, ...]:
+    """The `--index` of an entry. Raises UsageError."""
+    try:
+        return parse_index(text)
+    except ValueError:
+        hint = "numbers from 0: --index 3,17"
+        raise UsageError(f"--index {text} is not understood", hint) from None
+
+
 def gradcheck(
     run: Annotated[
         str | None,
@@ -309,7 +317,7 @@ def gradcheck(
     runs_dir: RunsDir = None,
 ) -> int:
     """check a gradient of a live run against numerical ones"""
-    places = tuple(_place(text) for text in index)
+    places = tuple(map(parse_index_option, index))
     limit = max(1, parse_size(memory))
     with cli_errors():
         found = require_single_run(run, runs_dir)
@@ -330,13 +338,6 @@ def gradcheck(
     else:
         print("\n".join(_text(answer, check, sweeps=bool(places))), flush=True)
     return 0
-
-
-def _place(text: str) -> tuple[int, ...]:
-    parts = text.strip("[] ").split(",") if text.strip("[] ") else []
-    if not all(re.fullmatch(r"\s*\d{1,18}\s*", part) for part in parts):
-        raise UsageError(f"--index {text} is not understood", "numbers from 0: --index 3,17")
-    return tuple(int(part) for part in parts)
 
 
 def _text(answer: Inspected, check: GradientCheck, sweeps: bool) -> list[str]:

@@ -8,14 +8,14 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import msgspec
 import numpy as np
 from cyclopts import Parameter, validators
 from rich.text import Text
 
-from tui_trainer.cli.commands.autograd import ask_for_rerun
+from tui_trainer.cli.commands.autograd import ask_for_rerun, parse_index_option
 from tui_trainer.cli.commands.common import Rank, RunsDir, cli_errors, flag, require_single_run
 from tui_trainer.cli.errors import CommandError, UsageError, notify
 from tui_trainer.cli.table import Alignment, columns, new_table, table_lines
@@ -30,6 +30,7 @@ from tui_trainer.client.answers.tensors import (
     write_tensor,
 )
 from tui_trainer.client.connection import RunClient
+from tui_trainer.protocol import Phase
 from tui_trainer.protocol.formatting import bytes_, count, counted, number, percent
 from tui_trainer.protocol.heat_map import MAX_CELLS, HeatMap, HeatMapWindow, Reduction
 from tui_trainer.protocol.inspection import (
@@ -236,10 +237,7 @@ def _index(text: str | None, update: bool, other: bool) -> tuple[int, ...] | Non
         raise UsageError("--update is of a parameter alone", "without --grad, --state, --save")
     if text is None:
         return None
-    parts = text.strip("[] ").split(",") if text.strip("[] ") else []
-    if not all(re.fullmatch(r"\s*\d{1,18}\s*", part) for part in parts):
-        raise UsageError(f"--index {text} is not understood", "numbers from 0: --index 3,17")
-    return tuple(int(part) for part in parts)
+    return parse_index_option(text)
 
 
 def _window(text: str | None, reduction: Reduction) -> HeatMapWindow:
@@ -379,7 +377,9 @@ def _as_text(answer: Inspected, summary: TensorSummary, screen: PixelSupport | N
     return "\n".join(lines)
 
 
-def _before_lines(before: BeforePhase, now: TensorStatistics, phase: str) -> list[str]:
+def _before_lines(
+    before: BeforePhase, now: TensorStatistics, phase: Phase | Literal[""]
+) -> list[str]:
     """What the last phase has changed."""
     title = f"{phase}, the last phase"
     old = before.moments

@@ -10,7 +10,7 @@ import sys
 from typing import Annotated, Any, Literal
 
 import msgspec
-from cyclopts import Parameter
+from cyclopts import Parameter, validators
 
 from tui_trainer.cli.commands.common import RunsDir, flag
 from tui_trainer.cli.errors import CommandError, UsageError
@@ -49,7 +49,12 @@ def learn(
             help="language of the pages, from now on (default: that of $LANG)", show_default=False
         ),
     ] = None,
-    seed: Annotated[int, Parameter(help="seed of the measurement, off the screen")] = 1,
+    seed: Annotated[
+        int,
+        Parameter(
+            help="seed of the measurement, off the screen", validator=validators.Number(gte=0)
+        ),
+    ] = 1,
     answer: Annotated[bool, flag("print the answer to the question, too")] = False,
     try_it: Annotated[
         bool,
@@ -69,8 +74,6 @@ def learn(
     runs_dir: RunsDir = None,
 ) -> int:
     """learn how training works from pages that measure what they state"""
-    if seed < 0:
-        raise UsageError(f"--seed {seed} is negative", "seeds are 0, 1, 2, …")
     try:
         name = find_page(page) if page is not None else ""
     except UnknownPage as error:

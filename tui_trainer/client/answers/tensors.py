@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -181,3 +182,13 @@ def _write_safetensors(path: Path, tensor: TensorInfo, data: bytes) -> None:
         file.write(len(header).to_bytes(8, "little"))
         file.write(header)
         file.write(data)
+
+
+def parse_index(text: str) -> tuple[int, ...]:
+    """The index of an entry, as `3,17` or `[3, 17]`; empty for that of a scalar. Raises
+    ValueError."""
+    inside = text.strip("[] ")
+    parts = inside.split(",") if inside else []
+    if not all(re.fullmatch(r"\s*[0-9]{1,18}\s*", part) for part in parts):
+        raise ValueError("an index is numbers from 0, such as 3,17")
+    return tuple(map(int, parts))

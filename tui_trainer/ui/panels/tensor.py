@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from textual.strip import Strip
 from tui_trainer.client.answers.tensors import cells_of
 from tui_trainer.client.api import Snapshot
 from tui_trainer.history.series import SeriesReader
-from tui_trainer.protocol import schema
+from tui_trainer.protocol import Phase, schema
 from tui_trainer.protocol.formatting import bytes_, count, number, percent
 from tui_trainer.protocol.heat_map import MAX_CELLS, HeatMap, HeatMapWindow, Reduction
 from tui_trainer.protocol.inspection import (
@@ -376,7 +376,7 @@ class StatisticsReading:
     at: str
     """`step 12, after backward`"""
     statistics: TensorStatistics
-    phase: str = ""
+    phase: Phase | Literal[""] = ""
     """The phase that had ended last."""
     before: BeforePhase | None = None
     """The same tensor before that phase."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from textual import events
 from textual.binding import Binding, BindingType
@@ -14,6 +14,7 @@ from textual.widget import Widget
 
 from tui_trainer.client.answers.attention import position_label
 from tui_trainer.client.api import Snapshot
+from tui_trainer.protocol import Phase
 from tui_trainer.protocol.attention import AttentionExamination, ExamineAttention
 from tui_trainer.protocol.formatting import milliseconds
 from tui_trainer.protocol.inspection import NOT_CAPTURED, Inspected
@@ -52,7 +53,7 @@ class _SentRequest:
     """What a request was about."""
 
     request: ExamineAttention
-    moment: tuple[int, str, bool]
+    moment: tuple[int, Phase | Literal[""], bool]
     """Step, phase, and whether the run was paused."""
     rank: int
 
@@ -136,7 +137,7 @@ class AttentionLayerScreen(DetailScreen):
         self.viewport.reduction = "max_abs"
         self._tab = 0
         self._asked: _SentRequest | None = None
-        self._requests = InspectionRequests(self)
+        self.requests = InspectionRequests(self)
 
     def body(self) -> Iterable[Widget]:
         yield Caption(id="what")
@@ -182,7 +183,7 @@ class AttentionLayerScreen(DetailScreen):
     def _read(self, snapshot: Snapshot) -> None:
         """Ask for the layer where the screen does not show it as it is now."""
         status = snapshot.status
-        if status.ended or snapshot.link.state != "live":
+        if status.ended or snapshot.link.state != "live" or not self.requests.in_front:
             return
         paused = status.state == "paused"
         rank = self.context.inspected_rank
@@ -191,9 +192,9 @@ class AttentionLayerScreen(DetailScreen):
         if wanted == last:
             return
         moved = last is None or (wanted.request, rank) != (last.request, last.rank)
-        if not moved and not paused and not self._requests.may_ask_again:
+        if not moved and not paused and not self.requests.may_ask_again:
             return
-        self._requests.send(wanted.request, self._answered, self._given_up)
+        self.requests.send(wanted.request, self._answered, self._given_up)
         self._asked = wanted
 
     def _given_up(self) -> None:
@@ -204,9 +205,9 @@ class AttentionLayerScreen(DetailScreen):
         if answer.message == NOT_CAPTURED and self.context.snapshot.status.state == "running":
             self._asked = None
             if self.found is None:
-                self._requests.refusal = (SKIPPED, "")
+                self.requests.refusal = (SKIPPED, "")
         else:
-            self.found = self._requests.result(answer, AttentionExamination)
+            self.found = self.requests.result(answer, AttentionExamination)
             if self.found is not None:
                 self.chosen_layer = self.found.layer
                 if not self.found.missing:
@@ -246,7 +247,7 @@ class AttentionLayerScreen(DetailScreen):
             if found.missing and self.tab != "heads":
                 return found.missing, "the view of the heads has their weights"
             return "", ""
-        unavailable = self._requests.unavailable(snapshot)
+        unavailable = self.requests.unavailable(snapshot)
         if unavailable[0]:
             return unavailable
         waiting = WAITING if snapshot.status.state != "paused" else READING
@@ -266,7 +267,7 @@ class AttentionLayerScreen(DetailScreen):
         spans.append((f"example {found.sample} of {found.samples:,}", "text"))
         if snapshot.status.ended:
             spans.append((ending(snapshot), "warning"))
-        return spans, f"{self._requests.read_at}, read in {milliseconds(self._requests.took_ms, 0)}"
+        return spans, f"{self.requests.read_at}, read in {milliseconds(self.requests.took_ms, 0)}"
 
     def _how(self) -> list[Span]:
         """What was compared with what, and what is special."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 from textual import events
 from textual.binding import Binding, BindingType
@@ -31,14 +31,6 @@ MIN_WIDTH_WIDE = 160
 """Width from which more of it is left to the details."""
 READING = "running the forward pass of this step again …"
 NO_GRAPH = "no graph was read yet"
-
-
-class _Moment(NamedTuple):
-    """What a graph belongs to."""
-
-    step: int
-    phase: str
-    rank: int
 
 
 class AutogradScreen(DetailScreen):
@@ -73,9 +65,7 @@ class AutogradScreen(DetailScreen):
     def __init__(self) -> None:
         super().__init__()
         self.graph: AutogradGraph | None = None
-        self._moment: _Moment | None = None
-        """When the last request was made."""
-        self._requests = InspectionRequests(self)
+        self.requests = InspectionRequests(self)
 
     def body(self) -> Iterable[Widget]:
         yield Caption(id="graph")
@@ -99,35 +89,27 @@ class AutogradScreen(DetailScreen):
     def show_body(self, snapshot: Snapshot) -> None:
         status = snapshot.status
         live = not status.ended and snapshot.link.state in ("live", "replay")
-        if live and not self._requests.pending:
-            stopped = status.state == "paused" and self._now() != self._moment
-            other = self._moment is None or self._moment.rank != self.context.inspected_rank
+        if live and not self.requests.pending and self.requests.in_front:
+            now, asked_at = self.requests.now(), self.requests.asked_at
+            stopped = status.state == "paused" and now != asked_at
+            other = asked_at is None or asked_at.rank != now.rank
             if stopped or (other and status.step > 0):
-                self._requests.retries = 0
+                self.requests.retries = 0
                 self._ask()
         self._draw(snapshot)
 
-    def _now(self) -> _Moment:
-        status = self.context.snapshot.status
-        return _Moment(status.step, status.phase, self.context.inspected_rank)
-
     def _ask(self) -> None:
-        self._moment = self._now()
-        self._requests.send(DescribeGraph(), self._answered, self._given_up)
-
-    def _given_up(self) -> None:
-        """Ask again when this screen is in front."""
-        self._moment = None
+        self.requests.send(DescribeGraph(), self._answered)
 
     def _answered(self, answer: Inspected) -> None:
         status = self.context.snapshot.status
         result = answer.result
         live = isinstance(result, AutogradGraph) and result.source == "live"
         early = (answer.message == NOT_CAPTURED or live) and status.state == "running"
-        if early and self._requests.may_retry():  # the batch is kept from the first request on
+        if early and self.requests.may_retry():  # the batch is kept from the first request on
             self._ask()
             return
-        self.graph = self._requests.result(answer, AutogradGraph)
+        self.graph = self.requests.result(answer, AutogradGraph)
         self.table.show(self.graph)
         self._show_details()
         self._draw(self.context.snapshot)
@@ -143,17 +125,17 @@ class AutogradScreen(DetailScreen):
         if self.graph is not None:
             if self.graph.loss is not None:
                 spans.append((f"loss {number(self.graph.loss, 0)}", "accent"))
-            spans.append((self._requests.read_at, "text"))
+            spans.append((self.requests.read_at, "text"))
             if self.graph.source == "live":
                 spans.append(("without gradients", "warning"))
             spans += graph_spans(self.graph, self.app.size.width >= MIN_WIDTH_BESIDE)
-            right = f"read in {milliseconds(self._requests.took_ms, 0)}"
+            right = f"read in {milliseconds(self.requests.took_ms, 0)}"
         self.query_one("#graph", Caption).update(spans, right, right_is_optional=True)
 
     def _missing(self, snapshot: Snapshot) -> tuple[str, str]:
-        if self._requests.pending and not self._requests.refusal[0]:
+        if self.requests.pending and not self.requests.refusal[0]:
             return READING, ""
-        unavailable = self._requests.unavailable(snapshot, recorded=True)
+        unavailable = self.requests.unavailable(snapshot, recorded=True)
         return unavailable if unavailable[0] else placeholder_message(snapshot, NO_GRAPH)
 
     def _show_details(self) -> None:
@@ -204,8 +186,8 @@ class AutogradScreen(DetailScreen):
     def action_read(self) -> None:
         """Ask again, also while the run runs."""
         status = self.context.snapshot.status
-        if not status.ended and not self._requests.pending:
-            self._requests.retries = 0
+        if not status.ended and not self.requests.pending:
+            self.requests.retries = 0
             self._ask()
 
     def action_save(self) -> None:
@@ -213,7 +195,7 @@ class AutogradScreen(DetailScreen):
         if self.graph is not None:
             loss = "" if self.graph.loss is None else f"loss {number(self.graph.loss, 0, 6)} · "
             info = self.context.snapshot.info
-            title = f"{info.name if info else ''} · {loss}{self._requests.read_at}"
+            title = f"{info.name if info else ''} · {loss}{self.requests.read_at}"
             save_graph(self, self.graph, title, self.table.repeats)
 
     def action_inspect(self) -> None:

@@ -163,7 +163,7 @@ class ExperimentsDialog(SnapshotDialog):
         self._texts = [changes, *DEFAULTS[1:]]
         self._kind = 0
         self._at_once = bool(changes)
-        self._requests = InspectionRequests(self)
+        self.requests = InspectionRequests(self)
         self._asked: Experiment | None = None
         """What is estimated or under way."""
         self._at_work = False
@@ -187,7 +187,7 @@ class ExperimentsDialog(SnapshotDialog):
         self.query_one(Input).focus()
         if self._at_once:
             self.call_after_refresh(self._begin)
-        self._requests.send(ReadTimeline(), self._suggest_snapshots)
+        self.requests.send(ReadTimeline(), self._suggest_snapshots)
 
     def on_resize(self) -> None:
         self.set_class(self.size.height < 30, "-small")
@@ -246,7 +246,7 @@ class ExperimentsDialog(SnapshotDialog):
             self._make(asked, "")
         else:
             self._say("asking the run what that takes …")
-            self._requests.send(EstimateCost(asked), self._estimated)
+            self.requests.send(EstimateCost(asked), self._estimated)
 
     def _estimated(self, answer: Inspected) -> None:
         if self._asked is None:
@@ -264,7 +264,7 @@ class ExperimentsDialog(SnapshotDialog):
         self._at_work, self._confirmed = True, None
         self._attempts = ATTEMPTS
         self._say(text or "at work …", RUNNING)
-        self._requests.send(asked, self._answered, self._interrupted)
+        self.requests.send(asked, self._answered, self._interrupted)
 
     def _interrupted(self) -> None:
         self._at_work = False
@@ -276,7 +276,7 @@ class ExperimentsDialog(SnapshotDialog):
         running = app_context(self).snapshot.status.state == "running"
         if answer.message == NOT_CAPTURED and running and self._attempts and self._asked:
             self._attempts -= 1
-            self._requests.send(self._asked, self._answered, self._interrupted)
+            self.requests.send(self._asked, self._answered, self._interrupted)
             return
         self._at_work = False
         if not isinstance(answer.result, ExperimentResult):
@@ -289,7 +289,7 @@ class ExperimentsDialog(SnapshotDialog):
         """End the experiment that is under way: another request takes its place. Else close."""
         if self._at_work:
             self._at_work = False
-            self._requests.send(ReadTimeline(), lambda _: None)
+            self.requests.send(ReadTimeline(), lambda _: None)
             self._say("ended; the run is as it was, and paused")
         else:
             self.dismiss(None)

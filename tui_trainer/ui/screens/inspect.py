@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import msgspec
 from rich.cells import cell_len
@@ -19,7 +19,9 @@ from textual.widget import Widget
 from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
+from tui_trainer.client.answers.tensors import parse_index
 from tui_trainer.client.api import Snapshot
+from tui_trainer.protocol import Phase
 from tui_trainer.protocol.autograd import CheckGradient, GradientCheck
 from tui_trainer.protocol.formatting import milliseconds
 from tui_trainer.protocol.heat_map import HeatMapWindow
@@ -242,7 +244,7 @@ class InspectScreen(DetailScreen):
         self._ref: TensorRef | None = None
         self._rank = 0
         self._asked: _SentRequest | None = None
-        self._requests = InspectionRequests(self)
+        self.requests = InspectionRequests(self)
         self._saving = False
         self._offered = False
         """Whether the list of tensors was opened since the screen came to the front."""
@@ -257,7 +259,7 @@ class InspectScreen(DetailScreen):
     @property
     def read_at(self) -> str:
         """The step and phase that the values on the screen belong to."""
-        return self._requests.read_at
+        return self.requests.read_at
 
     @property
     def heat_map(self) -> HeatMapView:
@@ -286,7 +288,7 @@ class InspectScreen(DetailScreen):
         chosen = (self.context.inspected, self.context.inspected_rank)
         if chosen != (self._ref, self._rank):
             self._ref, self._rank = chosen
-            self._requests.forget()
+            self.requests.forget()
             self._asked = self.summary = None
             self.explanation, self._unexplained, self._explained_for = None, ("", ""), None
             self._index = None
@@ -299,9 +301,9 @@ class InspectScreen(DetailScreen):
         """Ask for the tensor where the screen does not show it as it is now."""
         status = snapshot.status
         closed = status.ended or snapshot.link.state not in ("live", "replay")
-        if self._ref is None or closed or self._saving:
+        if self._ref is None or closed or self._saving or not self.requests.in_front:
             return
-        if not isinstance(self._requests.pending, Summarize | None):
+        if not isinstance(self.requests.pending, Summarize | None):
             return  # its answer comes first, and then the tensor
         paused = status.state == "paused"
         visible = self.heat_map.view_size.height > 0
@@ -311,12 +313,12 @@ class InspectScreen(DetailScreen):
         if wanted == last:
             return
         moved = last is None or (wanted.tensor, wanted.window) != (last.tensor, last.window)
-        if not moved and not paused and not self._requests.may_ask_again:
+        if not moved and not paused and not self.requests.may_ask_again:
             return
         known = self.summary is not None and last is not None and paused
         unchanged = known and (wanted.tensor, wanted.moment) == (last.tensor, last.moment)  # type: ignore[union-attr]
         request = Summarize(self._ref, not unchanged, window, entries=ENTRIES)
-        self._requests.send(request, self._summarized, self._summary_given_up)
+        self.requests.send(request, self._summarized, self._summary_given_up)
         self._asked = wanted
 
     def _summary_given_up(self) -> None:
@@ -324,7 +326,7 @@ class InspectScreen(DetailScreen):
         self._asked = None
 
     def _summarized(self, answer: Inspected) -> None:
-        summary = self._requests.result(answer, TensorSummary)
+        summary = self.requests.result(answer, TensorSummary)
         if summary is not None:
             if summary.statistics is None and self.summary is not None:
                 summary = msgspec.structs.replace(summary, statistics=self.summary.statistics)
@@ -347,8 +349,9 @@ class InspectScreen(DetailScreen):
             return
         request = ExplainUpdate(self._ref.name, self._index)
         wanted = (request, self._asked.moment)
-        if wanted != self._explained_for and self._requests.pending is None:
-            self._requests.send(request, lambda answer: self._explained(answer, wanted))
+        idle = self.requests.pending is None and self.requests.in_front
+        if wanted != self._explained_for and idle:
+            self.requests.send(request, lambda answer: self._explained(answer, wanted))
 
     def _explained(self, answer: Inspected, of: tuple[object, ...]) -> None:
         self._explained_for = of
@@ -388,11 +391,11 @@ class InspectScreen(DetailScreen):
         spans.append((self.read_at, "text"))
         if snapshot.status.ended:
             spans.append((ending(snapshot), "warning"))
-        return spans, f"read in {milliseconds(self._requests.took_ms, 0)}"
+        return spans, f"read in {milliseconds(self.requests.took_ms, 0)}"
 
     def _missing(self, snapshot: Snapshot) -> tuple[str, str]:
         """Why there is nothing to see, and what to do."""
-        unavailable = self._requests.unavailable(snapshot)
+        unavailable = self.requests.unavailable(snapshot)
         if unavailable[0]:
             return unavailable
         message, hint = placeholder_message(snapshot, NO_TENSOR)
@@ -402,7 +405,7 @@ class InspectScreen(DetailScreen):
     def _reading(self) -> bool:
         """Whether an answer will come."""
         return (
-            self._ref is not None and bool(self._requests.pending) and not self._requests.refusal[0]
+            self._ref is not None and bool(self.requests.pending) and not self.requests.refusal[0]
         )
 
     def _waits(self, snapshot: Snapshot) -> bool:
@@ -451,7 +454,7 @@ class InspectScreen(DetailScreen):
                 self.notify(answer.message, title=answer.hint, severity="warning", markup=False)
 
         self._asked = None
-        self._requests.send(ListTensors(modules), listed)
+        self.requests.send(ListTensors(modules), listed)
 
     def action_kind(self) -> None:
         """Show the next of the tensors that belong to the same parameter."""
@@ -519,7 +522,7 @@ class InspectScreen(DetailScreen):
             self._unchecked = (CHECKING, "")
             indices = (self._index,) if self._index is not None else ()
             request = CheckGradient(ref.name, indices, CHECKED_ENTRIES)
-            self._requests.send(request, self._checked, self._check_given_up)
+            self.requests.send(request, self._checked, self._check_given_up)
         self.call_after_refresh(self._show)
 
     def _check_given_up(self) -> None:
@@ -556,11 +559,11 @@ class InspectScreen(DetailScreen):
         def chosen(text: str | None) -> None:
             if text is None:
                 return
-            parts = text.strip("[]* ").split(",") if text.strip("[]* ") else []
-            if not all(part.strip().isdecimal() and len(part) < 18 for part in parts):
-                self.notify("an index is numbers from 0, such as 3,17", markup=False)
+            try:
+                self._index = parse_index(text.strip("* ")) or None
+            except ValueError as error:
+                self.notify(str(error), markup=False)
                 return
-            self._index = tuple(map(int, parts)) if parts else None
             self.remove_class("-check")
             self.add_class("-update")
             self._explained_for = None
@@ -595,7 +598,7 @@ class _SentRequest:
     """What a request was about."""
 
     tensor: TensorRef
-    moment: tuple[int, str, bool]
+    moment: tuple[int, Phase | Literal[""], bool]
     """Step, phase, and whether the run was paused."""
     window: HeatMapWindow | None
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from textual.screen import Screen
 
 from tui_trainer.client.api import Snapshot
+from tui_trainer.protocol import Phase
 from tui_trainer.protocol.inspection import Inspected, InspectionRequest
 from tui_trainer.ui.screens import app_context
 
@@ -26,6 +27,14 @@ MAX_RETRIES = 5
 def _ignore() -> None: ...
 
 
+class Moment(NamedTuple):
+    """When a request was made, and of which rank."""
+
+    step: int
+    phase: Phase | Literal[""]
+    rank: int
+
+
 class InspectionRequests:
     """Sends the requests of one screen. Only the answer to the newest is used."""
 
@@ -33,6 +42,8 @@ class InspectionRequests:
         self._screen = screen
         self.pending: InspectionRequest | None = None
         """Sent, and not answered yet."""
+        self.asked_at: Moment | None = None
+        """When the last request was sent that was not given up."""
         self.refusal = ("", "")
         """Message and hint of the last answer, where the run refused."""
         self.read_at, self.took_ms = "", 0.0
@@ -54,7 +65,7 @@ class InspectionRequests:
         self.give_up()
         self._number += 1
         number = self._number
-        self.pending, self._given_up = request, given_up
+        self.pending, self._given_up, self.asked_at = request, given_up, self.now()
 
         def arrived(answer: Inspected) -> None:
             if number == self._number and self._screen.is_mounted:
@@ -67,15 +78,28 @@ class InspectionRequests:
 
         app_context(self._screen).inspect(request, arrived, replaced)
 
+    def now(self) -> Moment:
+        context = app_context(self._screen)
+        status = context.snapshot.status
+        return Moment(status.step, status.phase, context.inspected_rank)
+
+    @property
+    def in_front(self) -> bool:
+        """False where another screen that inspects is in front: the run has time for one request,
+        and this screen asks again when it is drawn in front."""
+        front = self._screen.app.screen
+        other = getattr(front, "requests", None)
+        return front is self._screen or not isinstance(other, InspectionRequests)
+
     def give_up(self) -> None:
         """No longer wait for an answer."""
         if self.pending is not None:
-            self.pending = None
+            self.pending = self.asked_at = None
             self._given_up()
 
     def forget(self) -> None:
         """What is still to come, and the last answer, are about something else."""
-        self.pending = None
+        self.pending = self.asked_at = None
         self._number += 1
         self.refusal, self.read_at, self.took_ms = ("", ""), "", 0.0
 

@@ -57,9 +57,7 @@ class ParameterGroupsScreen(DetailScreen):
         super().__init__()
         self.use: ParameterUse | None = None
         """What is on the screen."""
-        self._moment: tuple[int, str, int] | None = None
-        """Step, phase and rank of the last request."""
-        self._requests = InspectionRequests(self)
+        self.requests = InspectionRequests(self)
 
     def body(self) -> Iterable[Widget]:
         yield Caption(id="moment")
@@ -77,30 +75,22 @@ class ParameterGroupsScreen(DetailScreen):
 
     def show_body(self, snapshot: Snapshot) -> None:
         status = snapshot.status
-        if not status.ended and snapshot.link.state == "live" and not self._requests.pending:
-            now = self._now()
-            other = self._moment is None or self._moment[2] != now[2]
-            if other or (status.state == "paused" and now != self._moment):
-                self._requests.retries = 0
+        live = not status.ended and snapshot.link.state == "live"
+        if live and not self.requests.pending and self.requests.in_front:
+            now, asked_at = self.requests.now(), self.requests.asked_at
+            other = asked_at is None or asked_at.rank != now.rank
+            if other or (status.state == "paused" and now != asked_at):
+                self.requests.retries = 0
                 self._ask()
         self._draw(snapshot)
 
-    def _now(self) -> tuple[int, str, int]:
-        status = self.context.snapshot.status
-        return status.step, status.phase, self.context.inspected_rank
-
     def _ask(self) -> None:
-        self._moment = self._now()
-        self._requests.send(DescribeUse(), self._answered, self._given_up)
-
-    def _given_up(self) -> None:
-        """Ask again when this screen is in front."""
-        self._moment = None
+        self.requests.send(DescribeUse(), self._answered)
 
     def _answered(self, answer: Inspected) -> None:
-        use = self.use = self._requests.result(answer, ParameterUse)
+        use = self.use = self.requests.result(answer, ParameterUse)
         running = self.context.snapshot.status.state == "running"
-        if use is not None and use.waits_for_batch and running and self._requests.may_retry():
+        if use is not None and use.waits_for_batch and running and self.requests.may_retry():
             self._ask()  # the batch is kept from the first request on
         self._draw(self.context.snapshot)
 
@@ -114,8 +104,8 @@ class ParameterGroupsScreen(DetailScreen):
         spans: list[Span] = [("Parameter groups and memory", "title")]
         right = ""
         if use is not None:
-            spans.append((self._requests.read_at, "text"))
-            right = f"read in {milliseconds(self._requests.took_ms, 0)}"
+            spans.append((self.requests.read_at, "text"))
+            right = f"read in {milliseconds(self.requests.took_ms, 0)}"
             if snapshot.status.ended:
                 spans.append((ending(snapshot), "warning"))
         self.query_one("#moment", Caption).update(spans, right, right_is_optional=True)
@@ -125,7 +115,7 @@ class ParameterGroupsScreen(DetailScreen):
 
     def _missing(self, snapshot: Snapshot) -> tuple[str, str]:
         """Why there is nothing to see, and what to do."""
-        unavailable = self._requests.unavailable(snapshot)
+        unavailable = self.requests.unavailable(snapshot)
         return unavailable if unavailable[0] else placeholder_message(snapshot, READING)
 
     def _lay_out(self) -> None:
@@ -142,8 +132,8 @@ class ParameterGroupsScreen(DetailScreen):
 
     def action_read(self) -> None:
         """Ask again, also while the run runs."""
-        if not self.context.snapshot.status.ended and not self._requests.pending:
-            self._requests.retries = 0
+        if not self.context.snapshot.status.ended and not self.requests.pending:
+            self.requests.retries = 0
             self._ask()
 
     def action_back(self) -> None:

@@ -92,7 +92,7 @@ class SettingsDialog(SnapshotDialog):
 
     def __init__(self) -> None:
         super().__init__()
-        self._requests = InspectionRequests(self)
+        self.requests = InspectionRequests(self)
         self._seen: int | None = None
         """Id of the latest change of settings that is shown."""
 
@@ -123,7 +123,7 @@ class SettingsDialog(SnapshotDialog):
         latest = edits[-1] if edits else -1
         if latest != self._seen:
             self._seen = latest
-            self._requests.send(ReadSettings(), self._show_settings)
+            self.requests.send(ReadSettings(), self._show_settings)
         self._show_keys()
 
     def _show_settings(self, answer: Inspected) -> None:

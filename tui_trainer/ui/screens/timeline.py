@@ -84,7 +84,7 @@ class TimelineDialog(SnapshotDialog):
 
     def __init__(self) -> None:
         super().__init__()
-        self._requests = InspectionRequests(self)
+        self.requests = InspectionRequests(self)
         self._timeline: Timeline | None = None
         self._confirmed: int | None = None
         """The step to which the next enter goes although that takes long."""
@@ -113,7 +113,7 @@ class TimelineDialog(SnapshotDialog):
             self._read()
 
     def _read(self) -> None:
-        self._requests.send(ReadTimeline(), self._show_timeline)
+        self.requests.send(ReadTimeline(), self._show_timeline)
 
     def _show_timeline(self, answer: Inspected) -> None:
         about = self.query_one(".about", Static)
