@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from time import perf_counter
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Protocol, TypeVar, TypeVarTuple
 
 from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.probe import RecorderLike, describe_exception
@@ -56,13 +56,11 @@ class Guarded(Protocol):
 
 
 S = TypeVar("S", bound=Guarded)
-P = ParamSpec("P")
+Ts = TypeVarTuple("Ts")
 R = TypeVar("R")
 
 
-def guarded(
-    method: Callable[Concatenate[S, P], R], always: bool = False
-) -> Callable[Concatenate[S, P], R]:
+def guarded(method: Callable[[S, *Ts], R], always: bool = False) -> Callable[[S, *Ts], R]:
     """Count our own time, and keep our exceptions away from the training.
 
     Only `StopTraining` and other non-`Exception`s pass. A fault ends the measurement of the current
@@ -71,22 +69,22 @@ def guarded(
     """
 
     @functools.wraps(method)
-    def wrapper(self: S, *args: P.args, **kwargs: P.kwargs) -> R:
+    def wrapper(self: S, *args: *Ts) -> R:
         faults = self.faults
         if faults.given_up and not always:
             return False  # type: ignore[return-value] # "no phase" for those that return a bool
         gate = faults.gate
         began = perf_counter() - gate.idle_s
         try:
-            return method(self, *args, **kwargs)
+            return method(self, *args)
         except Exception as fault:
             faults.give_up_step(method.__name__, fault)
             return False  # type: ignore[return-value]
         finally:
             faults.own_s += perf_counter() - gate.idle_s - began
 
-    return wrapper  # type: ignore[return-value] # functools.wraps names `self`
+    return wrapper
 
 
-def always_guarded(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+def always_guarded(method: Callable[[S, *Ts], R]) -> Callable[[S, *Ts], R]:
     return guarded(method, always=True)

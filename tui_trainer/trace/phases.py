@@ -600,16 +600,16 @@ def _step_times(
 
     def read() -> list[float]:
         if not times:
-            times.extend(taken())
+            found = list(taken())
             for clip in clips:
-                times[CLIP] += clip.times()[CLIP]
-            if math.isnan(times[OTHER]):
-                times[OTHER] = max(0.0, step_ms - sum(times[:OTHER]))
+                found[CLIP] += clip.times()[CLIP]
+            if math.isnan(found[OTHER]):
+                found[OTHER] = max(0.0, step_ms - sum(found[:OTHER]))
             if shared:
-                elsewhere = [p for p in range(EVAL) if times[p] <= 0 and (p != CLIP or clipped)]
+                elsewhere = [p for p in range(EVAL) if found[p] <= 0 and (p != CLIP or clipped)]
                 for phase in elsewhere:
-                    times[phase] = _SHARED
-            times[:] = [_NO_PHASE if ms <= 0 else ms for ms in times]
+                    found[phase] = _SHARED
+            times.extend([_NO_PHASE if ms <= 0 else ms for ms in found])
         return times
 
     return read

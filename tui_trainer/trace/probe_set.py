@@ -81,6 +81,8 @@ class ProbeSchedule:
         self._resting = 0
         """Bit set of those chosen that need not observe the forward of the step."""
         self._plans: dict[tuple[int, int], StepPlan] = {}
+        self._working = 0
+        """Bit set of the probes that have not failed, for which the plans were made."""
         self._watched: Collection[str] = ()
         """Topics."""
         self.update()
@@ -105,7 +107,10 @@ class ProbeSchedule:
         self._with_clipping = 0
         self.clip_readers: list[ActiveProbe] = []
         """Probes that measure every step whose gradients are clipped."""
-        self._plans.clear()
+        working = sum(1 << i for i, probe in enumerate(self.probes) if not probe.failed)
+        if working != self._working:
+            self._working = working
+            self._plans.clear()
         for position, probe in enumerate(self.probes):
             bit = 1 << position
             if probe.failed:
