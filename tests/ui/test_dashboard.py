@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 from textual import events
@@ -7,7 +8,7 @@ from textual import events
 from tests.ui import fake, fake_run
 from tests.ui.fake import FakeSession
 from tests.ui.fake_run import with_unseen
-from tests.ui.screens import until
+from tests.ui.screens import frame, until
 from tui_trainer.protocol import PHASES, actions
 from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.panels.attention.overview import LayersTable, TrendChart
@@ -220,6 +221,26 @@ async def test_unseen_quantities_are_reported():
         text = screen_text(pilot.app)
         assert "this script never clips" in text
         assert "no loss seen" in text
+
+
+async def test_script_has_no_empty_panels_before_it_is_known_what_it_does():
+    """Its learning rate and updates stand where clipping and attention would be; they appear once
+    the script clips and has attention layers."""
+    session = fake.fake_gpt(0)
+    known = session.run.info
+    session.run.info = msgspec.structs.replace(known, task="script", attention=())
+    async with app_of(session).run_test(size=(120, 40)) as pilot:
+        text = screen_text(pilot.app)
+        for title in (" Loss ", " Gradient norm ", " Learning rate ", " Gradients ", " Updates "):
+            assert title in text
+        assert "Clipping" not in text
+        assert "Attention  Wq" not in text
+        session.run.info = msgspec.structs.replace(known, task="script")
+        session.advance(30)
+        await frame(pilot)
+        text = screen_text(pilot.app)
+        assert " Clipping " in text
+        assert " Attention  Wq" in text
 
 
 async def test_not_a_number_is_marked():

@@ -9,6 +9,7 @@ from rich.segment import Segment
 from rich.style import Style
 from textual.geometry import Size
 
+from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol import formatting, schema
 from tui_trainer.protocol.absent import Absent, why_absent
 from tui_trainer.protocol.events import Clip
@@ -51,6 +52,8 @@ class ClippingPanel(Panel):
         self.chart = Chart(include_zero=True)
         self.max_steps: int | None = None
         """Steps that the chart shows; None for the whole run."""
+        self.clips = True
+        """Whether the run clips, as far as is known: the clipped steps are listed."""
         self._norm_range = GradientNormRange()
 
     def toggle_log(self) -> None:
@@ -61,11 +64,12 @@ class ClippingPanel(Panel):
     def content(self, size: Size) -> Sequence[Row]:
         """Title, chart, clipped steps."""
         clips_height = 0
-        clips = not unavailable_reason(self.snapshot, "clip")
+        clips = self.clips
+        reason = unavailable_reason(self.snapshot, "clip")
         self.panel_title = "Clipping" if clips else "Gradient norm"
         if clips and size.height >= MIN_HEIGHT_FOR_CLIPS:
             clips_height = max(3, int((size.height - 1) * CLIPS_SHARE))
-        chart_height = size.height - 1 - (clips_height if clips else 1)
+        chart_height = size.height - 1 - (clips_height if clips else bool(reason))
         steps, layers, others = self._chart_layers(size.width)
         legend = related_legend(self, others, size.width)
         chart_height -= len(legend)
@@ -76,15 +80,21 @@ class ClippingPanel(Panel):
         info = self.snapshot.info
         optimizer = info.optimizers[0] if info and len(info.optimizers) > 1 else ""
         right = [word for word in ("log" if self.chart.drawn_log else "", optimizer) if word]
-        why = (
-            []
-            if clips
-            else [message_row(unavailable_reason(self.snapshot, "clip"), self.palette.dim)]
-        )
+        why = [message_row(reason, self.palette.dim)] if reason and not clips else []
         title = self.title_line(
             size.width, self._figures(), f" {self.glyphs.separator} ".join(right)
         )
         return [title, *legend, *rows, *why, *self._clipped_steps(size.width, clips_height)]
+
+    def has_clipped(self, snapshot: Snapshot) -> bool:
+        """Whether a clipping has been seen, in the newest step or as an event."""
+        table = snapshot.history.table(schema.CLIP)
+        row = newest_row(snapshot, table)[0] if table is not None else None
+        if row is not None and table is not None:
+            limit = table.column("max_norm")
+            if limit is not None and math.isfinite(row[limit]):
+                return True
+        return any(isinstance(event, Clip) for event in snapshot.events)
 
     def _chart_layers(self, width: int) -> tuple[tuple[int, int], list[Layer], list[Figure]]:
         """The steps that the chart shows, its layers (none before the first step), and the legend

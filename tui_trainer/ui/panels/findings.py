@@ -11,6 +11,7 @@ from textual.geometry import Size
 
 from tui_trainer.client.api import Snapshot
 from tui_trainer.history.series import SeriesReader
+from tui_trainer.protocol import schema
 from tui_trainer.protocol.events import Evidence, Finding, newest_findings
 from tui_trainer.protocol.text import truncate, truncate_middle, wrap
 from tui_trainer.ui.healthy_ranges import HealthyRange
@@ -25,6 +26,8 @@ WORDS = {"possible": "possibly", "likely": "probably", "certain": "certainly"}
 FINDINGS_KEY = "8"
 MIN_CHART_NAME_WIDTH = 24
 """Cells that the legend leaves for the name of a charted series."""
+STEP_NAMES = {"grad_norm_preclip": "gradient norm", "step_ms": "duration of the step, ms"}
+"""Columns of table `step` in words, where the name is not the word."""
 
 
 def warnings_of(snapshot: Snapshot) -> list[Finding]:
@@ -196,16 +199,21 @@ class EvidenceChart(LineView):
     def _title_row(self, evidence: Evidence, series: SeriesReader, width: int) -> Row:
         """`grad_norm head.weight  0.31  healthy 1e-4 to 0.1 ╌  since step 120 ┆`, as much as fits;
         the signs are those of the lines in the chart."""
-        newest = series.latest()
-        value = float(newest[1][self._column]) if newest else float("nan")
+        value = series.newest_measured(evidence.column)
         healthy = HealthyRange(evidence.low, evidence.high)
-        style = "text" if healthy.holds(value) else "warning"
-        spans = [(f"  {compact_number(value, 9).strip()}", style if value == value else "error")]
+        if value is None:
+            spans = []
+        else:
+            style = "text" if healthy.holds(value) else "warning"
+            style = style if value == value else "error"
+            spans = [(f"  {compact_number(value, 9).strip()}", style)]
         legend = [(f"  {self.glyphs.vertical_dash} since step {self._onset:,}", "error")]
         if healthy.limits:
             legend.insert(0, (f"  {self.glyphs.dash} {healthy.words}", "good"))
         name = f"{evidence.table.replace('_', ' ')} {evidence.column}".strip()
-        left = width - MIN_CHART_NAME_WIDTH - len(spans[0][0])
+        if evidence.table == schema.STEP:
+            name = STEP_NAMES.get(evidence.column, evidence.column.replace("_", " "))
+        left = width - MIN_CHART_NAME_WIDTH - sum(len(text) for text, _ in spans)
         for text, colour in legend:
             if len(text) <= left:
                 spans.append((text, colour))

@@ -12,6 +12,7 @@ from textual.widgets import Input
 
 from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol.inspection import TensorRef
+from tui_trainer.protocol.schema import SCRIPT
 from tui_trainer.ui.guide import GuideLine
 from tui_trainer.ui.panels.attention.overview import LayersTable, TrendChart
 from tui_trainer.ui.panels.base import Panel, unavailable_reason
@@ -73,7 +74,9 @@ class DashboardScreen(FoldingScreen, ControlScreen):
     def __init__(self) -> None:
         super().__init__()
         self._lacks = (False, False)
-        """Whether the run has no attention layers, and whether it never clips."""
+        """Whether the run has no attention layers, and whether it never clips, as far as is known:
+        a script is taken to have none, and not to clip, until they are seen."""
+        self._has_clipped = False
         self._panels: list[Panel | GradientsPanel | LayersTable] = []
 
     def compose(self) -> ComposeResult:
@@ -108,9 +111,13 @@ class DashboardScreen(FoldingScreen, ControlScreen):
         self.query_one(LayersTable).styles.max_height = (
             min(3 + max(1, len(snapshot.info.attention)), 12) if snapshot.info else 4
         )
+        clipping, info = self.query_one(ClippingPanel), snapshot.info
+        shipped = info is None or info.task != SCRIPT
+        self._has_clipped = self._has_clipped or shipped or clipping.has_clipped(snapshot)
         lacks = (
-            bool(unavailable_reason(snapshot, "attention")),
-            bool(unavailable_reason(snapshot, "clip")),
+            bool(unavailable_reason(snapshot, "attention"))
+            or not (shipped or (info and info.attention)),
+            bool(unavailable_reason(snapshot, "clip")) or not self._has_clipped,
         )
         if lacks != self._lacks:
             self._lacks = lacks
@@ -136,6 +143,7 @@ class DashboardScreen(FoldingScreen, ControlScreen):
     def show_panels(self) -> None:
         """Panels that this run has nothing for give way to those of updates and learning rate."""
         no_attention, no_clipping = self._lacks
+        self.query_one(ClippingPanel).clips = not no_clipping
         self.set_class(no_attention, "-no-attention")
         self.set_class(no_clipping, "-no-clipping")
         if self._folded:
