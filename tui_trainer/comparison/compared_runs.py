@@ -40,7 +40,7 @@ STEP_BUCKETS = 4
 
 @dataclass(frozen=True)
 class ComparedCurve:
-    """A series in equal buckets of steps or of seconds; NaN where nothing was measured."""
+    """A series in equal buckets of steps or of seconds; nan where nothing was measured."""
 
     low: NDArray[np.float32]
     """(buckets,)"""

@@ -200,7 +200,7 @@ class BatchRule(Rule):
 
 
 def median_of(values: ArrayLike) -> float:
-    """As `np.median`, which imports numpy.ma and takes ten times as long for a few numbers; NaN of
+    """As `np.median`, which imports numpy.ma and takes ten times as long for a few numbers; nan of
     none."""
     ordered = np.sort(values)
     middle = len(ordered) // 2

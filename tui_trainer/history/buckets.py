@@ -18,7 +18,7 @@ FACTOR = 8
 """Entries of the level below that one bucket stands for."""
 
 NAN, POSITIVE, NEGATIVE = 1, 2, 4
-"""Flags of a bucket: it holds a NaN, a +Inf, a -Inf."""
+"""Flags of a bucket: it holds a nan, an inf, a -inf."""
 
 Steps = NDArray[np.int64]
 Flags = NDArray[np.uint8]

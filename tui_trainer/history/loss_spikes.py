@@ -34,7 +34,7 @@ def find_spikes(series: SeriesReader, name: str, count: int = 10) -> list[Spike]
     A loss xₜ is (xₜ − m) / s deviations high, where m is the median of the MEDIAN_BINS bins before
     it and s is 1.4826 times the median of |x − m| over the same (the robust standard deviation; at
     least 10⁻³ of |m|, so that rounding in a flat series is no spike). It counts when it is at least
-    THRESHOLD deviations high and higher than both neighbours. NaN and infinities do not count:
+    THRESHOLD deviations high and higher than both neighbours. nan and infinities do not count:
     they are reported as non-finite values.
     """
     column = series.column(name)

@@ -24,15 +24,15 @@ class Window:
     edges: Steps
     """(bins + 1,)"""
     low: Floats
-    """Smallest finite value, (bins, columns); NaN where there is none."""
+    """Smallest finite value, (bins, columns); nan where there is none."""
     high: Floats
-    """Largest finite value, (bins, columns); NaN where there is none."""
+    """Largest finite value, (bins, columns); nan where there is none."""
     last: Floats
-    """The newest value, finite or not; NaN where nothing was measured."""
+    """The newest value, finite or not; nan where nothing was measured."""
     filled: NDArray[np.bool_]
     """(bins,): whether anything was measured there."""
     nonfinite: NDArray[np.bool_]
-    """(bins, columns): whether a NaN or an infinity was measured there."""
+    """(bins, columns): whether a nan or an infinity was measured there."""
     flags: Flags
     """(bins, columns): which kinds, as buckets.NAN, POSITIVE, NEGATIVE."""
 

@@ -305,7 +305,7 @@ def copied_of(tensor: torch.Tensor, ignored: int | None) -> tuple[tuple[int, int
 
 
 def _of_whole(tensor: torch.Tensor, ignored: int | None, wide: torch.dtype) -> torch.Tensor:
-    """Lowest and highest element (NaN where one is), checksum, number of ignored elements, and
+    """Lowest and highest element (nan where one is), checksum, number of ignored elements, and
     whether the first, second and last row are equal."""
     if ignored is None:
         low, high = torch.aminmax(tensor)

@@ -29,7 +29,7 @@ def clip_scale(clip: ClipMeasurement) -> float:
     """What the gradient was multiplied by.
 
     By norm PyTorch's own formula, min(1, max_norm / (norm + 1e-6)); by value and by hand the norm
-    after over the norm before. NaN where a norm is, absent where one is.
+    after over the norm before. nan where a norm is, absent where one is.
     """
     before = clip.norm_before
     if why_absent(before) is not None:
@@ -63,7 +63,7 @@ class ClippingProbe(Probe):
             return (None,)
         hardest, scale = facts.clips[0], clip_scale(facts.clips[0])
         for clip in facts.clips[1:]:
-            if not clip_scale(clip) >= scale:  # also where it is NaN
+            if not clip_scale(clip) >= scale:  # also where it is nan
                 hardest, scale = clip, clip_scale(clip)
         before = hardest.norm_before
         if hardest.kind == "norm":

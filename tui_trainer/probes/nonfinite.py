@@ -367,5 +367,5 @@ def _sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _not_finite(value: float) -> bool:
-    """Whether a value that is known is NaN or infinite."""
+    """Whether a value that is known is nan or infinite."""
     return not math.isfinite(value) and why_absent(value) is None

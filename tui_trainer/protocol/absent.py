@@ -1,8 +1,8 @@
 """Values that are absent, and why.
 
-A row has a float32 for every column. Where there is no value, the row holds a NaN whose payload is
+A row has a float32 for every column. Where there is no value, the row holds a nan whose payload is
 a reason of `Absent`: rows, stores and messages keep it bit by bit, conversions between float32 and
-float64 too, and no arithmetic produces it. A measured NaN has another payload.
+float64 too, and no arithmetic produces it. A measured nan has another payload.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _MARK = 0x7FD55500
-"""A quiet NaN in float32; the lowest byte is the reason."""
+"""A quiet nan in float32; the lowest byte is the reason."""
 _MASK = 0x7FFFFF00
 
 
@@ -93,7 +93,7 @@ def absent_mask(values: NDArray[np.float32]) -> NDArray[np.bool_]:
 
 
 def why_absent(value: float) -> Absent | None:
-    """The reason of an absent value; None for any other, a measured NaN too."""
+    """The reason of an absent value; None for any other, a measured nan too."""
     if not math.isnan(value):
         return None
     (bits,) = struct.unpack("<I", struct.pack("<f", value))

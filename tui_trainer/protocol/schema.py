@@ -275,7 +275,7 @@ PHASE_COLUMNS = tuple(Column(name, "ms", "lower") for name in (*PHASES, *BETWEEN
 """They add up to the step's `step_ms`."""
 
 MEMORY_COLUMNS = (
-    Column("device_bytes", "bytes"),  # allocated on the accelerator; NaN on the CPU
+    Column("device_bytes", "bytes"),  # allocated on the accelerator; nan on the CPU
     Column("device_peak_bytes", "bytes"),
     Column("host_bytes", "bytes"),  # resident set of the training process
 )

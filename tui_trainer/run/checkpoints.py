@@ -154,7 +154,7 @@ class CheckpointWriter:
         return path
 
     def is_best(self, loss: float) -> bool:
-        """Whether a validation loss is the lowest so far; NaN is not."""
+        """Whether a validation loss is the lowest so far; nan is not."""
         return not math.isnan(loss) and (self._best is None or loss < self._best[1])
 
     def mark_best(self, step: int, loss: float) -> None:

@@ -351,7 +351,7 @@ class CommandHandler:
 
     def _throttle(self, rate: float | None) -> str:
         low, high = MIN_STEPS_PER_SECOND, MAX_STEPS_PER_SECOND
-        if rate is not None and not low <= rate <= high:  # also false for NaN
+        if rate is not None and not low <= rate <= high:  # also false for nan
             raise Refusal(
                 f"cannot run at {rate:g} steps/s: give a number from {low:g} to {high:,.0f}"
             )

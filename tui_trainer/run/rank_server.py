@@ -101,7 +101,7 @@ class Peer:
         return self.label or f"rank {self.rank}"
 
     def on_our_clock(self, moment: float) -> float:
-        """A moment on the clock of its machine by ours; NaN while their difference is unknown.
+        """A moment on the clock of its machine by ours; nan while their difference is unknown.
 
         It is too late by the shortest time that one of the messages took.
         """

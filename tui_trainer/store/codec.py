@@ -144,7 +144,7 @@ class StepTimes(NamedTuple):
     time: NDArray[np.float64]
     """Seconds since the epoch, to a microsecond."""
     own_ms: Floats
-    """Overhead of tracing the step; NaN for a row measured outside a step."""
+    """Overhead of tracing the step; nan for a row measured outside a step."""
 
 
 def pack_step_times(times: StepTimes) -> bytes:

@@ -37,7 +37,7 @@ class _Measured(NamedTuple):
     step: int
     time: float
     own_ms: float
-    """NaN for a row measured outside a step."""
+    """nan for a row measured outside a step."""
     rows: tuple[tuple[int, Floats], ...]
     """(table, values)"""
 

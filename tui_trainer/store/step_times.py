@@ -28,7 +28,7 @@ class StepTimesWriter:
         self._row_after: int | None = None
 
     def add(self, seq: int, step: int, time: float, own_ms: float) -> None:
-        """A step, or with an `own_ms` of NaN a row measured outside a step."""
+        """A step, or with an `own_ms` of nan a row measured outside a step."""
         self._entries.append((seq, step, time, own_ms))
 
     def reopened(self) -> None:
@@ -117,7 +117,7 @@ class StepTimesReader:
         return self._first
 
     def time_of(self, step: int) -> float:
-        """When a step ended, seconds since the epoch; NaN where that is not known."""
+        """When a step ended, seconds since the epoch; nan where that is not known."""
         place = int(np.searchsorted(self._last_steps, step))
         if place < len(self._ids):
             steps, times = self._piece(place)
@@ -127,7 +127,7 @@ class StepTimesReader:
         return float("nan")
 
     def times(self, steps: Steps) -> NDArray[np.float64]:
-        """When steps ended, interpolated where they were not recorded; NaN before the first.
+        """When steps ended, interpolated where they were not recorded; nan before the first.
 
         Where they are spread over more than MAX_PIECES pieces, one time every 512 steps is enough.
         """

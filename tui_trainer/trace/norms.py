@@ -104,7 +104,7 @@ def norm_on_host(tensor: torch.Tensor) -> float:
 
 
 def exact_norm(tensor: torch.Tensor) -> float:
-    """‖x‖ in float64, scaled by the largest element: infinite or NaN only where an element is."""
+    """‖x‖ in float64, scaled by the largest element: infinite or nan only where an element is."""
     flat = dense(tensor.detach()).reshape(-1)
     if not flat.numel():
         return 0.0
@@ -230,7 +230,7 @@ def close(before: Readings | None, after: Readings | None) -> bool:
 
 
 def equal(before: Readings | None, after: Readings) -> bool:
-    """Whether norms on the host are the same, NaN and all."""
+    """Whether norms on the host are the same, nan and all."""
     return before is not None and np.array_equal(
         np.array(before, dtype=np.float64), np.array(after, dtype=np.float64), equal_nan=True
     )
@@ -252,6 +252,6 @@ def exact_in_float32(norms: Sequence[float]) -> bool:
     """Whether float32 sums of squares of such gradients are exact."""
     low, high = EXACT_IN_FLOAT32
     usual = bool(norms) and low < min(norms) and max(norms) < high
-    if not usual or math.isnan(sum(norms)):  # `min` and `max` may pass over a NaN
+    if not usual or math.isnan(sum(norms)):  # `min` and `max` may pass over a nan
         usual = all(norm == 0 or low < norm < high for norm in norms)
     return usual

@@ -285,11 +285,11 @@ class WeightWatch:
     def _too_small(self, weights: torch.Tensor, gradient: torch.Tensor) -> bool:
         update = gradient.abs() * self._largest_ratio
         hidden = update <= weights.abs() * torch.finfo(weights.dtype).eps
-        return bool(torch.all(hidden | weights.isnan()))  # no update is seen in a NaN
+        return bool(torch.all(hidden | weights.isnan()))  # no update is seen in a nan
 
 
 def _same(values: torch.Tensor, others: torch.Tensor) -> bool:
-    """Whether they are equal, NaN and all."""
+    """Whether they are equal, nan and all."""
     return torch.equal(values, others) or bool(
         ((values == others) | (values.isnan() & others.isnan())).all()
     )

@@ -179,7 +179,7 @@ class GradScaling:
         return scale if isinstance(scale, torch.Tensor) else None
 
     def loss_scale(self) -> torch.Tensor:
-        """The factor (0-d) on losses now; NaN where it is unknown."""
+        """The factor (0-d) on losses now; nan where it is unknown."""
         scaler = self._scaler() if self._scaler is not None else None
         scale = torch_private.loss_scale(scaler) if scaler is not None else None
         return scale if isinstance(scale, torch.Tensor) else torch.tensor(float("nan"))

@@ -19,13 +19,13 @@ from tui_trainer.trace.parameters import TrackedParameters
 from tui_trainer.trace.probe import Probe, ProbeOptions, Readings, StepFacts, TableSpec
 
 LARGEST_SIDE = 4096
-"""Matrices whose smaller side exceeds this are not decomposed (NaN): it takes seconds."""
+"""Matrices whose smaller side exceeds this are not decomposed (nan): it takes seconds."""
 
 Values = NDArray[np.float64]
 
 
 def singular_values(matrix: torch.Tensor) -> torch.Tensor:
-    """Singular values of a matrix on the CPU, ascending, float64; one NaN if it is too large or not
+    """Singular values of a matrix on the CPU, ascending, float64; one nan if it is too large or not
     finite. They are the square roots of the eigenvalues of the smaller of WWᵀ and WᵀW."""
     if min(matrix.shape) > LARGEST_SIDE:
         return torch.full((1,), torch.nan, dtype=torch.float64)
@@ -84,7 +84,7 @@ def _decompose(matrix: Values) -> Values:
         wide = matrix.shape[0] <= matrix.shape[1]
         gram = matrix @ matrix.T if wide else matrix.T @ matrix
         squares = np.asarray(np.linalg.eigvalsh(gram), dtype=np.float64)
-    except np.linalg.LinAlgError:  # NaN or infinities
+    except np.linalg.LinAlgError:  # nan or infinities
         return np.full(1, np.nan)
     return np.sqrt(np.maximum(squares, 0.0))
 

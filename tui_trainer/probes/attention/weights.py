@@ -168,7 +168,7 @@ class EvenLayers:
         return readings
 
     def read_gradients(self, gradients: Sequence[Gradient]) -> list[torch.Tensor]:
-        """For each block ⟨a,b⟩ (9 per layer), NaN where a gradient is absent."""
+        """For each block ⟨a,b⟩ (9 per layer), nan where a gradient is absent."""
         return [
             self._products(block.work)
             if self._fill(block, gradients)
@@ -298,7 +298,7 @@ class Attention(Probe):
 
     Weights are those after the step, and their drift is measured from what they were before the
     optimizer's first step; gradients are those before clipping. A cosine with a matrix
-    that is zero, or a comparison that has no meaning (see `AttentionInfo.note`), is NaN.
+    that is zero, or a comparison that has no meaning (see `AttentionInfo.note`), is nan.
     """
 
     name = schema.ATTENTION

@@ -306,13 +306,13 @@ def step_object(info: RunInfo, record: StepRecord) -> Object:
             case schema.ATTENTION_HEADS:
                 pass  # measured only while a viewer shows it
             case schema.PHASE_MS:
-                values = _by_column(table.columns, row)  # 0 or NaN: not in this step
+                values = _by_column(table.columns, row)  # 0 or nan: not in this step
                 made[table.name] = {name: value for name, value in values.items() if value > 0}
                 shared = [n for n, value in values.items() if why_absent(value) is Absent.SHARED]
                 if shared:
                     made["shared"] = shared
             case schema.MEMORY | schema.OVERHEAD:
-                values = _by_column(table.columns, row)  # NaN: does not exist here
+                values = _by_column(table.columns, row)  # nan: does not exist here
                 made[table.name] = {k: v for k, v in values.items() if math.isfinite(v)}
             case _:
                 values = _by_column(table.columns, row)
@@ -366,7 +366,7 @@ def _by_column(columns: tuple[Column, ...], row: Floats) -> dict[str, float]:
 
 
 def _add_values(made: Object, notes: Notes, values: dict[str, float], prefix: str = "") -> None:
-    """Add `values` to `made`; JSON has no NaN or infinity, so they become null with a note."""
+    """Add `values` to `made`; JSON has no nan or infinity, so they become null with a note."""
     for name, value in values.items():
         made[name] = value if math.isfinite(value) else None
         if not math.isfinite(value):

@@ -89,7 +89,7 @@ class GradientNorms:
         return max((table.last_step or 0 for table in self.tables), default=0)
 
     def newest(self) -> Values:
-        """The newest value of each, (parameters,); NaN before the first."""
+        """The newest value of each, (parameters,); nan before the first."""
         rows = [(table, newest_row(self._snapshot, table)[0]) for table in self.tables]
         return _concatenated(
             [_unmeasured(table.columns) if row is None else row for table, row in rows]

@@ -52,7 +52,7 @@ class ParameterValues:
     def __init__(self) -> None:
         self.info: RunInfo | None = None
         self.newest: dict[str, Values] = {}
-        """Quantity to its values, (parameters,); NaN before the first."""
+        """Quantity to its values, (parameters,); nan before the first."""
         self.provisional: dict[str, bool] = {}
         """Quantity to whether its values are those of an unfinished step."""
         self.last_nonfinite: dict[int, NonFinite] = {}
@@ -162,7 +162,7 @@ class ParameterValues:
 
     @property
     def shares(self) -> Values:
-        """‖gᵢ‖² / Σ‖g‖² of each parameter, over those with a finite norm; NaN where the norms are
+        """‖gᵢ‖² / Σ‖g‖² of each parameter, over those with a finite norm; nan where the norms are
         those of shards."""
         squares = np.square(self.newest[schema.GRAD_NORM].astype(np.float64))
         total = squares[np.isfinite(squares)].sum()
@@ -422,7 +422,7 @@ def format_shape(parameter: ParameterInfo, times: str) -> str:
 
 
 def _argsort(values: NDArray[np.generic], descending: bool) -> RowIds:
-    """A stable sort. NaN comes last in either direction; infinity is the largest number."""
+    """A stable sort. nan comes last in either direction; infinity is the largest number."""
     if values.dtype.kind == "f":
         numbers = values.astype(np.float64)
         unknown = np.isnan(numbers)

@@ -83,7 +83,7 @@ class PhaseStrip(Panel):
 
     def _means(self, names: Sequence[str], per_step: bool = False) -> NDArray[np.float64]:
         """Mean milliseconds of columns of table `phase_ms` over the last steps that had them, or
-        `per_step` over all of these. NaN for those that none had."""
+        `per_step` over all of these. nan for those that none had."""
         table = self.snapshot.history.table(schema.PHASE_MS)
         found = np.full(len(names), np.nan)
         if table is not None and table.rows:
@@ -111,7 +111,7 @@ class PhaseStrip(Panel):
 
     def _times(self) -> NDArray[np.float64]:
         """Milliseconds of each phase: the mean of the last steps or, in a step that the run is
-        paused in, the times measured there. NaN for phases that the run does not have."""
+        paused in, the times measured there. nan for phases that the run does not have."""
         times = self._means(PHASES)
         for number, phase in enumerate(PHASES):
             if unavailable_reason(self.snapshot, phase) and not times[number] > 0:

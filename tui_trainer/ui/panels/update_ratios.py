@@ -198,7 +198,7 @@ class LearningRatePanel(Panel):
 
 
 def _row_extremes(values: Floats, least: bool) -> Floats:
-    """The smallest or largest value of each row; NaN where there is none."""
+    """The smallest or largest value of each row; nan where there is none."""
     filler = np.inf if least else -np.inf
     replaced = np.where(np.isnan(values), filler, values)
     found = replaced.min(1) if least else replaced.max(1)
@@ -206,7 +206,7 @@ def _row_extremes(values: Floats, least: bool) -> Floats:
 
 
 def _row_medians(values: Floats) -> Floats:
-    """The median of each row; NaN where there is no value."""
+    """The median of each row; nan where there is no value."""
     known = ~np.isnan(values)
     medians = np.full(len(values), np.nan, np.float32)
     rows = np.flatnonzero(known.any(1))

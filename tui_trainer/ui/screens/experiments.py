@@ -128,7 +128,7 @@ class CurvesChart(LineView):
 def _resampled(
     curve: Curve, columns: int, longest: int
 ) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
-    """One loss for each dot column, NaN beyond its end; the points are equally far apart."""
+    """One loss for each dot column, nan beyond its end; the points are equally far apart."""
     loss = np.array(curve.loss, np.float64)
     place = np.linspace(0, max(1, longest - 1), columns)
     values = np.interp(place, np.arange(len(loss)), loss, right=np.nan)

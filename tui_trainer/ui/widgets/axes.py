@@ -73,8 +73,8 @@ class Scale:
     log: bool = False
 
     def fraction(self, values: NDArray[np.float32] | NDArray[np.float64]) -> NDArray[np.float64]:
-        """Position of each value between `low` (0) and `high` (1). NaN stays NaN; on a logarithmic
-        axis values that are not positive become NaN."""
+        """Position of each value between `low` (0) and `high` (1). nan stays nan; on a logarithmic
+        axis values that are not positive become nan."""
         numbers = np.asarray(values, np.float64)
         low, high = self.low, self.high
         if self.log:
@@ -134,7 +134,7 @@ def fit_scale(
     include_zero: bool = False,
     previous: Scale | None = None,
 ) -> Scale:
-    """A scale with round ends for values from `low` to `high` (NaN when there are none).
+    """A scale with round ends for values from `low` to `high` (nan when there are none).
 
     `previous` is kept while the values fit into it and fill more than half of it, so that the axis
     stands still.
@@ -318,7 +318,7 @@ def step_axis(
 ) -> Row:
     """The step axis: a rule with step numbers in it and the marks of the layers.
 
-    Where marks and numbers meet, a NaN's mark displaces the number and any other mark only colours
+    Where marks and numbers meet, a nan's mark displaces the number and any other mark only colours
     the digit under it.
     """
     cells = [(glyphs.axis, palette.faint)] * width

@@ -27,7 +27,7 @@ def blank_dots(width: int, height: int) -> Dots:
 
 
 def draw_extents(dots: Dots, top: NDArray[np.float64], bottom: NDArray[np.float64]) -> None:
-    """Fill each dot column from `top` to `bottom` (dot rows from the top; NaN leaves it empty), and
+    """Fill each dot column from `top` to `bottom` (dot rows from the top; nan leaves it empty), and
     extend a column down or up to its neighbour so that a curve has no gaps."""
     first, last, known = _nearest_rows(dots, top), _nearest_rows(dots, bottom), ~np.isnan(top)
     known &= ~np.isnan(bottom)
@@ -41,7 +41,7 @@ def draw_extents(dots: Dots, top: NDArray[np.float64], bottom: NDArray[np.float6
 
 
 def draw_line(dots: Dots, rows: NDArray[np.float64]) -> None:
-    """Draw a line through one value a dot column (dot rows from the top; NaN interrupts it). Every
+    """Draw a line through one value a dot column (dot rows from the top; nan interrupts it). Every
     value has its dot; two neighbours are joined half way in each of their columns."""
     known = ~np.isnan(rows)
     at = _nearest_rows(dots, rows)
@@ -122,7 +122,7 @@ def sparklines(
 ) -> list[str]:
     """One sparkline of eight levels for each row of `values`, (rows, cells).
 
-    A cell is blank where its value is NaN and `!` where `nonfinite` is set. Each row is scaled to
+    A cell is blank where its value is nan and `!` where `nonfinite` is set. Each row is scaled to
     its own range; a series that hardly moves is drawn at the lowest level rather than magnified to
     noise. With `hold`, a value is repeated until the next one, for series that are not measured at
     every step; cells after the last value stay blank.

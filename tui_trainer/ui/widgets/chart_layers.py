@@ -23,13 +23,13 @@ SMOOTHING_SHARE = 1 / 24
 
 @dataclass(frozen=True)
 class Band:
-    """The smallest to the largest value of each dot column, two to a cell; NaN leaves a gap."""
+    """The smallest to the largest value of each dot column, two to a cell; nan leaves a gap."""
 
     style: Style
     low: Floats
     high: Floats
     nonfinite: NDArray[np.bool_] | None = None
-    """Dot columns in which a NaN or an infinity was measured; they are marked on the step axis."""
+    """Dot columns in which a nan or an infinity was measured; they are marked on the step axis."""
 
     @staticmethod
     def from_window(window: Window, column: int, style: Style) -> Band:
@@ -40,7 +40,7 @@ class Band:
 
 @dataclass(frozen=True)
 class Line:
-    """A line through one value a dot column; NaN interrupts it."""
+    """A line through one value a dot column; nan interrupts it."""
 
     style: Style
     values: Floats
@@ -108,7 +108,7 @@ Layer = Band | Line | Points | Label | Threshold | AxisMarks | Moment
 
 def fill_gaps(low: Floats, high: Floats, filled: NDArray[np.bool_]) -> tuple[Floats, Floats]:
     """Interpolate dot columns without a measurement between two that have one (where there are
-    fewer steps than dots). A measured NaN stays a gap."""
+    fewer steps than dots). A measured nan stays a gap."""
     at = np.flatnonzero(filled)
     if len(at) < 2 or len(at) == at[-1] - at[0] + 1:
         return low, high
@@ -121,7 +121,7 @@ def fill_gaps(low: Floats, high: Floats, filled: NDArray[np.bool_]) -> tuple[Flo
 
 def smooth(low: Floats, high: Floats, geometric: bool = False) -> Floats:
     """The middle of each dot column's extent, averaged with a Gaussian over SMOOTHING_SHARE of the
-    width; NaN where nothing was measured. `geometric`: averages of logarithms, for positive values,
+    width; nan where nothing was measured. `geometric`: averages of logarithms, for positive values,
     so that one of another magnitude does not lift all around it."""
     if geometric:
         with np.errstate(divide="ignore"):

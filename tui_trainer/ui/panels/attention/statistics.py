@@ -210,7 +210,7 @@ class LayerValues:
     `RunInfo.attention`."""
 
     values: NDArray[np.float32]
-    """(layers, statistics); NaN where nothing was measured, too."""
+    """(layers, statistics); nan where nothing was measured, too."""
     measured: NDArray[np.bool_]
     """(layers,)"""
     provisional: NDArray[np.bool_]
