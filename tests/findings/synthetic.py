@@ -144,9 +144,20 @@ class Run:
             )
         )
 
-    def skip(self, reason="hand", loss_scale=None):
+    def skip(self, reason="hand", loss_scale=None, loss=None, producer=None):
+        row = np.full(len(schema.STEP_COLUMNS), absent(Absent.NOT_MEASURED), np.float32)
+        row[schema.STEP_INDEX["loss"]] = NO_LOSS if loss is None else loss
         self.engine.skipped(
-            SkipRecord(self.number + 1, 1000.0, reason, "skipped", "", (), loss_scale=loss_scale)
+            SkipRecord(
+                step=self.number + 1,
+                time=1000.0,
+                reason=reason,
+                text="skipped",
+                optimizer="",
+                rows=((0, row),),
+                loss_scale=loss_scale,
+                producer=producer,
+            )
         )
 
     def ranks(self, *rows):

@@ -16,6 +16,7 @@ from tui_trainer.history.records import (
     InitialWeight,
     LabelCounts,
     LossGraph,
+    Producer,
     UnitsRecord,
     UnitsShare,
 )
@@ -815,3 +816,83 @@ def test_episodes_that_the_model_plays_are_not_taken_for_slow_data(signs, judged
     for _ in range(120):
         run.step(data_ms=25.0, signs=signs)
     assert ("input-bound" in run.found) == judged
+
+
+def test_loss_that_is_nan_is_named_where_a_scaler_skips():
+    run = Run()
+    for _ in range(30):
+        run.step()
+    origin = Producer("operation", "head", "", "div", "train.py:7")
+    scales = [2.0**-number * 1024 for number in range(10)]
+    run.skip("scaler", scales[0], nan, origin)
+    assert run.found["non-finite"].level == "warning"
+    for scale in scales[1:]:
+        run.skip("scaler", scale, nan, origin)
+    cause = run.found["non-finite"]
+    assert (cause.level, cause.onset, cause.parameters) == ("error", 31, ("head",))
+    assert "`div` (train.py:7) after head" in cause.text
+    assert run.causes == ["non-finite"]
+    effect = run.found["loss-scale"]
+    assert "the loss itself is not finite" in effect.text
+    assert "bfloat16" not in effect.advice
+
+
+@pytest.mark.parametrize("reason", ["scaler", "hand"])
+def test_skipped_overflow_of_a_finite_loss_is_no_loss_that_is_nan(reason):
+    run = Run()
+    for number in range(10):
+        run.skip(reason, 2.0**-number * 1024, 2.3 if reason == "scaler" else nan)
+    assert "non-finite" not in run.found
+    if reason == "scaler":
+        assert "at any loss scale from 1024 to 2" in run.found["loss-scale"].text
+
+
+def test_gradients_that_are_zeroed_now_and_then_are_not_called_never_zeroed():
+    run = Run()
+    for number in range(1, 10):
+        run.step(signs=["kept_gradients"] if number % 3 != 1 else [])
+    found = run.found["gradients-kept"]
+    assert (found.level, found.onset) == ("warning", 2)
+    assert "not called in every step" in found.text
+
+
+def test_gradients_that_were_zeroed_until_some_step_are_described_so():
+    run = Run()
+    for number in range(1, 20):
+        run.step(signs=["kept_gradients"] if number > 9 else [])
+    found = run.found["gradients-kept"]
+    assert (found.level, found.onset) == ("error", 10)
+    assert "they are not zeroed, as they were before step 10" in found.text
+
+
+def test_layers_that_take_turns_are_a_remark_once_both_were_reached():
+    run = Run()
+    levels = []
+    for number in range(1, 40):
+        gradients = [0.3] * 8
+        if number < 20:
+            gradients[5] = absent(Absent.NOT_REACHED)
+        if number < 30:
+            gradients[6] = absent(Absent.NOT_REACHED)
+        run.step(gradients=gradients)
+        if "never-reached" in run.found:
+            levels.append((run.found["never-reached"].level, run.found["never-reached"].parameters))
+    assert list(dict.fromkeys(levels)) == [
+        ("warning", NAMES[5:7]),
+        ("warning", NAMES[6:7]),
+        ("info", NAMES[6:7]),
+    ]
+
+
+@pytest.mark.parametrize("operation", ["log", "conv2d"])
+def test_advice_names_the_operation_that_was_found(operation):
+    run = Run()
+    run.step()
+    run.step(
+        nan,
+        nonfinite=[("loss", "", "nan", 1)],
+        producer=Producer("operation", "", "", operation, "train.py:7"),
+    )
+    advice = run.found["non-finite"].advice
+    assert advice.startswith(f"look at what `{operation}` at train.py:7 is given")
+    assert "learning rate" not in advice

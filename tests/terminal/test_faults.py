@@ -51,7 +51,7 @@ def test_refused_starts(
 
 
 def test_a_loss_that_is_not_a_number(runs: Path) -> None:
-    messages = ["the loss is nan", "the loss was nan at step 2", "a lower learning rate"]
+    messages = ["the loss is nan", "the loss was nan at step 2", "divide the learning rate by 10"]
     shown(["gpt", *EXPLOSIVE, *SHORT], *messages, status=1)
 
 

@@ -136,6 +136,9 @@ class SkippedStep:
     optimizer: str
     reason: SkipReason
     loss_scale: float | None
+    loss: float | None = None
+    """None where it is not known; a measured nan stays nan."""
+    producer: Producer | None = None
 
 
 class RunFacts:
@@ -307,7 +310,15 @@ class Reader:
         return seen
 
     def observe_skip(self, record: SkipRecord) -> SkippedStep:
-        return SkippedStep(record.step, record.optimizer, record.reason, record.loss_scale)
+        loss: float | None = None
+        for number, values in record.rows:
+            name, columns = self.table(number)
+            if name == schema.STEP:
+                value = dict(zip(columns, values.tolist(), strict=False))["loss"]
+                loss = value if why_absent(value) is None else None
+        return SkippedStep(
+            record.step, record.optimizer, record.reason, record.loss_scale, loss, record.producer
+        )
 
 
 _ATTRIBUTES = {

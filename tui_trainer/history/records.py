@@ -276,3 +276,5 @@ class SkipRecord:
     nonfinite: tuple[NonFiniteRecord, ...] = ()
     loss_scale: float | None = None
     """The scale at which a GradScaler skipped."""
+    producer: Producer | None = None
+    """Where its loss stopped being finite, where that was seen."""

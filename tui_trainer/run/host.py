@@ -230,9 +230,15 @@ class Host:
             return ""
         finite = first.seen and f" (finite at step {first.finite_at:,})"
         advice = "try a lower learning rate, clipping or float32"
-        for finding in self.recorder.findings:
-            if finding.rule == NonFiniteRule.name and finding.phase == "data":
-                advice = finding.advice
+        findings = {finding.number: finding for finding in self.recorder.findings}
+        for finding in findings.values():
+            if finding.rule == NonFiniteRule.name:
+                # The end has to agree with what the rules have found.
+                cause = findings.get(finding.number if finding.cause is None else finding.cause)
+                if cause is None or cause is finding:
+                    advice = finding.advice
+                else:
+                    advice = f"{cause.title} since step {cause.onset:,}; {cause.advice}"
         return f"the {first.quantity} was {first.value} at step {first.step}{finite}: {advice}"
 
     def close(self, outcome: Outcome, first_viewer_s: float = 0.0) -> None:

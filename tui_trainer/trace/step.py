@@ -426,13 +426,18 @@ class SkippedIteration:
     """Gradients that no optimizer used, their values on their way to the host."""
 
     def __init__(
-        self, reason: SkipReason, loss_scale: float | None, parts: list[tuple[Any, CompletedStep]]
+        self,
+        reason: SkipReason,
+        loss_scale: float | None,
+        parts: list[tuple[Any, CompletedStep]],
+        producer: Producer | None = None,
     ) -> None:
         """`parts`: (measurer, what it knew) for each optimizer that the gradients were for.
-        `loss_scale`: at which a GradScaler skipped."""
+        `loss_scale`: at which a GradScaler skipped. `producer`: what made a loss not finite."""
         self.reason = reason
         self.loss_scale = loss_scale
         self.parts = parts
+        self.producer = producer
         self.transfer = Transfers([step.transfer for _, step in parts])
 
 
@@ -466,6 +471,7 @@ class SkipRecorder:
                 clip=clips[0] if clips else None,
                 nonfinite=tuple(found for record in records for found in record.nonfinite),
                 loss_scale=skipped.loss_scale,
+                producer=skipped.producer,
             )
         )
         return spent

@@ -260,7 +260,8 @@ class WaitingGradients:
             )
             parts.append((knowledge.measurer, knowledge.measurer.skipped(outcome, knowledge)))
         scale = self._scaling.read_loss_scale() if reason == "scaler" else None
-        skipped = SkippedIteration(reason, scale, parts)
+        producers = (backward.producer for backward in lost if backward.producer is not None)
+        skipped = SkippedIteration(reason, scale, parts, next(producers, None))
         self._on_skip(skipped)
 
     def between_passes(self, measurer: StepMeasurer) -> None:

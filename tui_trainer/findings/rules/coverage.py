@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -10,6 +10,9 @@ from tui_trainer.findings.observation import Observation, TableRow
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, SignRule, Streak, evidence, named
 from tui_trainer.protocol.absent import Absent
 from tui_trainer.protocol.formatting import counted, percent
+
+MAX_CHANGES = 4
+"""Changes of a report of `never-reached` before the last one."""
 
 
 class NotInOptimizer(Rule):
@@ -111,8 +114,10 @@ class NeverReached(Rule):
     title = "parameters that backward never reaches"
     needs = "the gradients of ten steps"
     explanation = (
-        "An optimizer holds these parameters and they are not frozen, but backward has never "
-        "reached them: the loss does not depend on them. Either forward does not use the layer, or "
+        "An optimizer holds these parameters and they are not frozen, but backward has not "
+        "reached them in the first steps: the loss does not depend on them. Layers that take "
+        "turns (heads of several tasks) are reached later, which is then added as a remark. "
+        "Otherwise either forward does not use the layer, or "
         "its output is detached (`.detach()`, `.item()`, numpy, torch.no_grad), or the optimizer "
         "was given the parameters of a different model."
     )
@@ -130,10 +135,17 @@ class NeverReached(Rule):
         self._first = 0
         self._rows = 0
         self._done = False
+        self._waiting: list[int] = []
+        """Positions of the parameters that were reported and have not been reached since."""
+        self._changes = 0
 
     def step(self, seen: Observation) -> Iterable[Found]:
         row = seen.gradients
-        if row is None or self._done:
+        if row is None:
+            return
+        if self._done:
+            if self._waiting and row.names is self._names:
+                yield from self._reached(seen.step, row)
             return
         if row.names is not self._names:
             self._names, self._rows, self._first = row.names, 0, seen.step
@@ -160,17 +172,51 @@ class NeverReached(Rule):
         ]
         if not names or len(names) == len(own):
             return  # none has a gradient: reported by `no-gradients`
+        chosen = set(names)
+        self._waiting = [index for index in never if self._names[index] in chosen]
+        self._total = len(own)
+        yield self._found(names, "")
+
+    def _found(self, names: Sequence[str], later: str) -> Found:
         numel = sum(self.facts.parameters[name].numel for name in names)
-        yield Found(
+        return Found(
             self._first,
-            f"{named(names)} ({counted(numel, 'number')}) are in the optimizer, but in "
-            f"{self._rows} steps backward has never reached them: the loss does not depend on them",
+            f"{named(names)} ({counted(numel, 'number')}) are in the optimizer, but backward has "
+            f"not reached them{later or f' in {self._rows} steps'}: the loss does not depend on "
+            "them",
             confidence="certain",
             phase="backward",
             parameters=tuple(names[:16]),
             evidence=(
                 evidence("parameters without a gradient", len(names), high=0, table="grad_norm",
-                         column=names[0], text=f"{len(names)} of {len(own)}"),
+                         column=names[0], text=f"{len(names)} of {self._total}"),
+            ),
+        )  # fmt: skip
+
+    def _reached(self, step: int, row: TableRow) -> Iterable[Found]:
+        """Some of what was reported may be used later: heads that take turns."""
+        reached = row.finite[self._waiting] | ~row.absent[self._waiting]
+        if not reached.any():
+            return
+        before = [self._names[index] for index in self._waiting]
+        self._waiting = [i for i, used in zip(self._waiting, reached, strict=True) if not used]
+        if self._waiting:
+            self._changes += 1
+            if self._changes < MAX_CHANGES:  # keep one for the last
+                names = [self._names[index] for index in self._waiting]
+                yield self._found(names, f" until step {step:,}")
+            return
+        yield Found(
+            self._first,
+            f"backward did not reach {named(before)} before step {step:,}, and does now: layers "
+            "that take turns are used so",
+            level="info",
+            confidence="certain",
+            phase="backward",
+            parameters=tuple(before[:16]),
+            evidence=(
+                evidence("step at which backward reached them", step, text=f"{step:,}",
+                         table="grad_norm", column=before[0]),
             ),
         )  # fmt: skip
 

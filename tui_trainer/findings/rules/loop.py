@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from tui_trainer.findings.observation import Observation, SkippedStep
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, SignRule, Streak, evidence
@@ -20,7 +21,7 @@ class GradientsKept(Rule):
         "backward() adds to the gradients that are already there. Here the first backward of a "
         "step found the gradients that the previous step had used, unchanged: nothing zeroed, "
         "scaled or replaced them in between. Every update then follows the sum of all gradients "
-        "since the start, like a momentum of 1."
+        "since they were last zeroed, like a momentum of 1."
     )
     advice = "call optimizer.zero_grad() once per step, before backward (or after optimizer.step())"
     source = (
@@ -32,24 +33,35 @@ class GradientsKept(Rule):
     def start(self) -> None:
         self._streak = Streak()
         self._norms: list[float] = []
-        self._reported = False
+        self._first = 0
+        self._report: Found | None = None
+        self._done = False
 
     def step(self, seen: Observation) -> Iterable[Found]:
-        if self._reported:
+        if self._done:
             return
+        kept = "kept_gradients" in seen.signs
+        if self._report is not None:
+            if not kept and seen.loss_absent is not Absent.NO_LOSS:
+                self._done = True
+                yield self._not_always(self._report, seen.step)
+            return
+        self._first = self._first or seen.step
         if seen.gradient_norm is not None:
             self._norms = [*self._norms[-7:], seen.gradient_norm]
-        count = self._streak.add("kept_gradients" in seen.signs, seen.step)
+        count = self._streak.add(kept, seen.step)
         if count < self.limits["steps"]:
             return
-        self._reported = True
         grown = ""
         if len(self._norms) >= 3 and 0 < self._norms[0] < self._norms[-1]:
             grown = f"; the gradient norm went from {self._norms[0]:.3g} to {self._norms[-1]:.3g}"
-        yield Found(
+        before = ""
+        if self._streak.onset > self._first + 1:
+            before = f", as they were before step {self._streak.onset:,}"
+        self._report = Found(
             self._streak.onset,
             f"since step {self._streak.onset:,} backward adds to the gradients that "
-            f"the previous step has already used: they are never zeroed{grown}",
+            f"the previous step has already used: they are not zeroed{before}{grown}",
             confidence="certain",
             phase="zero_grad",
             evidence=(
@@ -61,6 +73,17 @@ class GradientsKept(Rule):
                     text=f"{count}",
                 ),
             ),
+        )
+        yield self._report
+
+    def _not_always(self, report: Found, step: int) -> Found:
+        """`step` began without used gradients."""
+        return replace(
+            report,
+            text=f"from step {report.onset:,} to {step - 1:,} backward added to the gradients that "
+            f"the previous step had already used; before step {step:,} they were zeroed or "
+            "replaced: zero_grad is not called in every step",
+            level="warning",
         )
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import replace
 
-from tui_trainer.findings.observation import Observation
+from tui_trainer.findings.observation import Observation, SkippedStep
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, evidence
 from tui_trainer.history.records import NonFiniteRecord, Producer
 from tui_trainer.protocol import Phase
@@ -20,6 +20,16 @@ PHASES: dict[str, Phase] = {
     "input": "data",
 }
 """Where each kind of origin belongs."""
+DOMAINS = {
+    **dict.fromkeys(
+        ("log", "log2", "log10"), ": it needs numbers above zero (clamp them, or add a small one)"
+    ),
+    "sqrt": ": it needs numbers that are not negative",
+    "div": ": its divisor must not be zero, nor too small (add a small number to it)",
+    "exp": ": in float32 it overflows beyond 88 (subtract the maximum first)",
+    "pow": ": negative numbers have no fractional power, and large ones overflow",
+}
+"""Operation → what it needs, as a part of a sentence."""
 
 
 class NonFiniteRule(Rule):
@@ -53,6 +63,9 @@ class NonFiniteRule(Rule):
         RuleThreshold(
             "reruns", 3, "times that a step is run again with every operation checked, at most"
         ),
+        RuleThreshold(
+            "skips", 10, "iterations that a GradScaler skips in a row, from which it is an error"
+        ),
     )
     explained_by = (
         "input-scale",
@@ -74,8 +87,44 @@ class NonFiniteRule(Rule):
         self._finite_loss: tuple[int, float] | None = None
         self._unplaced: Found | None = None
         """What was reported without an origin, until one is seen in a later step."""
+        self._skips = 0
+        """Iterations in a row that a GradScaler skipped, with a loss that was not finite."""
+        self._skipped: Found | None = None
+
+    def skipped(self, skipped: SkippedStep) -> Iterable[Found]:
+        if skipped.reason != "scaler" or self._found:
+            return  # what the script discards by itself it has seen
+        loss = skipped.loss
+        if loss is None or math.isfinite(loss):
+            self._skips = 0
+            return
+        self._skips += 1
+        if self._skipped is None:
+            value, producer = nonfinite(loss), skipped.producer
+            phase: Phase = "loss" if producer is None else PHASES[producer.source]
+            origin = origin_text(producer) if producer is not None else self._unknown_origin(value)
+            self._skipped = Found(
+                skipped.step,
+                f"the loss became {value}: {origin}{self._before()}. The GradScaler skipped the "
+                "iteration",
+                level="warning",
+                advice=_advice(producer),
+                confidence="certain",
+                phase=phase,
+                parameters=(producer and _named_place(producer)) or (),
+                evidence=(_of_loss(value), *_rerun(producer)),
+            )
+            yield self._skipped
+        elif self._skips == self.limits["skips"]:
+            yield replace(
+                self._skipped,
+                text=f"{self._skipped.text}, and {self._skips} in a row like it: nothing was "
+                "trained",
+                level="error",
+            )
 
     def step(self, seen: Observation) -> Iterable[Found]:
+        self._skips = 0
         if seen.nonfinite and not self._found:
             self._found = True
             found = self._report(seen)
@@ -99,45 +148,45 @@ class NonFiniteRule(Rule):
             return self._gradient(seen, events["gradient"])
         return self._weight(seen, events["weight"])
 
+    def _before(self) -> str:
+        if self._finite_loss is None:
+            return ""
+        return f"; it was {self._finite_loss[1]:.4g} at step {self._finite_loss[0]:,}"
+
+    def _unknown_origin(self, value: str) -> str:
+        what = "log of zero, a division or an overflow" if value != "nan" else "0/0, inf − inf"
+        return (
+            f"the forward pass or the loss function produced it ({what}), or the weights were "
+            "already too large"
+        )
+
     def _loss(self, seen: Observation, event: NonFiniteRecord) -> Found:
-        before = (
-            f"; it was {self._finite_loss[1]:.4g} at step {self._finite_loss[0]:,}"
-            if self._finite_loss
-            else ""
-        )
-        what = (
-            "log of zero, a division or an overflow" if event.value != "nan" else "0/0, inf − inf"
-        )
         origin = (
-            "the forward pass or the loss function produced it "
-            f"({what}), or the weights were already too large"
+            self._unknown_origin(event.value)
             if seen.producer is None
             else origin_text(seen.producer)
         )
-        advice = ""
+        advice = _advice(seen.producer)
         phase = "loss" if seen.producer is None else PHASES[seen.producer.source]
         outside = seen.producer is not None and seen.producer.source == "input"
         if outside and seen.bad_batch is not None and not seen.bad_batch.broken_rows:
             phase, origin = "loss", "a constant or a detached tensor that is not finite enters it"
+            advice = ""
         elif outside:
             rows = seen.bad_batch.broken_rows if seen.bad_batch is not None else ()
             if rows:
                 origin += f", in {'row' if len(rows) == 1 else 'rows'} {', '.join(map(str, rows))}"
-            advice = (
-                "look at these rows of the batch and where they come from: missing values, a "
-                "division by a standard deviation of zero"
-            )
+                advice = advice.replace("the values of this batch", "these rows of the batch")
         parameters = self._culprits(seen)[:1] if self._partial(seen) else ()
         return Found(
             seen.step,
-            f"the loss became {event.value} at step {seen.step:,}{before}: {origin}",
+            f"the loss became {event.value}: {origin}{self._before()}",
             advice=advice,
             confidence="certain",
             phase=phase,
             parameters=(seen.producer and _named_place(seen.producer)) or parameters,
-            evidence=(evidence("loss", math.nan, table="step", column="loss",
-                               text=event.value), *_rerun(seen.producer)),
-        )  # fmt: skip
+            evidence=(_of_loss(event.value), *_rerun(seen.producer)),
+        )
 
     def _gradient(self, seen: Observation, event: NonFiniteRecord) -> Found:
         culprits = self._culprits(seen) or (event.parameter,)
@@ -227,8 +276,32 @@ def origin_text(producer: Producer) -> str:
                 f"the output of {module}{kind} is not finite although its inputs and weights "
                 f"are{operation}{place}"
             )
+    # The place comes first: lines of a narrow screen are cut at their end.
     after = f" after {producer.name}" if producer.name else ""
-    return f"`{producer.operation}`{after} produced it from finite numbers{place}"
+    return f"`{producer.operation}`{place}{after} produced it from finite numbers"
+
+
+def _advice(producer: Producer | None) -> str:
+    """What to do about an origin that is known; "" for the advice of the rule."""
+    if producer is None:
+        return ""
+    match producer.source:
+        case "input":
+            return (
+                "look at the values of this batch and where they come from: missing values, a "
+                "division by a standard deviation of zero"
+            )
+        case "weight":
+            return f"look at what has changed {producer.name}: the last update, or the script"
+        case "module" if not producer.operation:
+            return "step into this module: print the largest values of its inputs and its weights"
+    domain = DOMAINS.get(producer.operation.lower(), "")
+    where = f"`{producer.operation}`" + (f" at {producer.place}" if producer.place else "")
+    return f"look at what {where} is given{domain}"
+
+
+def _of_loss(value: str) -> Evidence:
+    return evidence("loss", math.nan, table="step", column="loss", text=value)
 
 
 def _origin_of_gradient(producer: Producer) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from itertools import pairwise
 from statistics import median
@@ -19,23 +20,28 @@ class LossScale(Rule):
     needs = "skipped iterations of a GradScaler"
     explanation = (
         "A GradScaler skips an iteration when gradients overflow in float16, and halves its scale; "
-        "a few skips at the start are normal. If it keeps skipping, or its scale has fallen to 1, "
-        "the gradients are not finite at any scale: the values themselves overflow float16 "
-        "(65,504), or the loss is nan."
+        "a few skips at the start are normal. If it keeps skipping although the loss is finite, or "
+        "its scale has fallen to 1, values overflow float16 (65,504) on their way back. If the "
+        "loss itself is nan or inf, so are the gradients, and no scale helps."
     )
-    advice = "train in bfloat16, or look for the layer whose output exceeds 65,504; check the loss"
+    advice = "train in bfloat16, or look for the layer whose output exceeds 65,504"
     source = "Micikevicius et al., Mixed Precision Training (ICLR 2018); PyTorch's AMP examples"
     thresholds = (
         RuleThreshold("skips", 10, "skipped iterations in a row"),
         RuleThreshold("floor", 1, "loss scale at which one skip is enough"),
     )
 
+    explained_by = ("non-finite",)
+
     def start(self) -> None:
         self._count = 0
+        self._broken = 0
+        """Those of them whose loss was not finite."""
+        self._first_scale: float | None = None
         self._reported = False
 
     def step(self, seen: Observation) -> Iterable[Found]:
-        self._count = 0
+        self._count = self._broken = 0
         return ()
 
     def skipped(self, skipped: SkippedStep) -> Iterable[Found]:
@@ -43,16 +49,32 @@ class LossScale(Rule):
             return
         self._count += 1
         scale = skipped.loss_scale
+        if self._count == 1:
+            self._first_scale = scale
+        self._broken += skipped.loss is not None and not math.isfinite(skipped.loss)
         at_floor = scale is not None and scale <= self.limits["floor"]
         if self._count < self.limits["skips"] and not at_floor:
             return
         self._reported = True
-        shown = f"{scale:g}" if scale is not None else "unknown"
+        iterations = "iteration was" if self._count == 1 else "iterations in a row were"
+        text = f"{self._count} {iterations} skipped before step {skipped.step:,}"
+        if self._broken == self._count:
+            text += ": the loss itself is not finite, which no loss scale changes"
+            advice = "find where the loss becomes nan or inf; the loss scale is not the cause"
+        else:
+            text += ": the gradients were not finite"
+            if scale is not None and scale == self._first_scale:
+                text += f" at a loss scale of {scale:g}"
+            elif scale is not None:
+                text += f" at any loss scale from {self._first_scale:g} to {scale:g}"
+            if self._broken:
+                text += f", in {self._broken} of them because the loss was not"
+            advice = ""
         yield Found(
             skipped.step,
-            f"{self._count} iterations in a row were skipped before step {skipped.step:,}, and the "
-            f"loss scale is down to {shown}: gradients overflow at every scale",
+            text,
             level="error" if at_floor else None,
+            advice=advice,
             confidence="certain",
             phase="step",
             evidence=(
