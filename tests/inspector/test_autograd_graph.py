@@ -83,8 +83,12 @@ def test_gradients_and_saved_bytes_are_those_of_plain_autograd():
 def test_a_node_comes_before_its_inputs_and_each_edge_has_a_gradient():
     torch.manual_seed(0)
     model = SmallGpt(layers=3)
-    found = graphs(lambda: gpt_loop(model, torch.optim.AdamW(model.parameters()), 2))
+    phases = ("data", "forward", "backward")
+    found = graphs(lambda: gpt_loop(model, torch.optim.AdamW(model.parameters()), 2), phases)
     graph = found[2, "backward"]
+    refused = "the loss cannot be computed again: "
+    assert found[2, "data"] == f"{refused}the model has not been called yet in this step"
+    assert found[2, "forward"] == f"{refused}it is not computed yet: continue to backward"
     for index, node in enumerate(graph.nodes):
         assert all(before > index for before in node.inputs)
         assert len(node.gradients) == len(node.inputs)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tui_trainer.inspector.errors import InspectionError
-from tui_trainer.inspector.rerun import StepCapture
+from tui_trainer.inspector.rerun import StepCapture, no_loss
 from tui_trainer.inspector.tensor_catalog import TensorCatalog
 from tui_trainer.protocol.autograd import AutogradGraph, GraphModule, GraphNode
 from tui_trainer.trace.torch_private import (
@@ -63,7 +63,7 @@ def _of_rerun(tracer: Tracer, catalog: TensorCatalog, capture: StepCapture) -> A
     calls = _ModuleRanges()
     with _packing() as packed, capture.rerun(calls.called, calls.returned) as rerun:
         if rerun.loss is None or rerun.loss.grad_fn is None:
-            raise InspectionError(rerun.notes[-1] if rerun.loss is None else "it has no graph")
+            raise no_loss(rerun.call, rerun.loss)
         names = {module: plain_name(name) for name, module in rerun.model.named_modules()}
         root = rerun.call.module()
         prefix = tracer.registry.names.prefix_of(root) if root is not None else ""

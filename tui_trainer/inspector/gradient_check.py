@@ -20,6 +20,7 @@ from tui_trainer.inspector.rerun import (
     call_context,
     copy_parameters,
     evaluate,
+    no_loss,
 )
 from tui_trainer.inspector.tensor_catalog import TensorCatalog
 from tui_trainer.protocol.autograd import (
@@ -74,10 +75,7 @@ def check_gradient(
         with _without_autocast(call, wide):
             loss = evaluate(model, call, wide)
             if loss is None or loss.grad_fn is None:
-                why = (
-                    "it has no graph" if loss is not None else call.loss.why_missing(call.returned)
-                )
-                raise InspectionError(f"the loss cannot be computed again: {why}")
+                raise no_loss(call, loss)
             (gradient,) = torch.autograd.grad(loss, (target,), allow_unused=True)
             if gradient is None:
                 raise InspectionError(f"the loss of this step does not depend on {request.name}")

@@ -277,7 +277,7 @@ class LossReplay:
     def why_missing(self, returned: bool) -> str:
         """Why there is no loss of the re-run."""
         if not returned:
-            return "its model has not been called yet"
+            return "the model has not been called yet in this step"
         if self.missing:
             return self.missing
         if self.value is None:

@@ -394,6 +394,14 @@ def _without_graph(value: Any) -> Any:
 # ---------------------------------------------------------------- leaving everything as it was
 
 
+def no_loss(call: ModelCall, loss: torch.Tensor | None) -> InspectionError:
+    """Why the loss of a step cannot be differentiated: `loss` is None, or has no graph."""
+    why = "it has no graph" if loss is not None else call.loss.why_missing(call.returned)
+    early = not call.returned or (loss is None and call.loss.value is None)
+    hint = "continue to the end of backward: p, or step RUN --phase" if early else ""
+    return InspectionError(f"the loss cannot be computed again: {why}", hint)
+
+
 @contextlib.contextmanager
 def call_context(call: ModelCall, gradients: bool = True) -> Iterator[torch.nn.Module]:
     """Context of a re-run: the model without wrappers that communicate with other processes, in the
