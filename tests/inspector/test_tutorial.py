@@ -40,7 +40,7 @@ def test_the_decay_takes_thirty_percent_of_the_decoder_in_every_step():
     decayed = next(term for term in after.terms if "decoupled decay" in term.formula)
     assert decayed.numbers.startswith("0.7·")
     assert decayed.value == pytest.approx(0.7 * after.old)
-    assert after.predicted == after.actual
+    assert after.difference <= 4 * after.precision
 
     mended = SCRIPT.replace('"weight_decay": 1e2', '"weight_decay": 1e-2')
     assert mended != SCRIPT

@@ -81,6 +81,13 @@ async def test_it_reads_again_at_each_stop_and_seldom_while_running(monkeypatch)
         for _ in range(3):
             await frame(pilot)
         assert len(session.inspected) == before
+        session._notice("edit", "back to the state of step 1", 300)  # a script counts on
+        session._changed()
+        await frame(pilot)
+        await until(pilot, lambda: len(session.inspected) > before, "the tensor as it is now")
+        assert summaries(session)[-1].statistics
+        await settle(pilot)
+        before = len(session.inspected)
         session.advance(1)
         await frame(pilot)
         await until(pilot, lambda: len(session.inspected) > before, "another request")

@@ -634,6 +634,7 @@ class TimeTravel:
         if self.went_back is not None:
             text += f"; what follows is branch {self.went_back(now, snapshot.step)}"
         self.restored = now, snapshot.step
+        self._gate.rewinds += 1
         self._recorder.notice("edit", text, step=now)
 
 

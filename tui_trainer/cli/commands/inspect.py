@@ -398,7 +398,9 @@ def _before_lines(
         return [f"{title}: it has not changed the tensor"]
     table = columns("left", "right", "left", "right", "right")
     for name, earlier, later in changed:
-        table.add_row(name, number(earlier, 0, 6), "→", number(later, 0, 6), f"{later - earlier:+.3g}")
+        table.add_row(
+            name, number(earlier, 0, 6), "→", number(later, 0, 6), f"{later - earlier:+.3g}"
+        )
     return [f"{title}:", *(f"  {line.plain}" for line in table_lines(table))]
 
 

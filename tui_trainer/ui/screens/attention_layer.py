@@ -31,7 +31,7 @@ from tui_trainer.ui.screens.base import (
     DetailScreen,
 )
 from tui_trainer.ui.screens.dialogs import NumberPrompt
-from tui_trainer.ui.screens.inspection_requests import InspectionRequests, ending
+from tui_trainer.ui.screens.inspection_requests import InspectionRequests, ending, last_edit
 from tui_trainer.ui.widgets.caption import Caption, Placeholder
 from tui_trainer.ui.widgets.lines import Span
 from tui_trainer.ui.widgets.table import VirtualTable
@@ -53,8 +53,8 @@ class _SentRequest:
     """What a request was about."""
 
     request: ExamineAttention
-    moment: tuple[int, Phase | Literal[""], bool]
-    """Step, phase, and whether the run was paused."""
+    moment: tuple[int, Phase | Literal[""], bool, int]
+    """Step, phase, whether the run was paused, and the last edit."""
     rank: int
 
 
@@ -187,7 +187,9 @@ class AttentionLayerScreen(DetailScreen):
             return
         paused = status.state == "paused"
         rank = self.context.inspected_rank
-        wanted = _SentRequest(self._request(), (status.step, status.phase, paused), rank)
+        wanted = _SentRequest(
+            self._request(), (status.step, status.phase, paused, last_edit(snapshot)), rank
+        )
         last = self._asked
         if wanted == last:
             return

@@ -54,7 +54,7 @@ from tui_trainer.ui.screens.base import (
     DetailScreen,
 )
 from tui_trainer.ui.screens.dialogs import TextPrompt
-from tui_trainer.ui.screens.inspection_requests import InspectionRequests, ending
+from tui_trainer.ui.screens.inspection_requests import InspectionRequests, ending, last_edit
 from tui_trainer.ui.screens.saving import save_tensor
 from tui_trainer.ui.widgets.caption import Caption, Placeholder
 from tui_trainer.ui.widgets.lines import BuiltLines, Span
@@ -308,7 +308,9 @@ class InspectScreen(DetailScreen):
         paused = status.state == "paused"
         visible = self.heat_map.view_size.height > 0
         window = self.viewport.window(self.heat_map.pixels) if visible else None
-        wanted = _SentRequest(self._ref, (status.step, status.phase, paused), window)
+        wanted = _SentRequest(
+            self._ref, (status.step, status.phase, paused, last_edit(snapshot)), window
+        )
         last = self._asked
         if wanted == last:
             return
@@ -328,14 +330,14 @@ class InspectScreen(DetailScreen):
     def _summarized(self, answer: Inspected) -> None:
         summary = self.requests.result(answer, TensorSummary)
         if summary is not None:
-            if summary.statistics is None and self.summary is not None:
-                summary = msgspec.structs.replace(summary, statistics=self.summary.statistics)
             at = answer.moment
-            if summary.statistics is not None and not (
-                self._history and self._history[-1].at == at
-            ):
+            if summary.statistics is not None:
+                if self._history and self._history[-1].at == at:
+                    self._history.pop()
                 reading = StatisticsReading(at, summary.statistics, answer.phase, summary.before)
                 self._history.append(reading)
+            elif self.summary is not None:
+                summary = msgspec.structs.replace(summary, statistics=self.summary.statistics)
         self.summary = summary
         self._draw(self.context.snapshot)
         self._explain()
@@ -598,8 +600,8 @@ class _SentRequest:
     """What a request was about."""
 
     tensor: TensorRef
-    moment: tuple[int, Phase | Literal[""], bool]
-    """Step, phase, and whether the run was paused."""
+    moment: tuple[int, Phase | Literal[""], bool, int]
+    """Step, phase, whether the run was paused, and the last edit."""
     window: HeatMapWindow | None
 
 

@@ -11,6 +11,7 @@ from textual.screen import Screen
 
 from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol import Phase
+from tui_trainer.protocol.events import Notice
 from tui_trainer.protocol.inspection import Inspected, InspectionRequest
 from tui_trainer.ui.screens import app_context
 
@@ -33,6 +34,8 @@ class Moment(NamedTuple):
     step: int
     phase: Phase | Literal[""]
     rank: int
+    edit: int
+    """The last edit."""
 
 
 class InspectionRequests:
@@ -80,8 +83,8 @@ class InspectionRequests:
 
     def now(self) -> Moment:
         context = app_context(self._screen)
-        status = context.snapshot.status
-        return Moment(status.step, status.phase, context.inspected_rank)
+        status, edit = context.snapshot.status, last_edit(context.snapshot)
+        return Moment(status.step, status.phase, context.inspected_rank, edit)
 
     @property
     def in_front(self) -> bool:
@@ -136,6 +139,14 @@ class InspectionRequests:
         if link.state != "live":
             return link.message or "no connection to the run", link.hint
         return "", ""
+
+
+def last_edit(snapshot: Snapshot) -> int:
+    """The number of the last notice of an edit. Tensors and settings may change with it within a
+    step, as when a script is taken back."""
+    newest_first = reversed(snapshot.events)
+    edits = (each.id for each in newest_first if isinstance(each, Notice) and each.kind == "edit")
+    return next(edits, -1)
 
 
 def ending(snapshot: Snapshot) -> str:
