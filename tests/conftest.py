@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import os
@@ -135,8 +136,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _is_in(item: pytest.Item, places: Sequence[str]) -> bool:
-    path = item.path.relative_to(Path(__file__).parent)
-    return path.parts[0] in places or path.as_posix() in places
+    return _is_path_in(item.path, tuple(places))
+
+
+@functools.cache
+def _is_path_in(path: Path, places: tuple[str, ...]) -> bool:
+    inside = path.relative_to(Path(__file__).parent)
+    return inside.parts[0] in places or inside.as_posix() in places
 
 
 def long_first(items: Sequence[pytest.Item], workers: int) -> list[pytest.Item]:
@@ -175,9 +181,18 @@ def pytest_sessionfinish() -> None:
     gc.freeze()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Next to nothing of what a collection makes is garbage."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
 def pytest_collection_finish() -> None:
     """The test modules' objects live to the end: spare the garbage collector from visiting them.
     Looking for cycles at every 700th object took a fifth of the tests of screens."""
-    gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 10, 10)

@@ -185,10 +185,10 @@ class Terminal:
         """Wait until `text` is on the screen."""
         self.wait_until(lambda screen: text in screen, repr(text), timeout)
 
-    def find(self, pattern: str, timeout: float | None = None) -> re.Match[str]:
+    def find(self, pattern: str | re.Pattern[str], timeout: float | None = None) -> re.Match[str]:
         """Wait until the regular expression matches what is on the screen."""
         found: re.Match[str] = self.wait_until(
-            lambda screen: re.search(pattern, screen), pattern, timeout
+            lambda screen: re.search(pattern, screen), str(pattern), timeout
         )
         return found
 
