@@ -169,3 +169,14 @@ def test_no_variable_is_kept_alive():
     found, kept = loop()
     assert found.loops[0].length == 1
     assert kept is None
+
+
+def test_a_first_step_that_comes_late(run):
+    """As that of an agent that learns after it has acted for a while."""
+    source = """
+        for number in range(700):
+            if number > 500:
+                if number % 10 == 0:
+                    step()
+    """
+    assert run(source).total_steps == len(range(510, 700, 10))

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from tests import processes
-from tests.integrations.seen import SEEN
+from tests.integrations.seen import compared
 from tests.runs.starting import until
 from tui_trainer.client.connection import RunClient
 from tui_trainer.protocol import schema
@@ -209,9 +209,9 @@ def test_ranks_train_as_without_us_and_are_recorded_as_one_run(place):
     assert np.isfinite(column(tables[1], "lag_ms")).all()
     assert (column(tables[0], "lag_ms") == 0).all()
     assert column(tables[1], "host_bytes")[0] > 1e6
-    assert SEEN["ddp"][1] == {"steps", "loss", "ranks"}
     info = StoredHistory(place.runs / "both", ended=True).store.info()
     assert [(p.rank, p.state) for p in info.processes] == [(0, "finished"), (1, "finished")]
+    compared("ddp", "steps", "loss", "ranks")
 
 
 @pytest.mark.slow
@@ -628,6 +628,8 @@ SHARDED = """
             print("SEEN", rank, step, loss.item().hex(), shard.item().hex(),
                   norm.full_tensor().item().hex(), flush=True)
     print("COLLECTIVES", rank, *collectives, flush=True)
+    weights = [p.to_local().double().sum().item().hex() for p in model.parameters()]
+    print("WEIGHTS", rank, *weights, flush=True)
     dist.destroy_process_group()
 """
 
@@ -653,7 +655,7 @@ def test_sharded_parameters_are_measured_without_a_collective(place):
         assert client.command(Resume()).ok
     for process in started:
         assert process.wait(240) == 0, place.errors(0)
-    words = ("SEEN", "COLLECTIVES")
+    words = ("WEIGHTS", "SEEN", "COLLECTIVES")
     seen = [line for word in words for line in place.printed(word, 2)]
     assert "all_reduce" in seen[-1]
     assert seen == [line for word in words for line in alone if line.startswith(word)]
@@ -676,4 +678,46 @@ def test_sharded_parameters_are_measured_without_a_collective(place):
             norms = history.table(schema.GRAD_NORM).blocks()
             values = np.concatenate([block.value for block in norms])
             assert values[step, 0] == pytest.approx(float.fromhex(shard), rel=1e-5)
-    assert SEEN["fsdp2"][1] == {"steps", "loss", "ranks"}
+    compared("fsdp2", "steps", "loss", "ranks")
+
+
+PARTITIONED = """
+    import torch, torch.distributed as dist
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+    from torch.nn.parallel import DistributedDataParallel as DDP
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    model = DDP(torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3)))
+    optimizer = ZeroRedundancyOptimizer(
+        model.parameters(), optimizer_class=torch.optim.Adam, lr=1e-2
+    )
+    torch.manual_seed(rank)
+    for step in range(5):
+        x = torch.randn(16, 8)
+        loss = torch.nn.functional.cross_entropy(model(x), x[:, :3].argmax(1))
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        print("TRUTH", rank, step, loss.item(), norm.item(), flush=True)
+        optimizer.step()
+    dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_an_optimizer_whose_state_is_partitioned_is_one_optimizer(place):
+    (place.path / "zero.py").write_text(textwrap.dedent(PARTITIONED))
+    for process in place.start(2, *RUN, "--name", "zero", "--budget", "0", "zero.py"):
+        assert process.wait(240) == 0, place.errors(0) + place.errors(1)
+    info = StoredHistory(place.runs / "zero", ended=True).store.info()
+    assert len(info.optimizers) == 1
+    assert all(parameter.optimizer for parameter in info.parameters)
+    tables = place.tables("zero")
+    for line in place.printed("TRUTH", 2):
+        _, rank, step, loss, norm = line.split()
+        table = tables[int(rank)]
+        assert table.rows == 5
+        assert column(table, "loss")[int(step)] == pytest.approx(float(loss), rel=1e-6)
+        found = column(table, "grad_norm_preclip")[int(step)]
+        assert found == pytest.approx(float(norm), rel=1e-5)

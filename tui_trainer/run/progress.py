@@ -197,7 +197,7 @@ def length_of(
                 steps = None
                 break
     if steps is not None:
-        total = math.ceil(steps)
+        total = _steps_from_first(samples, ratio) or math.ceil(steps)
         inside = [each for each in loops if _was_inside(each, started_in)]
         if inside:
             why_total = f"{_where(inside[0])}: it was running when it began to be watched"
@@ -211,6 +211,18 @@ def length_of(
             why_epoch or why_total or f"{_where(outer)} counts steps: there are no epochs"
         )
     return found
+
+
+def _steps_from_first(samples: list[LoopNest], ratio: Fraction) -> int | None:
+    """The number of steps in a single loop whose first step comes late, as after an agent has acted
+    for a while without learning; None for any other."""
+    loops, between = samples[0].loops, int(1 / ratio)
+    loop = loops[0]
+    if between < 1 or len(loops) > 1 or len({sample.site for sample in samples}) > 1:
+        return None
+    if loop.length is None or loop.position is None or loop.position < between:
+        return None
+    return 1 + (loop.length - 1 - loop.position) // between
 
 
 def _is_epoch(loops: tuple[Loop, ...], number: int) -> bool:

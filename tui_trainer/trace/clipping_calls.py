@@ -126,8 +126,9 @@ class Clippings:
             given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
             for measurer in self._measurers:
                 clipping.positions[id(measurer)] = measurer.positions_of(given)
-                if measurer.reading is not None and not measurer.clips:
-                    clipping.readings[id(measurer)] = measurer.reading
+                found = measurer.before_clipping()
+                if found is not None and not measurer.clips:
+                    clipping.readings[id(measurer)] = found
                 elif kind == "norm":
                     clipping.readings[id(measurer)] = measurer.captured(captured)
                 measurer.clips.append(clipping)

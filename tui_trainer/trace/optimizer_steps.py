@@ -81,7 +81,8 @@ class OptimizerSteps:
         self._phases.closure = closure
         self._open_step.begin()
         self._phases.before_step()
-        measurer = self._open_step.measurer = self._registry.stepping(optimizer)
+        measurer = self._registry.stepping(optimizer, self._follow_gradients)
+        self._open_step.measurer = measurer
         measurer.prepare(self._phases.step, self._gate.armed and self._gate.stops_soon)
         if measurer.norms_read is not None:
             self._waiting.read(measurer)
@@ -90,8 +91,7 @@ class OptimizerSteps:
             self._waiting.take_unseen()
             measurer.do_not_read(Absent.CHANGED_BY_FRAMEWORK)
         if not closure:
-            self._waiting.take_unseen()
-            self._waiting.follow_changes_by_hand()
+            self._follow_gradients()
             if measurer.reading is None:
                 self._waiting.read(measurer)
             if self._origins.rerun is not None and measurer.reading is not None:
@@ -100,6 +100,11 @@ class OptimizerSteps:
         measurer.skip = None if skip_flag is None else (skip_flag, self._scaling.loss_scale())
         measurer.probes.before_update()
         self._phases.run()
+
+    def _follow_gradients(self) -> None:
+        """What the script has done to gradients by itself since the last phase."""
+        self._waiting.take_unseen()
+        self._waiting.follow_changes_by_hand()
 
     @guarded
     def evaluation_began(self) -> None:
@@ -111,8 +116,7 @@ class OptimizerSteps:
         measurer = self._open_step.measurer
         if measurer is not None and self._open_step.evaluations == 1:
             self._phases.stop_clock()
-            self._waiting.take_unseen()
-            self._waiting.follow_changes_by_hand()
+            self._follow_gradients()
             if measurer.reading is None:
                 self._waiting.read(measurer)
             self._open_step.evaluated = measurer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -270,14 +270,20 @@ class OptimizerRegistry:
                 if self._is_used(whole):
                     self.measurer_for(whole)
 
-    def stepping(self, optimizer: Optimizer) -> StepMeasurer:
-        """The measurer of an optimizer, or of the one that it wraps, whose step begins."""
+    def stepping(self, optimizer: Optimizer, replacing: Callable[[], None]) -> StepMeasurer:
+        """The measurer of an optimizer, or of the one that it wraps, whose step begins.
+        `replacing` is called before a new one takes the place of a former one."""
         known = self._entries.get(id(optimizer))
-        if known is not None and known[0]() is optimizer:
-            entry = known[1]
-            if not self._outdated(optimizer, entry):
-                return entry.measurer
-        return self.measurer_for(unwrapped_optimizer(optimizer))
+        if known is None or known[0]() is not optimizer:
+            optimizer = unwrapped_optimizer(optimizer)
+            known = self._entries.get(id(optimizer))
+            if known is None or known[0]() is not optimizer:
+                return self._register(optimizer, None)
+        entry = known[1]
+        if not self._outdated(optimizer, entry):
+            return entry.measurer
+        replacing()
+        return self._register(optimizer, entry)
 
     def measurer_for(self, optimizer: Optimizer) -> StepMeasurer:
         """The measurer of this optimizer. A new one is made on its first appearance, and when the

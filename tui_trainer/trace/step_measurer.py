@@ -136,6 +136,8 @@ class StepMeasurer:
         """Calls of models that led to the last step."""
         self._latest: Readings | None = None
         """Norms after the last change that is known."""
+        self._partly_unscaled = False
+        """Whether `unscale_` has left the gradients of parameters in no optimizer scaled."""
         self.norms_read: Readings | None = None
         """Norms of the waiting gradients, as read by the measurer that this one replaces: they may
         have been clipped since. Empty where that has not read them."""
@@ -328,6 +330,13 @@ class StepMeasurer:
         """Gradients were unscaled after they were read."""
         if self.careful:
             self._latest = self.norms_now()
+            self._partly_unscaled = self.tracked.own < len(self.tracked.parameters)
+
+    def before_clipping(self) -> GradientReading | None:
+        """The gradients as the first clipping of the step found them."""
+        if self._partly_unscaled and self._latest is not None:
+            return GradientReading(self._latest)
+        return self.reading
 
     def has_gradients(self, returned: Returned) -> tuple[bool, bool]:
         """Whether all, and whether any, of this optimizer's gradients that `torch.autograd.grad`
@@ -630,7 +639,7 @@ class StepMeasurer:
         return found.classes if losses == 1 or found.divided else None
 
     def _forget(self) -> None:
-        self.averaged = False
+        self.averaged = self._partly_unscaled = False
         self.noticed.clear()
         self.passes, self.clips, self.reading, self._latest = [], [], None, None
         self.norms_read = None
