@@ -304,4 +304,4 @@ def test_a_layer_that_is_not_there_is_answered_with_those_that_are() -> None:
     quantity = COLUMN_QUANTITIES["grad_norm"]
     names = ["embedding.weight", "blocks.0.weight", "blocks.1.weight"]
     error = nothing_matches(quantity, Selector(layer=7), names)
-    assert (error.message, error.hint) == ("grad_norm has no layer=7", "its layers are 0 to 1")
+    assert (error.message, error.hint) == ("grad_norm has no layer=7", "its layers are 0, 1")

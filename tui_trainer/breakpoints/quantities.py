@@ -115,6 +115,8 @@ def completions(text: str) -> list[str]:
 COLUMN_OF = {"lr": "learning_rate", "grad_norm": "grad_norm_preclip"}
 """Scalar quantities whose column in table `step` has another name."""
 ATTENTION_TABLES = (schema.ATTENTION, schema.ATTENTION_SPECTRUM, schema.ATTENTION_HEALTH)
+MAX_NAMED = 8
+"""Numbers of layers that a message lists."""
 STEPS_OF_RANKS = 256
 """Steps that are kept to compare processes, and by which one may lag behind."""
 
@@ -473,7 +475,9 @@ def nothing_matches(
         if quantity.table in ATTENTION_TABLES:
             numbers = [*map(str, range(len(names)))]
         known = list(dict.fromkeys(filter(None, numbers)))
-        hint = f"its layers are {known[0]} to {known[-1]}" if known else ""
+        few = len(known) <= MAX_NAMED
+        words = ", ".join(known if few else [*known[:MAX_NAMED], "…", known[-1]])
+        hint = f"its layers are {words}" if known else ""
         return UserError(f"{quantity.name} has no {selector}", hint)
     pattern = selector.pattern or ""
     near = difflib.get_close_matches(pattern, names, n=2, cutoff=0.3) or list(names[:2])
