@@ -188,3 +188,18 @@ def test_varying_number_of_calls_is_noticed():
             sum(model(torch.randn(4, 8)).square().mean() for _ in range(calls)).backward()
             optimizer.step()
     assert ["calls_vary" in each.signs for each in records] == [False, False, True, True, False]
+
+
+def test_eval_mode_in_the_middle_begins_at_its_first_step():
+    def run():
+        model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 4))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        for step in range(1, 60):
+            if step == 10:
+                model.eval()
+            optimizer.zero_grad()
+            F.mse_loss(model(torch.randn(16, 8)), torch.randn(16, 4)).backward()
+            optimizer.step()
+
+    (found,) = [f for f in findings_of(run) if f.rule == "eval-mode"]
+    assert found.onset == 10

@@ -264,3 +264,32 @@ def test_a_spike_arms_for_less_time_than_what_is_not_finite():
         assert outputs.armed
         left.append(outputs._armed_until - outputs._steps)
     assert left == [ARMED_BY_GROWTH, ARMED_STEPS]
+
+
+class LogBeside(nn.Module):
+    """Has no parameters."""
+
+    def forward(self, x, scale):
+        return torch.log10(x.abs() * scale)
+
+
+def test_line_is_named_in_a_module_without_parameters_beside_the_model():
+    beside = LogBeside()
+
+    def loss(net, x, y, step):
+        scale = 0.0 if step == BAD_STEP else 1.0
+        return beside(net(x), scale).clamp(max=5).square().mean()
+
+    def run():
+        held = beside  # as a script's own variable
+        net = Net()
+        optimizer = torch.optim.SGD(net.parameters(), 1e-3)
+        for step in range(1, BAD_STEP + 1):
+            optimizer.zero_grad()
+            loss(net, *batch(), step).backward()
+            optimizer.step()
+        assert held is beside
+
+    found = first_producer(run, options=UNWATCHED)
+    assert found.operation == "log10"
+    assert found.place == f"test_producer.py:{line_of(LogBeside, 'return ')}"

@@ -896,3 +896,53 @@ def test_advice_names_the_operation_that_was_found(operation):
     advice = run.found["non-finite"].advice
     assert advice.startswith(f"look at what `{operation}` at train.py:7 is given")
     assert "learning rate" not in advice
+
+
+def tensor_of(role, name, shape, kind, classes):
+    """All its numbers are 0."""
+    return BatchTensor(role, name, shape, kind, classes, 0.0, 0.0, 0.0, 0.0, True, 1, 0)
+
+
+def test_scores_that_are_concatenated_have_the_same_label_on_purpose():
+    def labelled(joined):
+        run = Run()
+        for number in range(8):
+            graph = PLAIN._replace(joined=joined) if not number else None
+            label = tensor_of("target", "cross_entropy", (32,), "int", 17)
+            run.step(loss_graph=graph, batch=BatchRecord((label,), "", 0))
+        return "constant-labels" in run.found
+
+    assert labelled(False)
+    assert not labelled(True)
+
+
+def test_batches_of_a_jump_of_the_learning_rate_are_its_effect():
+    run = Run()
+    for number in range(1, 130):
+        high = number > 100
+        loss = 2.0**number / 2.0**100 if high else None
+        bad = BadBatch(loss, 2.5, -1.0, 1.0, (), ()) if 102 <= number <= 104 else None
+        run.step(loss, rate=5.0 if high else 1e-3, bad_batch=bad)
+    assert [f.rule for f in run.engine.findings].count("bad-batch") == 1
+    assert run.causes == ["learning-rate-jump"]
+
+
+def test_what_began_later_is_no_cause_where_onsets_are_exact():
+    run = Run()
+    for number in range(1, 60):
+        loss = 2.3 + 0.3 * number
+        run.step(loss, norm=1.0 if number < 15 else 1.0 * 1.6 ** (number - 14))
+    found = run.found
+    assert found["loss-diverges"].onset < found["gradients-explode"].onset
+    assert run.causes == ["loss-diverges"]
+    root = found["loss-diverges"].number
+    assert {f.cause for f in run.engine.findings} == {None, root}  # every effect is its own
+
+
+def test_constant_inputs_explain_their_symptoms():
+    run = Run()
+    tensor = tensor_of("input", "x", (32, 4), "float", 0)
+    for _ in range(30):
+        run.step(gradients=[0.0] + [0.3] * 7, batch=BatchRecord((tensor,), "", 0))
+    assert {"zero-gradients", "same-batch"} <= set(run.found)
+    assert run.causes == ["constant-inputs"]

@@ -69,6 +69,31 @@ def test_softmax_before_a_layer_is_counted(x, y):
     assert loss_graph_of(loss.grad_fn).hidden_softmaxes == 1
 
 
+def test_layer_behind_a_softmax_is_named(x, y):
+    model = layers(nn.Softmax(1))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    loss = F.cross_entropy(model(x), y)
+    found = loss_graph_of(loss.grad_fn, lambda parameter: names.get(id(parameter), ""))
+    assert found.softmax_layers == ("2.weight",)
+
+
+def test_samples_of_a_softmax_are_no_hidden_activation(x):
+    model = layers()
+    loss = model[1](F.gumbel_softmax(model[0](x), tau=1.0)).sum()
+    assert loss_graph_of(loss.grad_fn).hidden_softmaxes == 0
+    topics = model[0](x) + torch.randn(12, 8) * 0.1
+    assert loss_graph_of(model[1](topics.softmax(1)).sum().grad_fn).hidden_softmaxes == 0
+
+
+def test_scores_of_pairs_are_told_from_those_of_a_layer(x, y):
+    query = F.normalize(layers()(x), dim=1)
+    positive, negatives = query[:, :1], query @ torch.randn(5, 7)
+    scores = torch.cat([positive, negatives], 1) / 0.2
+    loss = F.cross_entropy(scores, torch.zeros(12, dtype=torch.long))
+    assert loss_graph_of(loss.grad_fn).joined
+    assert not loss_graph_of(F.cross_entropy(layers()(x) / 0.2, y).grad_fn).joined
+
+
 def test_attention_is_no_hidden_softmax(x):
     attention = nn.MultiheadAttention(8, 2, batch_first=True)
     inputs = torch.randn(2, 3, 8)

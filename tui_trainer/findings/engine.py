@@ -78,6 +78,7 @@ class FindingsEngine:
         self._explained_by = {rule.name: frozenset(rule.explained_by) for rule in rules}
         self._slack = {rule.name: rule.slack for rule in rules}
         self._reach = {rule.name: rule.reach for rule in rules}
+        self._exact = {rule.name for rule in rules if rule.exact}
         self._reader = Reader()
         self._by_optimizer: dict[str, _OptimizerRules] = {}
         self._rank_rows: dict[int, dict[int, TableRow]] = {}
@@ -276,16 +277,26 @@ class FindingsEngine:
                 if root != other.number:
                     effect = msgspec.structs.replace(other, cause=root, step=step, time=time)
                     self._set(effect, changed)
-        if new.cause is not None:  # its effects are attributed to the root cause
-            for other in tuple(self.findings):
-                if other.cause == new.number:
-                    moved = msgspec.structs.replace(other, cause=new.cause, step=step, time=time)
-                    self._set(moved, changed)
+                    self._move_effects(effect, changed, step, time)
+        self._move_effects(new, changed, step, time)
+
+    def _move_effects(
+        self, finding: Finding, changed: dict[int, Finding], step: int, time: float
+    ) -> None:
+        """Attribute the effects of a finding that has a cause itself to the root cause."""
+        cause = finding.cause
+        if cause is None:
+            return
+        for other in tuple(self.findings):
+            if other.cause == finding.number and other.number != cause:
+                moved = msgspec.structs.replace(other, cause=cause, step=step, time=time)
+                self._set(moved, changed)
 
     def _explains(self, cause: Finding, effect: Finding) -> bool:
+        slack = 0 if cause.rule in self._exact else self._slack[effect.rule]
         return (
             cause.rule in self._explained_by.get(effect.rule, ())
-            and cause.onset <= effect.onset + self._slack[effect.rule]
+            and cause.onset <= effect.onset + slack
             and effect.onset <= cause.onset + self._reach[cause.rule]
             and cause.level != "info"
         )

@@ -73,6 +73,9 @@ class Rule:
     """Steps by which the onset of a cause may be later than that of this effect, since quantities
     are measured at different cadences."""
 
+    exact: ClassVar[bool] = False
+    """Whether its onset is exact, being read from what every step measures: such a finding is no
+    cause of an effect that began before it."""
     reach: ClassVar[int] = 1 << 62
     """Steps after its onset within which it can be the cause of another finding."""
 

@@ -169,6 +169,10 @@ class LossGraph(NamedTuple):
     mixed_view: tuple[int, ...] = ()
     """The shape of the outputs, with their classes in dimension 1, that a view has turned into rows
     of classes without moving that dimension to the end."""
+    joined: bool = False
+    """Whether the scores of that softmax are concatenated of several tensors."""
+    softmax_layers: tuple[str, ...] = ()
+    """Names of the weights of those layers, where they are known."""
 
 
 class BadBatch(NamedTuple):

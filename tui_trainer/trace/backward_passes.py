@@ -97,7 +97,8 @@ class BackwardPasses:
             self._steps.end_by_hand()
         if not phases.enter(BACKWARD):
             return False
-        self._evaluation.gradients_computed()
+        for module in self._evaluation.gradients_computed():
+            self.model_called(module)
         phases.before_backward()
         for measurer in registry.measurers:
             if measurer.passes:
@@ -142,7 +143,8 @@ class BackwardPasses:
     @guarded
     def gradients_began(self, outputs: Any, inputs: Any) -> bool:
         """`torch.autograd.grad`: a backward if it is for the parameters of an optimizer."""
-        self._evaluation.gradients_computed()
+        for module in self._evaluation.gradients_computed():
+            self.model_called(module)
         given = [inputs] if isinstance(inputs, torch.Tensor) else list(inputs)
         parameters = [t for t in given if isinstance(t, torch.Tensor) and t.is_leaf]
         self._registry.register_holders(parameters)
@@ -215,10 +217,20 @@ class BackwardPasses:
         if self._steps.begun < GRAPHS_READ and len(scalars) == 1:
             backward.cross_entropy = torch_private.cross_entropy_of(scalars[0])
             if not self._steps.begun:
-                backward.loss_graph = loss_graph_of(scalars[0].grad_fn)
+                backward.loss_graph = loss_graph_of(scalars[0].grad_fn, self._name_of)
         if scalars:
             self._look_at(backward, scalars)
         return scalars
+
+    def _name_of(self, parameter: torch.Tensor | None) -> str:
+        if parameter is None:
+            return ""
+        for measurer in self._registry.measurers:
+            tracked = measurer.tracked
+            for known, name in zip(tracked.parameters, tracked.names, strict=True):
+                if known is parameter:
+                    return name
+        return ""
 
     def _look_at(self, backward: BackwardPass, scalars: list[torch.Tensor]) -> None:
         """What about these losses can be seen only now."""

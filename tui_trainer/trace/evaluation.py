@@ -211,12 +211,16 @@ class EvaluationLosses:
             self._trained.add(module)
             self._last_trained = weakref.ref(module)
 
-    def gradients_computed(self) -> None:
-        """Gradients were computed: the calls before them were for training."""
-        if self._any_with_gradients and self._with_gradients:
-            self._trained_in_eval_mode |= self._with_gradients
-            self._open = False
-            self._reset()
+    def gradients_computed(self) -> list[torch.nn.Module]:
+        """Gradients were computed: the calls before them were for training. Returns the models that
+        were called so, in `eval()` mode."""
+        if not (self._any_with_gradients and self._with_gradients):
+            return []
+        called = list(self._with_gradients)
+        self._trained_in_eval_mode |= self._with_gradients
+        self._open = False
+        self._reset()
+        return called
 
     def call_began(self, module: torch.nn.Module, completed: int) -> None:
         """A model is called for an evaluation, and not within an iteration."""

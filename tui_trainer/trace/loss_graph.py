@@ -5,6 +5,7 @@ A compiled model has no such graph.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from tui_trainer.history.records import LossGraph
@@ -33,15 +34,20 @@ _LAYERS = {"AddmmBackward0": 1, "MmBackward0": 0, "ConvolutionBackward0": 0}
 """Linear maps, and the position of what they map among their inputs."""
 
 
-def loss_graph_of(node: Any) -> LossGraph | None:
-    """The graph below `grad_fn` of a loss; None where it cannot be read."""
+def _no_name(parameter: Any) -> str:
+    return ""
+
+
+def loss_graph_of(node: Any, name_of: Callable[[Any], str] = _no_name) -> LossGraph | None:
+    """The graph below `grad_fn` of a loss; None where it cannot be read. `name_of(parameter)`: its
+    name, or ""."""
     try:
-        return _read(node)
+        return _read(node, name_of)
     except (AttributeError, IndexError, TypeError, RuntimeError):
         return None
 
 
-def _read(loss: Any) -> LossGraph:
+def _read(loss: Any, name_of: Callable[[Any], str]) -> LossGraph:
     node, logarithm, squared = loss, "", False
     for _ in range(MAX_PATH):
         name = node.name() if node is not None else ""
@@ -75,9 +81,25 @@ def _read(loss: Any) -> LossGraph:
         over_rows,
         logarithm if name in _LAYERS and logarithm else "",
         squared and name.startswith("Softmax"),
-        _hidden_softmaxes(loss),
+        len(behind := _layers_behind_softmax(loss)),
         mixed_view,
+        name.startswith(("LogSoftmax", "Softmax")) and _is_joined(node.next_functions[0][0]),
+        tuple(name for weight in behind if (name := name_of(_leaf(weight)))),
     )
+
+
+def _is_joined(node: Any) -> bool:
+    """Whether scores are concatenated or stacked, before they are scaled and viewed: those of a
+    contrastive loss, one positive pair and many negative ones."""
+    for _ in range(MAX_PATH):
+        name = node.name() if node is not None else ""
+        if name in ("CatBackward0", "StackBackward0"):
+            return True
+        if name not in _ON_THE_WAY:
+            return False
+        below = [child for child, _ in node.next_functions if child is not None]
+        node = below[0] if below else None
+    return False
 
 
 def _mixed_view(softmax: Any, classes: int) -> tuple[int, ...]:
@@ -95,9 +117,12 @@ def _mixed_view(softmax: Any, classes: int) -> tuple[int, ...]:
     return shape if len(shape) > 2 and shape[1] == classes != shape[-1] else ()
 
 
-def _hidden_softmaxes(loss: Any) -> int:
-    """Layers whose input is a softmax, that of an attention over learned rows left out."""
-    seen, waiting, found = {loss}, deque([loss]), 0
+def _layers_behind_softmax(loss: Any) -> list[Any]:
+    """The weights (as nodes) of layers whose input is the softmax of what another layer returns.
+
+    Attention over learned rows is left out, and so is a softmax of anything computed after the
+    layer: with noise and a temperature it draws samples (Gumbel-softmax, topic models)."""
+    seen, waiting, found = {loss}, deque([loss]), []
     while waiting and len(seen) < MAX_NODES:
         node = waiting.popleft()
         below = [child for child, _ in node.next_functions]
@@ -105,7 +130,8 @@ def _hidden_softmaxes(loss: Any) -> int:
         if position is not None and len(below) > position + 1 and _is_softmax(below[position]):
             weight = below[position + 1]
             transposed = weight is not None and weight.name() == "TBackward0"
-            found += node.name() == "ConvolutionBackward0" or transposed
+            if node.name() == "ConvolutionBackward0" or transposed:
+                found.append(weight)
         for child in below:
             if child is not None and child not in seen:
                 seen.add(child)
@@ -114,8 +140,21 @@ def _hidden_softmaxes(loss: Any) -> int:
 
 
 def _is_softmax(node: Any) -> bool:
+    node = _without_views(node)
+    if node is None or node.name() != "SoftmaxBackward0":
+        return False
+    of = _without_views(node.next_functions[0][0])
+    return of is not None and (of.name() in _LAYERS or "Norm" in of.name())
+
+
+def _without_views(node: Any) -> Any:
     for _ in range(4):
         if node is None or node.name() not in _VIEWS:
             break
         node = node.next_functions[0][0]
-    return node is not None and node.name() == "SoftmaxBackward0"
+    return node
+
+
+def _leaf(node: Any) -> Any:
+    """The parameter that a node stands for; None where it was computed."""
+    return getattr(_without_views(node), "variable", None)

@@ -19,7 +19,13 @@ from tui_trainer.history.records import Producer
 from tui_trainer.trace.module_calls import Patches
 from tui_trainer.trace.parameters import TrackedParameters
 from tui_trainer.trace.probe import Readings
-from tui_trainer.trace.script_frames import place_in_frame, place_of_operation, script_frames
+from tui_trainer.trace.script_frames import (
+    objects_of_script,
+    place_in_file,
+    place_in_frame,
+    place_of_operation,
+    script_frames,
+)
 from tui_trainer.trace.torch_private import has_saved, node_name, saved, saved_tensors
 
 MAX_SEARCHES = 10
@@ -293,12 +299,20 @@ class NonFiniteOrigins:
         return name, None
 
     def _place_of(self, operation: str) -> str:
-        """The only line of the loop, or of the forward of a model's modules, that computes it."""
+        """The only line of the loop, or of the forward of a module, that computes it."""
         frame = next(script_frames(), None)
         places = {place_in_frame(operation, frame)} if frame is not None else set()
         kinds = {type(module): module for root in self._roots.modules for module in root.modules()}
         places |= {place_of_operation(operation, module) for module in kinds.values()}
         places.discard("")
+        if not places and frame is not None:
+            # A module without parameters beside the model, if no other line of the file may be it.
+            beside = {
+                type(m): m for root in objects_of_script(torch.nn.Module) for m in root.modules()
+            }
+            places = {place_of_operation(operation, beside[kind]) for kind in beside.keys() - kinds}
+            places.discard("")
+            places &= {place_in_file(operation, frame)}
         return places.pop() if len(places) == 1 else ""
 
 

@@ -231,6 +231,13 @@ def place_in_frame(operation: str, frame: FrameType) -> str:
     )
 
 
+def place_in_file(operation: str, frame: FrameType) -> str:
+    """The only line of the whole file of `frame` that computes an operation."""
+    file = frame.f_code.co_filename
+    text = "".join(linecache.getlines(file, frame.f_globals))
+    return _single_line(text, file, 1, lambda node: _computes(node, operation), None, None)
+
+
 def _line_in(function: Any, matches: Any) -> str:
     try:
         lines, first = inspect.getsourcelines(function)

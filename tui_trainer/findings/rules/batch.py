@@ -19,6 +19,8 @@ MIN_PAIRS = 4
 workers than that."""
 MAX_BAD_BATCHES = 3
 """Reports of `bad-batch` in a run."""
+SAME_RISE = 5
+"""Steps within which a further batch with a still higher loss is not reported."""
 MAX_ROWS = 3
 """Rows of a bad batch that are named with their share of the loss."""
 
@@ -132,6 +134,7 @@ class SameBatch(BatchRule):
     source = (
         "Karpathy, A Recipe for Training Neural Networks (2019), overfit one batch on purpose only"
     )
+    explained_by = ("constant-inputs",)
     thresholds = (RuleThreshold("steps", 5, "measured steps with equal inputs"),)
 
     def start(self) -> None:
@@ -275,16 +278,20 @@ class BadBatchRule(Rule):
         "Chowdhery et al., PaLM (2022), section 5.1: batches at loss spikes; Koh & Liang, "
         "Understanding Black-box Predictions via Influence Functions (ICML 2017)"
     )
-    explained_by = ("non-finite",)
+    explained_by = ("non-finite", "learning-rate-jump")
     slack = 0
 
     def start(self) -> None:
         self._reports = 0
+        self._last = -SAME_RISE
 
     def step(self, seen: Observation) -> Iterable[Found]:
         bad = seen.bad_batch
         if bad is None or self._reports >= MAX_BAD_BATCHES:
             return
+        last, self._last = self._last, seen.step
+        if seen.step - last < SAME_RISE:
+            return  # the loss goes on rising: not one batch
         if not math.isfinite(bad.loss) and not bad.broken_rows:
             return  # reported by `non-finite`, and nothing to add
         self._reports += 1

@@ -244,6 +244,7 @@ class ZeroGradients(Rule):
         "saturated-units",
         "label-range",
         "constant-labels",
+        "constant-inputs",
     )
 
     def start(self) -> None:

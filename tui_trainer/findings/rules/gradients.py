@@ -79,7 +79,7 @@ class GradientsVanish(_Depth):
         RuleThreshold("ratio", 1e-4, "gradient norm of the first quarter over that of the last"),
     )
 
-    explained_by = ("saturated-units", "dead-units", "initial-scale")
+    explained_by = ("saturated-units", "dead-units", "initial-scale", "constant-inputs")
 
     def start(self) -> None:
         super().start()
@@ -137,7 +137,10 @@ class GradientsExplode(_Depth):
         "learning-rate-jump",
         "no-warm-up",
         "initial-loss",
+        "loss-diverges",
+        "overflow-ahead",
     )
+    exact = True
 
     def start(self) -> None:
         super().start()

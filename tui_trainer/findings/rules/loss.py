@@ -325,7 +325,9 @@ class LossDiverges(Rule):
         "attention-logits",
         "attention-entropy",
         "initial-loss",
+        "overflow-ahead",
     )
+    exact = True
 
     def start(self) -> None:
         self._above_start = Streak()

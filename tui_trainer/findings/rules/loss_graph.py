@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 
 from tui_trainer.findings.observation import Observation
-from tui_trainer.findings.rule import Found, Rule, RuleThreshold, evidence
+from tui_trainer.findings.rule import Found, Rule, RuleThreshold, evidence, named
 from tui_trainer.history.records import LossGraph
 
 NEEDS = "the autograd graph of the first loss, which a compiled model does not show"
@@ -122,7 +122,8 @@ class SoftmaxInside(_OfFirstGraph):
         "The output of a softmax is the input of another layer. A softmax over n units makes them "
         "compete and scales them to 1/n on average: the signal and its gradients shrink at every "
         "such layer, and the layers before it hardly learn. Attention over positions is something "
-        "else and not reported."
+        "else and not reported, nor a softmax of scores with noise or a temperature, which draws "
+        "samples (Gumbel-softmax)."
     )
     advice = "use ReLU, GELU or tanh inside the network, and a softmax only in the loss"
     source = "a fault of TheDeepChecker's catalogue (Braiek & Khomh, TOSEM 2023)"
@@ -131,10 +132,12 @@ class SoftmaxInside(_OfFirstGraph):
         count = graph.hidden_softmaxes
         if count:
             layers = "1 layer is" if count == 1 else f"{count} layers are"
+            names = graph.softmax_layers
             yield Found(
                 seen.step,
-                f"{layers} given the output of a softmax",
+                f"{layers} given the output of a softmax" + (f": {named(names)}" if names else ""),
                 phase="forward",
+                parameters=names[:8],
                 evidence=(evidence("layers behind a softmax", count, high=0, text=str(count)),),
             )
 

@@ -39,7 +39,8 @@ class ConstantLabels(BatchRule):
         "Every target that the loss function has received is the same class. The loss falls fast "
         "and the model learns a constant. Usually the labels were not shuffled together with the "
         "examples, or were overwritten or cast to a type that cannot hold them; a data set sorted "
-        "by class that is read without shuffling looks the same until the next class comes."
+        "by class that is read without shuffling looks the same until the next class comes. Scores "
+        "that are concatenated are not reported: contrastive losses have the positive pair first."
     )
     advice = "print the labels of a batch; shuffle the training data (DataLoader(shuffle=True))"
     source = (
@@ -52,6 +53,10 @@ class ConstantLabels(BatchRule):
     def start(self) -> None:
         super().start()
         self._label: float | None = None
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        self.done = self.done or (seen.loss_graph is not None and seen.loss_graph.joined)
+        return super().step(seen)
 
     def batch(self, seen: Observation, batch: BatchRecord) -> Iterable[Found]:
         targets = [each for each in batch.with_role("target") if each.classes > 1]

@@ -146,6 +146,7 @@ class OverflowAhead(Rule):
         "gradients-explode",
         "loss-diverges",
     )
+    exact = True
     STEPS = 10
     RISES = 8
     """Least number of rises among the nine changes between them."""
