@@ -28,13 +28,8 @@ from tui_trainer.protocol.inspection import (
     TensorRef,
 )
 from tui_trainer.ui.app import TuiTrainerApp
-from tui_trainer.ui.panels.tensor import (
-    StatisticsReading,
-    Viewport,
-    bars,
-    color_range,
-    recorded_columns,
-)
+from tui_trainer.ui.panels.tensor import Viewport, color_range
+from tui_trainer.ui.panels.tensor_statistics import StatisticsReading, bars, recorded_columns
 from tui_trainer.ui.screens import inspect as screen
 from tui_trainer.ui.screens import inspection_requests
 from tui_trainer.ui.screens.dialogs import TextPrompt

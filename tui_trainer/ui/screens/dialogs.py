@@ -1,17 +1,20 @@
-"""Dialogs: a number, a note, and what to do with the run on leaving."""
+"""Dialogs: a number, a note, a tensor, and what to do with the run on leaving."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
+from rich.cells import cell_len
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
+from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
 from tui_trainer.client.api import Snapshot
+from tui_trainer.protocol.inspection import TensorInfo, TensorList, TensorRef
 
 MAX_NOTE_LENGTH = 200
 KEYS_HINT = "[dim]enter: confirm, escape: cancel[/dim]"
@@ -130,3 +133,76 @@ class QuitDialog(ModalScreen[str | None]):
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         self.dismiss(event.option.id)
+
+
+MAX_MATCHES = 200
+"""Tensors that the dialog lists at a time."""
+MAX_NAME_WIDTH = 52
+"""Cells of names beyond which what follows them is not aligned."""
+
+
+class TensorDialog(ModalScreen[TensorRef | None]):
+    """Chooses a tensor by words of its name."""
+
+    CSS = """
+    TensorDialog .dialog { width: 84; }
+    TensorDialog OptionList { max-height: 14; }
+    TensorDialog .keys { color: $text-muted; height: auto; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape", "dismiss(None)", "Cancel", id="tensors.cancel",
+                tooltip="Keep the tensor"),
+        Binding("down", "to_list", "List", show=False, id="tensors.list",
+                tooltip="To the list of tensors"),
+    ]  # fmt: skip
+
+    def __init__(self, tensors: TensorList) -> None:
+        super().__init__()
+        self._tensors = tensors
+        self._matches: list[TensorInfo] = []
+
+    def compose(self) -> ComposeResult:
+        with Vertical(classes="dialog"):
+            yield Static("Inspect a tensor", markup=False)
+            yield Input(placeholder="words of its name: head grad", compact=True)
+            yield OptionList(compact=True, markup=False)
+            yield Static("enter: inspect, down: list, escape: cancel", classes="keys", markup=False)
+
+    def on_mount(self) -> None:
+        self._list("")
+        self.query_one(Input).focus()
+
+    def _list(self, text: str) -> None:
+        words = text.casefold().split()
+        found = [each for each in self._tensors.tensors if each.is_named(words)]
+        self._matches = found[:MAX_MATCHES]
+        options = self.query_one(OptionList)
+        widest = max((cell_len(each.ref.text) for each in self._matches), default=0)
+        width = min(widest, MAX_NAME_WIDTH)
+        options.set_options([Option(_option(each, width)) for each in self._matches])
+        options.display = bool(self._matches)
+        if self._matches:
+            options.highlighted = 0
+
+    def on_input_changed(self, event: Input.Changed) -> None:
+        self._list(event.value)
+
+    def on_input_submitted(self) -> None:
+        """Choose the first that matches."""
+        highlighted = self.query_one(OptionList).highlighted
+        if self._matches:
+            self.dismiss(self._matches[highlighted or 0].ref)
+
+    def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
+        self.dismiss(self._matches[event.option_index].ref)
+
+    def action_to_list(self) -> None:
+        self.query_one(OptionList).focus()
+
+
+def _option(tensor: TensorInfo, width: int) -> Content:
+    """Name, shape and type; `width`: cells for the names."""
+    shape = "×".join(map(str, tensor.shape)) or "0-d"
+    other = "".join(f"  = {name}" for name in tensor.also)
+    gap = " " * (2 + max(0, width - cell_len(tensor.ref.text)))
+    return Content.assemble(tensor.ref.text, (f"{gap}{shape:<12} {tensor.dtype}{other}", "dim"))

@@ -8,16 +8,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import msgspec
-from rich.cells import cell_len
 from textual import events
-from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import Horizontal, Vertical
-from textual.content import Content
-from textual.screen import ModalScreen
+from textual.containers import Horizontal
 from textual.widget import Widget
-from textual.widgets import Input, OptionList, Static
-from textual.widgets.option_list import Option
 
 from tui_trainer.client.answers.tensors import parse_index
 from tui_trainer.client.api import Snapshot
@@ -30,7 +24,6 @@ from tui_trainer.protocol.inspection import (
     Inspected,
     ListTensors,
     Summarize,
-    TensorInfo,
     TensorList,
     TensorRef,
     TensorSummary,
@@ -38,13 +31,10 @@ from tui_trainer.protocol.inspection import (
 )
 from tui_trainer.ui.panels.base import placeholder_message
 from tui_trainer.ui.panels.gradient_check import GradientCheckView
-from tui_trainer.ui.panels.tensor import (
-    REDUCTIONS,
-    ZOOM,
-    HeatMapView,
+from tui_trainer.ui.panels.tensor import REDUCTIONS, ZOOM, HeatMapView, Viewport
+from tui_trainer.ui.panels.tensor_statistics import (
     StatisticsReading,
     StatisticsView,
-    Viewport,
     recorded_columns,
 )
 from tui_trainer.ui.panels.update_explanation import UpdateView
@@ -53,7 +43,7 @@ from tui_trainer.ui.screens.base import (
     RANK_BINDING,
     DetailScreen,
 )
-from tui_trainer.ui.screens.dialogs import TextPrompt
+from tui_trainer.ui.screens.dialogs import TensorDialog, TextPrompt
 from tui_trainer.ui.screens.inspection_requests import InspectionRequests, ending, last_edit
 from tui_trainer.ui.screens.saving import save_tensor
 from tui_trainer.ui.widgets.caption import Caption, Placeholder
@@ -65,10 +55,6 @@ MIN_WIDTH_FOR_UPDATE = 110
 """Width from which heat map and update are side by side."""
 MIN_WIDTH_FOR_ALL = 170
 """Width from which the numbers stay next to the update or the check."""
-MAX_MATCHES = 200
-"""Tensors that the dialog lists at a time."""
-MAX_NAME_WIDTH = 52
-"""Cells of names beyond which what follows them is not aligned."""
 ENTRIES = 5
 READINGS_KEPT = 500
 CHECKED_ENTRIES = 2
@@ -81,73 +67,6 @@ NEEDS_TENSOR = (
 """Actions that act on the tensor on the screen."""
 NO_TENSOR = "no tensor is chosen"
 NO_TENSOR_HINT = "/ lists the tensors; enter on a parameter of screen 3 opens it"
-
-
-class TensorDialog(ModalScreen[TensorRef | None]):
-    """Chooses a tensor by words of its name."""
-
-    CSS = """
-    TensorDialog .dialog { width: 84; }
-    TensorDialog OptionList { max-height: 14; }
-    TensorDialog .keys { color: $text-muted; height: auto; }
-    """
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("escape", "dismiss(None)", "Cancel", id="tensors.cancel",
-                tooltip="Keep the tensor"),
-        Binding("down", "to_list", "List", show=False, id="tensors.list",
-                tooltip="To the list of tensors"),
-    ]  # fmt: skip
-
-    def __init__(self, tensors: TensorList) -> None:
-        super().__init__()
-        self._tensors = tensors
-        self._matches: list[TensorInfo] = []
-
-    def compose(self) -> ComposeResult:
-        with Vertical(classes="dialog"):
-            yield Static("Inspect a tensor", markup=False)
-            yield Input(placeholder="words of its name: head grad", compact=True)
-            yield OptionList(compact=True, markup=False)
-            yield Static("enter: inspect, down: list, escape: cancel", classes="keys", markup=False)
-
-    def on_mount(self) -> None:
-        self._list("")
-        self.query_one(Input).focus()
-
-    def _list(self, text: str) -> None:
-        words = text.casefold().split()
-        found = [each for each in self._tensors.tensors if each.is_named(words)]
-        self._matches = found[:MAX_MATCHES]
-        options = self.query_one(OptionList)
-        widest = max((cell_len(each.ref.text) for each in self._matches), default=0)
-        width = min(widest, MAX_NAME_WIDTH)
-        options.set_options([Option(_option(each, width)) for each in self._matches])
-        options.display = bool(self._matches)
-        if self._matches:
-            options.highlighted = 0
-
-    def on_input_changed(self, event: Input.Changed) -> None:
-        self._list(event.value)
-
-    def on_input_submitted(self) -> None:
-        """Choose the first that matches."""
-        highlighted = self.query_one(OptionList).highlighted
-        if self._matches:
-            self.dismiss(self._matches[highlighted or 0].ref)
-
-    def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
-        self.dismiss(self._matches[event.option_index].ref)
-
-    def action_to_list(self) -> None:
-        self.query_one(OptionList).focus()
-
-
-def _option(tensor: TensorInfo, width: int) -> Content:
-    """Name, shape and type; `width`: cells for the names."""
-    shape = "×".join(map(str, tensor.shape)) or "0-d"
-    other = "".join(f"  = {name}" for name in tensor.also)
-    gap = " " * (2 + max(0, width - cell_len(tensor.ref.text)))
-    return Content.assemble(tensor.ref.text, (f"{gap}{shape:<12} {tensor.dtype}{other}", "dim"))
 
 
 class InspectScreen(DetailScreen):
