@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -123,8 +124,20 @@ def _attention(names: list[str], statistics: tuple[str, ...]) -> tuple[Column, .
     return schema.attention_columns(tuple(names), statistics)
 
 
+_synthesised: dict[tuple[bytes, int], FakeRun] = {}
+
+
 def synthesise(info: RunInfo, seed: int = 7) -> FakeRun:
     """All values of a run that learns, clips at times, and whose Wq, Wk and Wv slowly diverge."""
+    key = msgspec.msgpack.encode(info), seed
+    if key not in _synthesised:
+        _synthesised[key] = _synthesise(info, seed)
+    whole = _synthesised[key]
+    steps, values = ([each.copy() for each in arrays] for arrays in (whole.steps, whole.values))
+    return FakeRun(info, steps, values)
+
+
+def _synthesise(info: RunInfo, seed: int) -> FakeRun:
     random = np.random.default_rng(seed)
     total = info.total_steps or 2000
     run = FakeRun(info)
@@ -244,8 +257,6 @@ def _pattern(
 
 def with_unseen(info: RunInfo, **reasons: str) -> RunInfo:
     """`info` for a run in which some quantities cannot be seen."""
-    import msgspec
-
     return msgspec.structs.replace(info, unseen=reasons)
 
 

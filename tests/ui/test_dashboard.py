@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from textual import events
 
-from tests.ui import fake, fake_run
+from tests.ui import fake
 from tests.ui.fake import FakeSession
-from tests.ui.fake_run import with_unseen
+from tests.ui.fake_run import describe, synthesise, with_unseen
 from tests.ui.screens import frame, until
-from tui_trainer.protocol import PHASES, actions
+from tui_trainer.protocol import PHASES, actions, schema
 from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.panels.attention.overview import LayersTable, TrendChart
 from tui_trainer.ui.panels.clipping import ClippingPanel
@@ -68,11 +68,11 @@ async def test_p_walks_through_the_phases_in_order_and_shows_what_each_produced(
         assert session.status.step == 301
 
 
-async def test_time_between_the_phases_stands_below_them(monkeypatch):
+async def test_time_between_the_phases_stands_below_them():
+    run = synthesise(describe())
     between = np.array([6.0, np.nan, 0.5, 2.5])
-    row = np.concatenate([np.full(len(PHASES), 2.0), between])
-    monkeypatch.setattr(fake_run, "_phases", lambda count, random: np.tile(row, (count, 1)))
-    async with app_of(fake.fake_gpt(300)).run_test(size=(120, 40)) as pilot:
+    run.values[run.table(schema.PHASE_MS)][:] = [*np.full(len(PHASES), 2.0), *between]
+    async with app_of(FakeSession(run, 300)).run_test(size=(120, 40)) as pilot:
         await pilot.pause()
         last = drawn(pilot.app, PhaseStrip).splitlines()[-1]
         assert "eval 6.0 ms" in last
