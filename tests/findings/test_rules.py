@@ -946,3 +946,14 @@ def test_constant_inputs_explain_their_symptoms():
         run.step(gradients=[0.0] + [0.3] * 7, batch=BatchRecord((tensor,), "", 0))
     assert {"zero-gradients", "same-batch"} <= set(run.found)
     assert run.causes == ["constant-inputs"]
+
+
+@pytest.mark.parametrize(("highest", "judged"), [(0.11, False), (0.0039, True)])
+def test_rows_that_are_nearly_all_zero_are_not_called_too_small(highest, judged):
+    run = Run()
+    given = BatchTensor(
+        "first layer", "Linear", (32, 90000), "float", 0, 0.0, highest, 7e-5, 2e-3, False, 1, 0
+    )
+    for _ in range(5):
+        run.step(batch=BatchRecord((given,), "", 0))
+    assert ("input-scale" in run.found) == judged

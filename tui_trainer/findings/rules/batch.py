@@ -19,7 +19,9 @@ MIN_PAIRS = 4
 workers than that."""
 MAX_BAD_BATCHES = 3
 """Reports of `bad-batch` in a run."""
-SAME_RISE = 5
+SPARSE = 10.0
+"""Times the lower limit of `input-scale` from which single numbers of an input are not small."""
+SAME_RISE = 20
 """Steps within which a further batch with a still higher loss is not reported."""
 MAX_ROWS = 3
 """Rows of a bad batch that are named with their share of the loss."""
@@ -63,6 +65,8 @@ class InputScale(BatchRule):
         first = given[0]
         scale = max(abs(first.mean), first.std)
         large, small = scale > self.limits["high"], 0 < scale < self.limits["low"]
+        # Rows of many features that are nearly all zero have larger ones (TF-IDF).
+        small = small and max(abs(first.low), abs(first.high)) < SPARSE * self.limits["low"]
         if not self.persists(large or small, seen.step):
             return
         whole = any(each.kind != "float" for each in batch.with_role("input"))
@@ -278,7 +282,7 @@ class BadBatchRule(Rule):
         "Chowdhery et al., PaLM (2022), section 5.1: batches at loss spikes; Koh & Liang, "
         "Understanding Black-box Predictions via Influence Functions (ICML 2017)"
     )
-    explained_by = ("non-finite", "learning-rate-jump")
+    explained_by = ("non-finite", "learning-rate-jump", "update-ratio-high")
     slack = 0
 
     def start(self) -> None:

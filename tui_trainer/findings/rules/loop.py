@@ -68,8 +68,7 @@ class GradientsKept(Rule):
                 evidence(
                     "steps in a row that started with used gradients",
                     count,
-                    table="step",
-                    column="grad_norm_preclip",
+                    high=0,
                     text=f"{count}",
                 ),
             ),
@@ -132,6 +131,7 @@ class ZeroedBeforeStep(Rule):
             evidence=(
                 evidence("gradient norm at the step", 0.0, table="step", column="grad_norm_preclip",
                          text="no gradients"),
+                evidence("steps in a row without gradients", count, high=0, text=str(count)),
             ),
         )  # fmt: skip
 
@@ -297,7 +297,10 @@ class TrainModeEvaluation(Rule):
         "uses the statistics of each batch and updates its running ones from the evaluation's "
         "data. Single calls, and those that come at almost every step (a GAN's), are not reported."
     )
-    advice = "call model.eval() before an evaluation, and model.train() after it"
+    advice = (
+        "call model.eval() before an evaluation, and model.train() after it, unless dropout is to "
+        "stay on (Monte Carlo dropout)"
+    )
     source = "PyTorch's documentation of Module.eval, and its note on autograd mechanics"
 
     def start(self) -> None:
