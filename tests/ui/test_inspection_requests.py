@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol.inspection import DescribeUse, Inspected, ListTensors, TensorList
 from tui_trainer.ui.screens.inspection_requests import InspectionRequests
 
 
 def requests_of_a_screen():
     sent = []
-    status = SimpleNamespace(step=3, phase="step")
     app = SimpleNamespace(
         inspect=lambda request, *then: sent.append((request, *then)),
-        snapshot=SimpleNamespace(status=status),
+        snapshot=Snapshot(),
         inspected_rank=0,
     )
     return InspectionRequests(SimpleNamespace(app=app, is_mounted=True)), sent
