@@ -84,6 +84,13 @@ PICTURES = (
     ),
     Picture("inspect", paused_after="step", step=600, keys=("3", "down", "enter", "m")),
     Picture(
+        "inspect-200x60",
+        paused_after="backward",
+        step=200,
+        size=(200, 60),
+        keys=("3", *["down"] * 3, "enter", "m", "u", "x", *"3,17", "enter", "p", "p"),
+    ),
+    Picture(
         "parameter-groups",
         paused_after="backward",
         step=60,

@@ -376,7 +376,7 @@ async def test_what_the_last_phase_has_changed_and_what_the_run_has_recorded():
         assert re.search(r"Last phase .* clip → step", shown)
         assert re.search(r"norm +8\.000 +\+0\.97", shown)
         assert re.search(r"zeros +2  -2", shown)
-        assert re.search(r"History .* steps 10–300", shown)
+        assert re.search(r"History .* steps 1–300", shown)
         assert re.search(r"‖g‖ +\S+ +0\.\d+", shown)
         app.inspected = TensorRef(WEIGHT, "gradient")
         app.redraw()

@@ -202,10 +202,11 @@ class StatisticsView(BuiltLines):
     def _course(self, width: int) -> list[Row]:
         """What the run has recorded; of other tensors the norm at all readings."""
         if self.recorded:
-            series = self.recorded[0].series
-            steps = f"steps {series.first_step or 0:,}–{series.last_step or 0:,}"
-            rows = [title_line(self, width, "History", right=steps)]
-            return rows + [self._recorded(each, max(1, width - 17)) for each in self.recorded]
+            first = min(each.series.first_step or 0 for each in self.recorded)
+            last = max(each.series.last_step or 0 for each in self.recorded)
+            rows = [title_line(self, width, "History", right=f"steps {first:,}–{last:,}")]
+            room = max(1, width - 17)
+            return rows + [self._recorded(each, first, last + 1, room) for each in self.recorded]
         values = [each.statistics.norm for each in self.history]
         if len(values) <= MIN_FOR_SPARKS:
             return []
@@ -214,11 +215,10 @@ class StatisticsView(BuiltLines):
         line = sparklines(shown, ~np.isfinite(shown), self.glyphs, hold=True)[0]
         return [*rows, self._line("norm", line, values[-1], width - 17)]
 
-    def _recorded(self, recorded: RecordedColumn, room: int) -> Row:
-        """The highest value in each part of the run, and the newest one."""
-        series = recorded.series
-        start, stop = series.first_step or 0, (series.last_step or 0) + 1
-        window = series.window([recorded.column], start, stop, min(room, series.rows))
+    def _recorded(self, recorded: RecordedColumn, start: int, stop: int, room: int) -> Row:
+        """The highest value in each part of the run, held until the next one, and the newest."""
+        cells = min(room, stop - start)
+        window = recorded.series.window([recorded.column], start, stop, cells)
         line = sparklines(window.high.T, window.nonfinite.T, self.glyphs, hold=True)[0]
         return self._line(recorded.label, line, recorded.newest, room)
 
