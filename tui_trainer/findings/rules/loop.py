@@ -71,6 +71,10 @@ class GradientsKept(Rule):
                     high=0,
                     text=f"{count}",
                 ),
+                *(
+                    evidence("gradient norm", norm, table="step", column="grad_norm_preclip")
+                    for norm in self._norms[-1:]
+                ),
             ),
         )
         yield self._report
