@@ -181,8 +181,8 @@ def sensible(loop: Loop) -> bool:
         or loop.poison_at is None
         or any(clip.kind == "strict" for clip in loop.clips),
         # The change of a gradient that is zeroed before anything is called cannot be seen.
-        not (shares_parameters(loop) and loop.zero_by == "data" and loop.zero == "end")
-        or not any(clip.kind == "data" and clip.when == "after" for clip in loop.clips),
+        not (shares_parameters(loop) and loop.zero_by in ("data", "hand") and loop.zero == "end")
+        or not any(clip.kind in ("data", "hand") and clip.when == "after" for clip in loop.clips),
         # It ends where all gradients are 0.
         loop.zero_by != "data" or loop.optimizers[0].kind != "lbfgs" or len(loop.optimizers) == 1,
         # The clipping has zeroed them before.
