@@ -121,7 +121,7 @@ def test_a_task_whose_loss_ends_as_nan_has_failed(tmp_path: Path) -> None:
     explosive = ["--learning-rate", "1e9", "--warmup-steps", "0", "--clip", "off"]
     explosive += ["--schedule", "constant", "--optimizer", "sgd", "--sample-every", "0"]
     done = call("gpt", "--json", *explosive, *SHORT_GPT, cwd=tmp_path)
-    assert_refused(done, "the loss is nan", "lower learning rate", status=1)
+    assert_refused(done, "the loss is nan", "divide the learning rate by 10", status=1)
     lines = records(done.stdout)
     assert (lines[-1]["reason"], lines[-1]["steps"]) == ("finished", 3)
     assert [each["step"] for each in lines if each["type"] == "step"] == [1, 2, 3]
