@@ -28,7 +28,7 @@ from tui_trainer.settings.edits import LiveEdits
 from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.tracer import Tracer
 from tui_trainer.travel.snapshots import (
-    SnapshotRing,
+    SnapshotStore,
     TrainingParts,
     TrainingSnapshot,
     TrainingState,
@@ -80,12 +80,12 @@ def copies(parameters: float, repeat: int) -> dict[str, float]:
         layer.requires_grad_(False)
     optimizer.zero_grad()
     tuned = TrainingState.take(parts)
-    tuning, ring = [], SnapshotRing(1 << 40)
+    tuning, snapshots = [], SnapshotStore(1 << 40)
     for number in range(repeat):
         step(model, optimizer)
         tuning.append(seconds(lambda tuned=tuned: TrainingState.take(parts, tuned)))
         tuned = TrainingState.take(parts, tuned)
-        ring.add(TrainingSnapshot(number, tuned, None))
+        snapshots.add(TrainingSnapshot(number, tuned, None))
     return {
         "megabytes": gigabytes * 1e3,
         "copy_gb_s": gigabytes / copy,
@@ -95,7 +95,7 @@ def copies(parameters: float, repeat: int) -> dict[str, float]:
         "restore_ratio": restore / copy,
         "unchanged_ratio": statistics.median(again) / copy,
         "frozen_ratio": statistics.median(tuning) / copy,
-        "frozen_memory_share": ring.nbytes / repeat / state.nbytes,
+        "frozen_memory_share": snapshots.nbytes / repeat / state.nbytes,
     }
 
 

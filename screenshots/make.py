@@ -26,8 +26,8 @@ from tui_trainer.client.live import LiveSession
 from tui_trainer.config.run_spec import RunSpec, create_run_directory
 from tui_trainer.config.training import resolve, to_flat
 from tui_trainer.learn.demos import find_demo
-from tui_trainer.learn.scalar.expression import EXAMPLES
 from tui_trainer.learn.scalar.graph import ScalarGraph
+from tui_trainer.learn.scalar.parser import EXAMPLES
 from tui_trainer.learn.scalar.svg import svg
 from tui_trainer.protocol.messages import Breakpoint
 from tui_trainer.protocol.schema import SCRIPT, Scalar

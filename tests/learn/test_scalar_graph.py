@@ -6,9 +6,9 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from tui_trainer.learn.scalar.expression import EXAMPLES, MAX_NODES, GraphError, parse, parse_values
 from tui_trainer.learn.scalar.graph import ScalarGraph, sweep, sweep_summary, three_rates
 from tui_trainer.learn.scalar.layout import layout
+from tui_trainer.learn.scalar.parser import EXAMPLES, MAX_NODES, GraphError, parse, parse_values
 from tui_trainer.learn.scalar.steps import steps_of
 from tui_trainer.learn.scalar.svg import svg
 

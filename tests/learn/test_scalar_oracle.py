@@ -9,8 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tests.examples import examples
-from tui_trainer.learn.scalar.expression import GraphError
 from tui_trainer.learn.scalar.graph import ScalarGraph
+from tui_trainer.learn.scalar.parser import GraphError
 from tui_trainer.learn.scalar.torch_worker import autograd
 
 EXPRESSIONS = int(os.environ.get("TUI_TRAINER_SCALAR_EXPRESSIONS", "200"))

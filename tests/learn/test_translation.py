@@ -12,8 +12,8 @@ import pytest
 
 import tui_trainer
 from tui_trainer.learn.page import LANGUAGES, NO_BREAK, graph_texts
-from tui_trainer.learn.scalar.expression import CONSTANT, EXAMPLES, INPUT, GraphError
 from tui_trainer.learn.scalar.graph import ScalarGraph, three_rates
+from tui_trainer.learn.scalar.parser import CONSTANT, EXAMPLES, INPUT, GraphError
 from tui_trainer.learn.scalar.translation import say, translated
 from tui_trainer.ui.graph_app import GraphScreen
 

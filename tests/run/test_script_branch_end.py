@@ -19,7 +19,7 @@ from tui_trainer.run.environment import initial_info
 from tui_trainer.run.host import Host
 from tui_trainer.run.script_branches import BranchRecording, Segment
 from tui_trainer.trace.gate import Refusal
-from tui_trainer.travel.snapshots import SnapshotRing, TrainingSnapshot
+from tui_trainer.travel.snapshots import SnapshotStore, TrainingSnapshot
 from tui_trainer.travel.time_travel import TimeTravel
 
 
@@ -46,9 +46,9 @@ def test_a_branch_ends_with_the_status_it_was_left_with(tmp_path: Path) -> None:
 def test_only_a_branch_from_another_step_needs_that_the_script_went_back(tmp_path: Path) -> None:
     begun, notices = [], []
     travel: Any = object.__new__(TimeTravel)
-    travel.ring, travel.restored = SnapshotRing(1 << 20), (-1, -1)
+    travel.snapshots, travel.restored = SnapshotStore(1 << 20), (-1, -1)
     state: Any = SimpleNamespace(unshared_nbytes=0, held=list)
-    travel.ring.add(TrainingSnapshot(4, state, None))
+    travel.snapshots.add(TrainingSnapshot(4, state, None))
     gate = SimpleNamespace(mode="running", phase="", completed=8, resume=list, pause=list)
     travel._gate = gate
 

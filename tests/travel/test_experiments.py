@@ -26,7 +26,7 @@ from tui_trainer.trace.random_state import restore_random_state
 from tui_trainer.travel import memory
 from tui_trainer.travel.experiments import Experiments
 from tui_trainer.travel.snapshots import (
-    SnapshotRing,
+    SnapshotStore,
     TrainingParts,
     TrainingSnapshot,
     TrainingState,
@@ -155,7 +155,7 @@ def test_a_last_step_that_is_skipped_ends_the_search_for_a_rate():
 
     task = types.SimpleNamespace(loop=loop, stateful={})
     parts = TrainingParts([], [optimizer])
-    found = Experiments(task, None, parts, SnapshotRing(0))._losses(3, [0.1, 0.1, 0.1])
+    found = Experiments(task, None, parts, SnapshotStore(0))._losses(3, [0.1, 0.1, 0.1])
     assert found == pytest.approx([1, 0.8**2, 0.8**4])
 
 
@@ -201,7 +201,7 @@ def test_a_viewer_that_leaves_during_an_experiment_ends_it_and_not_the_training(
 def test_what_an_experiment_takes_is_known_before(tmp_path):
     with Run(tiny(), tmp_path) as run:
         run.to(5)
-        snapshot = run.travel.ring.before(5).state.nbytes
+        snapshot = run.travel.snapshots.before(5).state.nbytes
         costs = [
             run.gate.call_soon(lambda asked=asked: run.travel.cost(asked)).result(60)
             for asked in (
@@ -221,7 +221,7 @@ def test_what_an_experiment_takes_is_known_before(tmp_path):
         assert timeline.snapshot_bytes == snapshot
         assert timeline.step_s > 0
         run.travel._step_s = lambda: 40.0
-        run.travel.ring.forget_after(2)
+        run.travel.snapshots.forget_after(2)
         with pytest.raises(Refusal, match="repeats 2 steps from step 2, which takes about 80 s"):
             run.travel.back(4)
         assert run.travel.back(4, confirmed=True).endswith(
@@ -270,17 +270,17 @@ def test_losses_along_a_direction_take_no_more_memory_than_was_said(direction):
         model(torch.ones(2, 300)).square().mean().backward()
         optimizer.step()
 
-    parts, ring = TrainingParts([model], [optimizer]), SnapshotRing(1 << 30)
+    parts, snapshots = TrainingParts([model], [optimizer]), SnapshotStore(1 << 30)
     for step in (1, 2):
         loop()
-        ring.add(TrainingSnapshot(step, TrainingState.take(parts), None))
+        snapshots.add(TrainingSnapshot(step, TrainingState.take(parts), None))
     optimizer.zero_grad()
     task = types.SimpleNamespace(loop=loop, stateful={}, model=model, total_steps=9)
     edits = types.SimpleNamespace(snapshot=dict, restore=list)
     travel, asked = travel_of(parts, task), MeasureLandscape(direction, 3, 1.0, 1, 2)
     said = travel.cost(asked).bytes
     with Allocated() as allocated:
-        Experiments(task, edits, parts, ring).run(asked)
+        Experiments(task, edits, parts, snapshots).run(asked)
     assert said / 2 < allocated.most - allocated.before < 1.05 * said
 
 

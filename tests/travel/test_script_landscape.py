@@ -17,7 +17,7 @@ from tui_trainer.protocol.travel import MeasureLandscape
 from tui_trainer.trace.gate import Refusal
 from tui_trainer.travel.script_landscape import measure_landscape
 from tui_trainer.travel.snapshots import (
-    SnapshotRing,
+    SnapshotStore,
     TrainingParts,
     TrainingSnapshot,
     TrainingState,
@@ -53,7 +53,7 @@ def measured(make, phases):
     """(phase → direction → the curve of step 3, losses of the steps, what is needed by hand)"""
     for seed in (torch.manual_seed, random.seed, np.random.seed):
         seed(0)
-    model, ring = make(), SnapshotRing(1 << 20)
+    model, snapshots = make(), SnapshotStore(1 << 20)
     optimizer = optimizer_of(model)
     parts = TrainingParts([model], [optimizer])
     found, losses, batches = {}, [], []
@@ -66,7 +66,7 @@ def measured(make, phases):
             losses.append(float(loss.detach()))
             loss.backward()
             optimizer.step()
-            ring.add(TrainingSnapshot(step, TrainingState.take(parts), None))
+            snapshots.add(TrainingSnapshot(step, TrainingState.take(parts), None))
 
     def look(inspector, phase, step):
         if step < 3 or phase not in phases:
@@ -74,7 +74,7 @@ def measured(make, phases):
         before = fingerprint(model)
         results = {
             direction: measure_landscape(
-                inspector.capture, [optimizer], ring,
+                inspector.capture, [optimizer], snapshots,
                 MeasureLandscape(direction, 4 if direction == "snapshots" else 3, 0.5, 1, 2),
                 lambda: True,
             )
@@ -87,7 +87,7 @@ def measured(make, phases):
     traced.inspector.capture.request()
     model.average = getattr(model, "average", torch.zeros(1))
     traced.run(loop)
-    return found, losses, batches[-1], ring
+    return found, losses, batches[-1], snapshots
 
 
 def curve(result):
@@ -95,7 +95,7 @@ def curve(result):
 
 
 def test_losses_are_those_of_a_loop_by_hand():
-    found, losses, (inputs, targets), ring = measured(Tied, ("backward",))
+    found, losses, (inputs, targets), snapshots = measured(Tied, ("backward",))
     results = found["backward"]
     assert curve(results["gradient"]).x == (-0.5, 0.0, 0.5)
     assert curve(results["gradient"]).loss[1] == losses[2], "the loss of the step itself"
@@ -106,7 +106,9 @@ def test_losses_are_those_of_a_loop_by_hand():
         model = Tied()
         with torch.no_grad():
             for own, held in zip(
-                TrainingParts([model], []).tensors(), ring.before(step).state.tensors, strict=True
+                TrainingParts([model], []).tensors(),
+                snapshots.before(step).state.tensors,
+                strict=True,
             ):
                 own.copy_(held)
         saved[step] = model
@@ -145,10 +147,10 @@ def test_losses_are_those_of_a_loop_by_hand():
 
 
 def test_modules_with_state_of_every_kind_are_as_they_were():
-    found, losses, _, ring = measured(Everything, ("loss", "backward", "step"))
+    found, losses, _, snapshots = measured(Everything, ("loss", "backward", "step"))
     _, plain, _, unasked = measured(Everything, ())
     assert losses == plain
-    ends = [each.before(3).state for each in (ring, unasked)]
+    ends = [each.before(3).state for each in (snapshots, unasked)]
     assert all(map(torch.equal, *(end.tensors for end in ends)))
     assert same(ends[0].optimizers, ends[1].optimizers)
     assert same(ends[0].random, ends[1].random)
@@ -170,8 +172,8 @@ def test_what_cannot_be_measured_is_refused():
         )
         for each, wanted in asked if phase == "backward" else ():
             try:
-                ring = SnapshotRing(0)
-                measure_landscape(inspector.capture, [optimizer], ring, each, wanted)
+                snapshots = SnapshotStore(0)
+                measure_landscape(inspector.capture, [optimizer], snapshots, each, wanted)
             except (InspectionError, Refusal) as error:
                 found.append(error.message)
 

@@ -18,7 +18,7 @@ from tui_trainer.protocol.settings import SettingChange
 from tui_trainer.run.control import CommandHandler, RunBreakpoints, Viewer
 from tui_trainer.trace.gate import Refusal
 from tui_trainer.travel.snapshots import (
-    SnapshotRing,
+    SnapshotStore,
     TrainingParts,
     TrainingSnapshot,
     TrainingState,
@@ -113,10 +113,10 @@ def test_snapshots_stay_within_their_memory_and_are_dense_near_the_present(tmp_p
         size = TrainingState.take(
             TrainingParts([training.model], [training.stateful["optimizer"]])
         ).nbytes
-        run.travel.ring.budget_bytes = 8 * size
+        run.travel.snapshots.budget_bytes = 8 * size
         run.to(40)
-        steps = run.travel.ring.steps
-        assert run.travel.ring.nbytes <= 8 * size
+        steps = run.travel.snapshots.steps
+        assert run.travel.snapshots.nbytes <= 8 * size
         assert steps[0] == 0
         assert steps[-3:] == (38, 39, 40)
         gaps = [b - a for a, b in itertools.pairwise(steps)]
@@ -125,7 +125,7 @@ def test_snapshots_stay_within_their_memory_and_are_dense_near_the_present(tmp_p
     assert len(announced) == 2, "of weights, and of weights with the optimizer's state"
     with Run(tiny(), tmp_path, memory=1000) as small:
         small.to(2)
-        assert small.travel.ring.steps == ()
+        assert small.travel.snapshots.steps == ()
     assert any("two do not fit in" in line for line in small.log)
 
 
@@ -188,7 +188,7 @@ def test_a_script_gets_weights_optimizer_scheduler_and_generators_back(tmp_path)
         travels[0]._take(4)
 
     def back(run):
-        assert travels[0]._restore_script(travels[0].ring.before(4)) is None
+        assert travels[0]._restore_script(travels[0].snapshots.before(4)) is None
 
     run = Edited(lambda: script(*parts, data), {4: keep, 8: back})
     assert data.drawn == 12
@@ -223,7 +223,7 @@ def test_a_script_that_was_taken_back_keeps_the_true_snapshots_and_goes_back_fur
 
     def back(run):
         travel = travels[0]
-        snapshot = travel.ring.before(4)
+        snapshot = travel.snapshots.before(4)
         for each in (dataclasses.replace(snapshot, edits=object()), snapshot):
             try:
                 travel._restore_script(each)
@@ -231,7 +231,7 @@ def test_a_script_that_was_taken_back_keeps_the_true_snapshots_and_goes_back_fur
                 found.append(refused.message)
                 found.append(travel.has_state_for(6))
         travel._take_now()
-        found.extend((travel.has_state_for(6), travel.state_step, travel.ring.steps))
+        found.extend((travel.has_state_for(6), travel.state_step, travel.snapshots.steps))
         try:
             travel.back()
         except Refusal as refused:
@@ -239,7 +239,7 @@ def test_a_script_that_was_taken_back_keeps_the_true_snapshots_and_goes_back_fur
 
     def later(run):
         travels[0]._take_now()
-        found.append(travels[0].ring.steps)
+        found.append(travels[0].snapshots.steps)
 
     Edited(lambda: script(*make(), Position()), {4: keep, 8: back, 9: later})
     assert "step 4 could not be restored" in found.pop(0)
@@ -264,15 +264,15 @@ def test_snapshots_share_what_has_not_changed_and_only_that():
 
     step()
     first = TrainingState.take(parts)
-    ring = SnapshotRing(1 << 20)
-    ring.add(TrainingSnapshot(1, first, None))
-    assert ring.nbytes == first.nbytes
+    snapshots = SnapshotStore(1 << 20)
+    snapshots.add(TrainingSnapshot(1, first, None))
+    assert snapshots.nbytes == first.nbytes
     model[2].requires_grad_(False)
     model[2].weight.grad = model[2].bias.grad = None
     model.eval()
     step()
     second = TrainingState.take(parts, first)
-    ring.add(TrainingSnapshot(2, second, None))
+    snapshots.add(TrainingSnapshot(2, second, None))
     names = [name for name, _ in itertools.chain(model.named_parameters(), model.named_buffers())]
     kept = zip(names, first.tensors, second.tensors, strict=True)
     changed = [name for name, a, b in kept if a is not b]
@@ -282,7 +282,7 @@ def test_snapshots_share_what_has_not_changed_and_only_that():
     assert [a == b for a, b in zip(*states, strict=True)] == [True, True, False, False, True, True]
     generators = first.unshared_nbytes
     assert generators > 20_000, "Python's alone has 624 words"
-    assert ring.nbytes - 2 * generators < 1.5 * (first.nbytes - generators)
+    assert snapshots.nbytes - 2 * generators < 1.5 * (first.nbytes - generators)
     assert parts.changing_nbytes() < parts.nbytes() == first.nbytes
     assert second.nbytes == first.nbytes
     # Neither is noticed by the counter of versions, the second not by a comparison of values.
@@ -292,15 +292,15 @@ def test_snapshots_share_what_has_not_changed_and_only_that():
     model[0].bias.data.copy_(torch.tensor(-0.0))
     fourth = TrainingState.take(parts, third)
     for state in (first, second, third):
-        ring.add(TrainingSnapshot(3, state, None))
+        snapshots.add(TrainingSnapshot(3, state, None))
     kept = [fourth.tensors[names.index("0.bias")], third.tensors[names.index("0.weight")]]
     assert not any(each is a for each in kept for a in (*second.tensors, *third.tensors[1:]))
     third.restore()
     assert torch.equal(model[0].bias.signbit(), torch.zeros(8, dtype=torch.bool))
     first.restore()
     assert same_bits(model.state_dict(), dict(zip(names, first.tensors, strict=True)))
-    ring.forget_after(0)
-    assert ring.nbytes == 0
+    snapshots.forget_after(0)
+    assert snapshots.nbytes == 0
 
 
 def test_counts_of_steps_return_to_the_device_that_they_were_on():

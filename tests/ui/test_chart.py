@@ -22,8 +22,8 @@ from tui_trainer.ui.widgets.chart import Chart
 from tui_trainer.ui.widgets.chart_layers import (
     AxisMarks,
     Band,
+    ChartMarker,
     Line,
-    Moment,
     Points,
     Threshold,
     smooth,
@@ -321,7 +321,7 @@ def test_a_falling_loss_is_shown_whole():
 
 def test_a_moment_is_a_line_through_the_free_cells():
     values = np.full(120, 1, np.float32)
-    layers = [Band(PALETTE.loss, values, values), Moment(PALETTE.error, 501)]
+    layers = [Band(PALETTE.loss, values, values), ChartMarker(PALETTE.error, 501)]
     rows = Chart().rows(69, 12, (1, 1001), layers, PALETTE, UNICODE)
     texts = ["".join(segment.text for segment in row) for row in rows[:-1]]
     assert sum("┆" in text for text in texts) >= len(texts) - 2

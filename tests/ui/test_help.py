@@ -9,8 +9,8 @@ from textual.binding import Binding
 from tests.ui.fake import fake_empty, fake_gpt
 from tests.ui.screens import SIZES, app_on, settle, text_of
 from tui_trainer.learn.page import help_texts
-from tui_trainer.learn.scalar.expression import EXAMPLES
 from tui_trainer.learn.scalar.graph import ScalarGraph
+from tui_trainer.learn.scalar.parser import EXAMPLES
 from tui_trainer.protocol import PHASES
 from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.command_palette import ActionProvider

@@ -9,8 +9,8 @@ import pytest
 from tests.ui.screens import SIZES, settle, text_of, until
 from tests.ui.test_contrast import hard_to_read
 from tui_trainer.learn.page import NO_BREAK
-from tui_trainer.learn.scalar.expression import EXAMPLES, parse
 from tui_trainer.learn.scalar.graph import ScalarGraph
+from tui_trainer.learn.scalar.parser import EXAMPLES, parse
 from tui_trainer.learn.scalar.torch_process import TorchGradients
 from tui_trainer.ui import graph_app
 from tui_trainer.ui.graph_app import GraphApp, GraphScreen

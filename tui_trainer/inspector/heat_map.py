@@ -20,7 +20,7 @@ def heat_map(tensor: torch.Tensor, window: HeatMapWindow) -> HeatMap:
     rows, columns = matrix_shape(tensor)
     row_from, row_to = _range(window.row_from, window.row_to, rows)
     column_from, column_to = _range(window.column_from, window.column_to, columns)
-    part = _Part(tensor, (row_from, row_to), (column_from, column_to))
+    part = _MatrixPart(tensor, (row_from, row_to), (column_from, column_to))
     lines = rows == 1
     if lines:
         block = _block(part.columns, window.rows * window.columns)
@@ -67,7 +67,7 @@ def _in_lines(
     return filled
 
 
-class _Part:
+class _MatrixPart:
     """A part of a tensor as a matrix, the first dimension by all others. Of a tensor whose strides
     allow no such view only the slices that are asked for are copied."""
 
@@ -93,7 +93,7 @@ class _Part:
 
 
 def _reduce_blocks(
-    matrix: _Part, block_rows: int, block_columns: int, reduction: Reduction
+    matrix: _MatrixPart, block_rows: int, block_columns: int, reduction: Reduction
 ) -> torch.Tensor:
     """(R, C) → float32 (⌈R / block_rows⌉, ⌈C / block_columns⌉)."""
     rows, columns, device = matrix.rows, matrix.columns, matrix.tensor.device

@@ -43,7 +43,7 @@ def statistics_of(tensor: torch.Tensor, entries: int) -> TensorStatistics:
     parts = list(parts_of(tensor)) if tensor.numel() else []
     readings = _on_host([_read(flat_values(part)) for _, part in parts])
     moments, nonfinite = _combined(parts, readings, entries)
-    search = _Search(parts, readings, nonfinite.parts, min(entries, tensor.numel()))
+    search = _ExtremesSearch(parts, readings, nonfinite.parts, min(entries, tensor.numel()))
     low, high = _extremes(readings)
     sample = _sample(tensor)
     shape = tuple(tensor.shape)
@@ -259,7 +259,7 @@ def _log_histogram(values: Floats) -> Histogram:
 
 
 @dataclass
-class _Search:
+class _ExtremesSearch:
     """Finds the largest and the smallest finite elements."""
 
     parts: list[tuple[int, torch.Tensor]]

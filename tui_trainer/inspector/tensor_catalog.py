@@ -16,7 +16,7 @@ from msgspec import structs
 
 from tui_trainer.inspector.errors import InspectionError
 from tui_trainer.protocol.inspection import TensorInfo, TensorList, TensorRef
-from tui_trainer.trace.optimizers import OptimizerRegistry
+from tui_trainer.trace.optimizer_registry import OptimizerRegistry
 from tui_trainer.trace.reports import tensors_in
 from tui_trainer.trace.step_measurer import StepMeasurer
 from tui_trainer.trace.torch_private import is_sharded, local, plain_name, unwrapped

@@ -61,7 +61,7 @@ class _Answer:
 
 
 @dataclass
-class _Request:
+class _RunningRequest:
     """The latest request of a viewer."""
 
     id: int
@@ -93,7 +93,7 @@ class Inspections:
         """None in a process that is not rank 0's."""
         self._gate = gate
         self._lock = threading.Lock()
-        self._requests: dict[int, _Request] = {}
+        self._requests: dict[int, _RunningRequest] = {}
         self._copies: dict[int, TensorCopy] = {}
         """The tensor that a viewer fetches."""
 
@@ -138,7 +138,7 @@ class Inspections:
         if request is not None:
             request.future.cancel()
 
-    def _begun(self, viewer: int, message: Inspect) -> _Request:
+    def _begun(self, viewer: int, message: Inspect) -> _RunningRequest:
         """The request of this message, begun now unless it is the one that is pending."""
         with self._lock:
             known = self._requests.get(viewer)
@@ -154,7 +154,7 @@ class Inspections:
             future = self._experiment(experiment)
         else:
             future = self._gate.call_soon(lambda: self._run(message.request), when_paused=True)
-        request = _Request(message.id, future)
+        request = _RunningRequest(message.id, future)
         with self._lock:
             self._requests[viewer] = request
         return request

@@ -71,7 +71,7 @@ class RankControl:
             return self._gate.pause()
         with self._changed:  # or the boundary may be moved on before rank 0 is held
             self._set("hold")
-            return self._gate.hold_from((0, 0))
+            return self._gate.pause_at((0, 0))
 
     def pause_at_breakpoint(self) -> None:
         """Pause all processes, unless they are about to stop."""
@@ -100,7 +100,7 @@ class RankControl:
         step, number = self._gate.boundary
         boundary = (step, number + 1) if self._gate.mode == "paused" else (0, 0)
         self._set("hold", boundary)
-        return self._gate.hold_from(boundary)
+        return self._gate.pause_at(boundary)
 
     def run_to_epoch_end(self) -> None:
         if not self._ranks.peers:
@@ -189,7 +189,7 @@ class RankControl:
                     self._set("end")
             elif self._goal == "hold" and needed > self._boundary:
                 self._set("hold", needed)
-                self._gate.hold_from(needed)
+                self._gate.pause_at(needed)
             elif self._goal != "hold" and needed > (self._step + 1, 0):
                 self._step = needed[0]
                 self._set(self._goal)
@@ -252,7 +252,7 @@ class RankFollower:
             match message:
                 case Hold(number=number, boundary=boundary, step=step):
                     if step is None:
-                        self._gate.hold_from(boundary)
+                        self._gate.pause_at(boundary)
                     else:
                         self._gate.run_until(step)
                     self._number = number

@@ -21,7 +21,7 @@ from torch.optim.optimizer import Optimizer
 from tui_trainer.protocol.settings import setting_text
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.trace.gate import Gate
-from tui_trainer.trace.optimizers import unwrapped_optimizer
+from tui_trainer.trace.optimizer_registry import unwrapped_optimizer
 from tui_trainer.trace.script_frames import objects_of_script
 from tui_trainer.trace.tracer import Tracer
 

@@ -17,8 +17,8 @@ from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.loss_graph import loss_graph_of
 from tui_trainer.trace.module_calls import depends_on_mode
 from tui_trainer.trace.nonfinite_origin import NonFiniteOrigins
+from tui_trainer.trace.optimizer_registry import OptimizerRegistry
 from tui_trainer.trace.optimizer_steps import OptimizerSteps
-from tui_trainer.trace.optimizers import OptimizerRegistry
 from tui_trainer.trace.phases import BACKWARD, LOSS, OTHER, Phases
 from tui_trainer.trace.probe import Observers
 from tui_trainer.trace.script_changes import WeightWatch

@@ -13,8 +13,8 @@ from tui_trainer.trace.evaluation import EvaluationLosses, EvaluationModes, Roll
 from tui_trainer.trace.faults import Faults, guarded
 from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.module_calls import depends_on_mode
+from tui_trainer.trace.optimizer_registry import OptimizerRegistry
 from tui_trainer.trace.optimizer_steps import OptimizerSteps
-from tui_trainer.trace.optimizers import OptimizerRegistry
 from tui_trainer.trace.phases import BACKWARD, DATA, EVAL, FORWARD, LOSS, Phases
 from tui_trainer.trace.probe import Observers
 from tui_trainer.trace.reports import PhaseReporter

@@ -76,7 +76,7 @@ class GateHooks:
 
 
 @dataclass(frozen=True)
-class _Request:
+class _QueuedCall:
     work: Callable[[], Any]
     future: Future[Any]
     mid_step: bool
@@ -143,7 +143,7 @@ class Gate:
         """Work → the step after which it is due."""
         self._next_scheduled: float = math.inf
         self._condition = threading.Condition()
-        self._requests: deque[_Request] = deque()
+        self._requests: deque[_QueuedCall] = deque()
         self._waiting = False
         self._pausing = False
         """About to pause: set before the phase report, and cleared by what lets the thread run."""
@@ -249,7 +249,7 @@ class Gate:
             self._target = None
             self._release(boundaries=self._boundaries_left + 1 if not self._waiting else 1)
 
-    def hold_from(self, boundary: Boundary) -> None:
+    def pause_at(self, boundary: Boundary) -> None:
         """Pause at the first boundary that does not precede `boundary`. A thread that is paused
         before it continues up to it. It stops several processes at the same boundary."""
         with self._control():
@@ -303,7 +303,7 @@ class Gate:
         with self._condition:
             if self._ended:
                 raise Refusal("the training has ended")
-            self._requests.append(_Request(work, future, mid_step, when_paused))
+            self._requests.append(_QueuedCall(work, future, mid_step, when_paused))
             self._rearm()
             self._condition.notify_all()
         return future
@@ -407,7 +407,7 @@ class Gate:
         self.phase = phase
         number = self.boundary[1] + 1 if step == self.step_in_progress else 1
         self.step_in_progress = step
-        self.boundary = (step, number)  # before `armed` is read: see `hold_from`
+        self.boundary = (step, number)  # before `armed` is read: see `pause_at`
         if self.times_boundaries:
             self._note_time(phase, step, number)
         if phase != "step":

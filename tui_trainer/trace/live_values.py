@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from tui_trainer.trace.optimizers import OptimizerRegistry
+from tui_trainer.trace.optimizer_registry import OptimizerRegistry
 from tui_trainer.trace.probe import Readings, RecorderLike
 from tui_trainer.trace.step_measurer import StepMeasurer
 from tui_trainer.trace.transfer import HostTransfer

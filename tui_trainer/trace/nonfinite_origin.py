@@ -62,10 +62,10 @@ class Origin:
 
 def origin_of(loss: torch.Tensor) -> Origin | None:
     """The origin of a loss that is not finite; None where it cannot be seen."""
-    return _Search(loss.grad_fn).run() if loss.grad_fn is not None else None
+    return _OriginSearch(loss.grad_fn).run() if loss.grad_fn is not None else None
 
 
-class _Search:
+class _OriginSearch:
     """A search from the loss towards the inputs."""
 
     def __init__(self, root: Any) -> None:

@@ -41,8 +41,8 @@ from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.live_values import LiveValues
 from tui_trainer.trace.module_calls import Patches, RootModules
 from tui_trainer.trace.nonfinite_origin import NonFiniteOrigins
+from tui_trainer.trace.optimizer_registry import OptimizerRegistry, unwrapped_optimizer
 from tui_trainer.trace.optimizer_steps import OptimizerSteps
-from tui_trainer.trace.optimizers import OptimizerRegistry, unwrapped_optimizer
 from tui_trainer.trace.phases import CLIP, ZERO_GRAD, Phases
 from tui_trainer.trace.probe import (
     Observers,

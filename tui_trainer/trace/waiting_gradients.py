@@ -14,7 +14,7 @@ from tui_trainer.protocol.absent import Absent, absent
 from tui_trainer.protocol.events import SkipReason
 from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.norms import total_of
-from tui_trainer.trace.optimizers import OptimizerRegistry
+from tui_trainer.trace.optimizer_registry import OptimizerRegistry
 from tui_trainer.trace.parameters import parameters_of
 from tui_trainer.trace.phases import Phases
 from tui_trainer.trace.step import (

@@ -25,7 +25,7 @@ from tui_trainer.protocol.travel import (
 from tui_trainer.settings.edits import LiveEdits, SettingEdit
 from tui_trainer.tasks.definition import Training
 from tui_trainer.trace.gate import Refusal
-from tui_trainer.travel.snapshots import SnapshotRing, TrainingParts, TrainingState
+from tui_trainer.travel.snapshots import SnapshotStore, TrainingParts, TrainingState
 
 DIVERGED = 4.0
 """The search for a learning rate ends where the loss is this many times the smallest one."""
@@ -43,14 +43,14 @@ class Experiments:
         task: Training,
         edits: LiveEdits,
         parts: TrainingParts,
-        ring: SnapshotRing,
+        snapshots: SnapshotStore,
         wanted: Callable[[], bool] = lambda: True,
     ) -> None:
         """`wanted()` is false once no viewer waits for the result."""
         self._task = task
         self._edits = edits
         self._parts = parts
-        self._ring = ring
+        self._snapshots = snapshots
         self._wanted = wanted
         self._optimizer = parts.optimizers[0]
 
@@ -113,8 +113,8 @@ class Experiments:
         origin: Sequence[torch.Tensor] | None = None
         match asked.direction:
             case "snapshots":
-                origin = weights_of(self._ring, asked.first, weights)
-                end = weights_of(self._ring, asked.second, weights)
+                origin = weights_of(self._snapshots, asked.first, weights)
+                end = weights_of(self._snapshots, asked.second, weights)
                 direction = difference(origin, end, weights)
             case "random":
                 direction = random_direction(weights)
@@ -242,12 +242,12 @@ def positions_of(asked: MeasureLandscape) -> list[float]:
 
 
 def weights_of(
-    ring: SnapshotRing, step: int, weights: Sequence[torch.Tensor]
+    snapshots: SnapshotStore, step: int, weights: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
     """What these parameters were at a step, on the host. Raises Refusal."""
-    snapshot = ring.before(step)
+    snapshot = snapshots.before(step)
     if snapshot is None or snapshot.step != step:
-        kept = ", ".join(f"{each:,}" for each in ring.steps) or "none"
+        kept = ", ".join(f"{each:,}" for each in snapshots.steps) or "none"
         raise Refusal(f"there is no snapshot of step {step:,}", f"kept are: {kept}")
     state = snapshot.state
     saved = dict(zip(map(id, state.parts.tensors()), state.tensors, strict=True))

@@ -21,7 +21,7 @@ from tui_trainer.inspector.rerun import (
 )
 from tui_trainer.protocol.travel import ExperimentResult, MeasureLandscape
 from tui_trainer.trace.gate import Refusal
-from tui_trainer.trace.optimizers import Optimizer
+from tui_trainer.trace.optimizer_registry import Optimizer
 from tui_trainer.travel.experiments import (
     dense,
     difference,
@@ -30,13 +30,13 @@ from tui_trainer.travel.experiments import (
     random_direction,
     weights_of,
 )
-from tui_trainer.travel.snapshots import SnapshotRing
+from tui_trainer.travel.snapshots import SnapshotStore
 
 
 def measure_landscape(
     capture: StepCapture,
     optimizers: Sequence[Optimizer],
-    ring: SnapshotRing,
+    snapshots: SnapshotStore,
     asked: MeasureLandscape,
     wanted: Callable[[], bool],
 ) -> ExperimentResult:
@@ -51,8 +51,8 @@ def measure_landscape(
         direction: Sequence[torch.Tensor] = ()
         match asked.direction:  # while the modules have their own parameters
             case "snapshots":
-                origin = weights_of(ring, asked.first, weights)
-                end = weights_of(ring, asked.second, weights)
+                origin = weights_of(snapshots, asked.first, weights)
+                end = weights_of(snapshots, asked.second, weights)
                 direction = difference(origin, end, weights)
             case "random":
                 direction = random_direction(weights)

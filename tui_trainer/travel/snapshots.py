@@ -136,7 +136,7 @@ class TrainingState:
         yield from _tensors_in(self.optimizers)
 
     def restore(self) -> None:
-        """Restore it. Gradients are dropped, as before the first backward of a step."""
+        """Gradients are dropped, as before the first backward of a step."""
         parts = self.parts
         with torch.no_grad():
             for tensor, saved in zip(parts.tensors(), self.tensors, strict=True):
@@ -329,7 +329,7 @@ class TrainingSnapshot:
     """What `LiveEdits.snapshot` returned."""
 
 
-class SnapshotRing:
+class SnapshotStore:
     """The snapshots of one training, by step."""
 
     def __init__(self, budget_bytes: int) -> None:

@@ -40,7 +40,7 @@ from tui_trainer.settings.edits import LiveEdits, SettingEdit
 from tui_trainer.settings.learning_rates import KnownSchedulers
 from tui_trainer.tasks.definition import Training
 from tui_trainer.trace.gate import Gate, Refusal
-from tui_trainer.trace.optimizers import Optimizer
+from tui_trainer.trace.optimizer_registry import Optimizer
 from tui_trainer.trace.script_frames import objects_of_script
 from tui_trainer.trace.tracer import Tracer
 from tui_trainer.travel.experiments import Experiments
@@ -53,7 +53,7 @@ from tui_trainer.travel.memory import (
 )
 from tui_trainer.travel.script_landscape import measure_landscape
 from tui_trainer.travel.snapshots import (
-    SnapshotRing,
+    SnapshotStore,
     Stateful,
     TrainingParts,
     TrainingSnapshot,
@@ -146,7 +146,7 @@ class TimeTravel:
         self._gate = gate
         self._recorder = recorder
         self._edits = edits
-        self.ring = SnapshotRing(budget_bytes)
+        self.snapshots = SnapshotStore(budget_bytes)
         self.task: Training | None = None
         """None for a script."""
         self.checkpoints: SavedStates | None = None
@@ -193,10 +193,10 @@ class TimeTravel:
                 f"{bytes_(budget_bytes, 0)} is more than the {bytes_(available, 0)} that are free",
                 "give less memory",
             )
-        self.ring.budget_bytes = budget_bytes
+        self.snapshots.budget_bytes = budget_bytes
         self._announced = 0
         if not budget_bytes:
-            self.ring = SnapshotRing(0)
+            self.snapshots = SnapshotStore(0)
             return "no more snapshots are kept"
         self._gate.call_soon(self._take_now)
         each = self._state_bytes()
@@ -211,7 +211,7 @@ class TimeTravel:
 
     def has_state_for(self, step: int) -> bool:
         """Whether a script has the state now that going back to `step` restores."""
-        snapshot = self.ring.before(step)
+        snapshot = self.snapshots.before(step)
         return snapshot is not None and snapshot.step == self.state_step
 
     def back(
@@ -240,7 +240,7 @@ class TimeTravel:
             return self._back_in_script(step, arrived)
         nearest = self._nearest(step)
         if nearest is None:
-            earliest = min([*self.ring.steps, *self._saved_steps()], default=None)
+            earliest = min([*self.snapshots.steps, *self._saved_steps()], default=None)
             if earliest is None:
                 raise Refusal(NO_SNAPSHOTS, HOW_TO_KEEP)
             raise Refusal(
@@ -293,7 +293,7 @@ class TimeTravel:
         if nearest is None:
             raise Refusal(NO_SNAPSHOTS, HOW_TO_KEEP)
         saved = None
-        if nearest not in self.ring.steps and self.checkpoints is not None:
+        if nearest not in self.snapshots.steps and self.checkpoints is not None:
             saved = self.checkpoints.load(nearest)
         raise RewindRequested(RewindTarget(step, nearest, saved, rescue=self._rescue_copy()))
 
@@ -319,7 +319,7 @@ class TimeTravel:
 
     def _nearest(self, step: int) -> int | None:
         """The nearest step at or before `step` of which the state is kept."""
-        kept = [each for each in (*self.ring.steps, *self._saved_steps()) if each <= step]
+        kept = [each for each in (*self.snapshots.steps, *self._saved_steps()) if each <= step]
         return max(kept, default=None)
 
     def experiment(
@@ -345,7 +345,9 @@ class TimeTravel:
             try:
                 with self._tracer.suspended(), self._recorder.excluded():
                     require_memory(self.cost(experiment))
-                    experiments = Experiments(task, self._edits, self._parts(), self.ring, wanted)
+                    experiments = Experiments(
+                        task, self._edits, self._parts(), self.snapshots, wanted
+                    )
                     result = answered(experiments.run(experiment))
             except Exception as error:
                 with contextlib.suppress(InvalidStateError):  # the viewer has left
@@ -384,7 +386,9 @@ class TimeTravel:
                 with self._tracer.suspended(), self._recorder.excluded():
                     require_memory(self.cost(experiment))
                     optimizers = self._parts().optimizers
-                    result = measure_landscape(capture, optimizers, self.ring, experiment, wanted)
+                    result = measure_landscape(
+                        capture, optimizers, self.snapshots, experiment, wanted
+                    )
                 gate.pause()
                 answer = answered(result)
             except Exception as error:
@@ -403,20 +407,20 @@ class TimeTravel:
         """The places that the training can be taken to."""
         edits = self._edit_history if self.in_the_past else self._edits.state.log
         places = [
-            *(TravelPlace(step, "snapshot") for step in self.ring.steps),
+            *(TravelPlace(step, "snapshot") for step in self.snapshots.steps),
             *(TravelPlace(step, "checkpoint") for step in self._saved_steps()),
             *(TravelPlace(each.step, "edit", each.text) for each in edits),
         ]
         places.sort(key=lambda place: place.step)
-        ring = self.ring
+        snapshots = self.snapshots
         exact = self.task is not None
         return Timeline(
             tuple(places),
             self._gate.completed,
             self.newest,
             exact,
-            ring.nbytes,
-            ring.budget_bytes,
+            snapshots.nbytes,
+            snapshots.budget_bytes,
             self._step_s(),
             self._state_bytes(),
         )
@@ -425,26 +429,26 @@ class TimeTravel:
 
     def _after_step(self, step: int) -> int:
         """On the training thread; returns the step after which to call it again."""
-        if not self.ring.budget_bytes:
+        if not self.snapshots.budget_bytes:
             return NEVER
         now = time.perf_counter()
         steps = step - self._last_step
         step_s = (now - self._last) / steps if steps > 0 and self._last else 0.0
-        if step not in self.ring.steps:
+        if step not in self.snapshots.steps:
             self._take(step)
         self._last, self._last_step = time.perf_counter(), step
         return step + (self.every or interval(self._copy_s, step_s))
 
     def start(self) -> None:
         """Before the first step of a task."""
-        if self.ring.budget_bytes:
+        if self.snapshots.budget_bytes:
             self._take(self._gate.completed)
 
     def _take_now(self) -> None:
         """Take a snapshot of the present step, unless it is kept or a script has the state of
         another step."""
         step = self._gate.completed
-        if step in self.ring.steps or self.state_step != step:
+        if step in self.snapshots.steps or self.state_step != step:
             self._gate.due_after(self._after_step, step + (self.every or 1))
         else:
             self._take(step)
@@ -455,24 +459,24 @@ class TimeTravel:
         if not self._announce(parts):
             return
         began = time.perf_counter()
-        before = self.ring.before(step)
+        before = self.snapshots.before(step)
         with self._recorder.excluded():
             state = TrainingState.take(parts, before.state if before is not None else None)
-            self.ring.add(TrainingSnapshot(step, state, self._edits.snapshot()))
+            self.snapshots.add(TrainingSnapshot(step, state, self._edits.snapshot()))
         self._copy_s = time.perf_counter() - began
         self._gate.due_after(self._after_step, step + (self.every or 1))
 
     def _announce(self, parts: TrainingParts) -> bool:
         """Announce how much memory snapshots will take, and again if that has grown: an optimizer
         allocates its state at its first step. False where not even two snapshots fit."""
-        budget, size = self.ring.budget_bytes, parts.nbytes()
+        budget, size = self.snapshots.budget_bytes, parts.nbytes()
         two = size + parts.changing_nbytes()
         if two <= self._announced:
             return True
         self._announced = two
         each, most = bytes_(size, 0), bytes_(budget, 0)
         if two > budget:
-            self.ring = SnapshotRing(0)
+            self.snapshots = SnapshotStore(0)
             text = f"no snapshots are kept: one takes {each}, and two do not fit in {most}"
             self._recorder.notice("state", text, "warning", self._gate.completed)
             return False
@@ -556,7 +560,7 @@ class TimeTravel:
             self._gate.reached("step", to.wanted)
 
     def _restore(self, to: RewindTarget) -> None:
-        snapshot = self.ring.before(to.nearest)
+        snapshot = self.snapshots.before(to.nearest)
         if to.saved is not None and self.checkpoints is not None:
             self._edits.restore_saved(self.checkpoints.restore(to.saved), self._edit_history)
         else:
@@ -600,7 +604,7 @@ class TimeTravel:
     # ------------------------------------------------------------ a script
 
     def _back_in_script(self, step: int, arrived: Callable[[int], None]) -> str:
-        snapshot = self.ring.before(step)
+        snapshot = self.snapshots.before(step)
         if snapshot is None:
             raise Refusal(NO_SNAPSHOTS, HOW_TO_KEEP)
         gate = self._gate

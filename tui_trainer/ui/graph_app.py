@@ -16,9 +16,9 @@ from textual.widgets import Input, Static
 
 from tui_trainer.client.api import Snapshot
 from tui_trainer.learn.page import key_labels
-from tui_trainer.learn.scalar.expression import EXAMPLES, GraphError, parse
 from tui_trainer.learn.scalar.graph import DEFAULT_H, ScalarGraph, three_rates
 from tui_trainer.learn.scalar.layout import layout
+from tui_trainer.learn.scalar.parser import EXAMPLES, GraphError, parse
 from tui_trainer.learn.scalar.svg import svg
 from tui_trainer.learn.scalar.torch_process import TorchGradients, TorchProcess
 from tui_trainer.learn.scalar.translation import say

@@ -18,7 +18,6 @@ from tui_trainer.cli.table import new_table, table_lines
 from tui_trainer.cli.terminal import why_no_screen
 from tui_trainer.cli.text_chart import TextCurve, text_chart
 from tui_trainer.config.errors import did_you_mean
-from tui_trainer.learn.scalar.expression import EXAMPLES, GraphError, parse, parse_values
 from tui_trainer.learn.scalar.graph import (
     DEFAULT_H,
     Descent,
@@ -27,6 +26,7 @@ from tui_trainer.learn.scalar.graph import (
     three_rates,
 )
 from tui_trainer.learn.scalar.graph import sweep as sweep_of
+from tui_trainer.learn.scalar.parser import EXAMPLES, GraphError, parse, parse_values
 from tui_trainer.learn.scalar.steps import short, steps_of, update_line
 from tui_trainer.learn.scalar.torch_process import TorchGradients, TorchProcess
 

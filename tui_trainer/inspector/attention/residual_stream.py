@@ -29,7 +29,7 @@ class StreamError(Exception):
 
 
 @dataclass(frozen=True)
-class _Part:
+class _Summand:
     """A summand of the stream: (rows, width) in float64."""
 
     name: str
@@ -94,7 +94,7 @@ def _one(row: int) -> slice:
 
 
 def _described(
-    part: _Part, stream: torch.Tensor, rows: slice, readout: _Readout | None
+    part: _Summand, stream: torch.Tensor, rows: slice, readout: _Readout | None
 ) -> Contribution:
     here, whole = part.values[rows].mean(0), stream[rows].mean(0)
     lengths = float(here.norm()) * float(whole.norm())
@@ -118,9 +118,9 @@ def _parts(
     queries: int,
     query: int,
     notes: list[str],
-) -> Iterator[_Part]:
+) -> Iterator[_Summand]:
     stream = norm.stream
-    yield _Part(stream.start.name or "embedding", "start", stream.start.values.double())
+    yield _Summand(stream.start.name or "embedding", "start", stream.start.values.double())
     waiting = sorted(
         (call for call in trace.attends.values() if call.out is not None),
         key=lambda call: call.out_index,
@@ -141,7 +141,7 @@ def _parts(
             yield from heads
         named[added.name] = named.get(added.name, 0) + 1
         repeat_heads = f" ({named[added.name]})" if named[added.name] > 1 else ""
-        yield _Part(f"{added.name}{repeat_heads}", kind, added.values.double())
+        yield _Summand(f"{added.name}{repeat_heads}", kind, added.values.double())
     attentions = len(trace.calls)
     if listed < attentions:
         notes.append(
@@ -150,7 +150,9 @@ def _parts(
         )
 
 
-def _heads(call: AttentionCall, added: Added, rows: int, queries: int, query: int) -> list[_Part]:
+def _heads(
+    call: AttentionCall, added: Added, rows: int, queries: int, query: int
+) -> list[_Summand]:
     """What each head adds, and the bias; empty where their sum is not what was added."""
     z, weight, out = call.z, call.out_weight, call.out
     if z is None or weight is None or out is None or out.shape != added.values.shape:
@@ -167,11 +169,11 @@ def _heads(call: AttentionCall, added: Added, rows: int, queries: int, query: in
     if not off <= 8 * tolerance(_least_precise(call, added)):
         return []
     found = [
-        _Part(f"head {head}", "head", values, head, within=True)
+        _Summand(f"head {head}", "head", values, head, within=True)
         for head, values in enumerate(by_head)
     ]
     if bias is not None:
-        found.append(_Part("bias", "bias", rest.expand_as(by_head[0]), within=True))
+        found.append(_Summand("bias", "bias", rest.expand_as(by_head[0]), within=True))
     return found
 
 

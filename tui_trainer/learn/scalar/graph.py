@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tui_trainer.learn.scalar.expression import GraphError, Node, ScalarExpression, parse
 from tui_trainer.learn.scalar.operations import OPERATIONS, DomainError
+from tui_trainer.learn.scalar.parser import GraphError, Node, ScalarExpression, parse
 from tui_trainer.learn.scalar.translation import Message, say
 
 DEFAULT_H = 1e-4

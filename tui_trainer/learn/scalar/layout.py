@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tui_trainer.learn.scalar.expression import ScalarExpression
+from tui_trainer.learn.scalar.parser import ScalarExpression
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tui_trainer.learn.scalar.expression import FUNCTIONS
 from tui_trainer.learn.scalar.graph import BackwardStep, Descent, GradientContribution, ScalarGraph
 from tui_trainer.learn.scalar.operations import OPERATIONS
+from tui_trainer.learn.scalar.parser import FUNCTIONS
 from tui_trainer.learn.scalar.translation import say
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tui_trainer.learn.scalar.expression import ScalarExpression, parse
+from tui_trainer.learn.scalar.parser import ScalarExpression, parse
 
 OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "+": torch.add,

@@ -18,7 +18,7 @@ from tui_trainer.ui.healthy_ranges import HealthyRange
 from tui_trainer.ui.panels.base import Panel
 from tui_trainer.ui.widgets.axes import step_window
 from tui_trainer.ui.widgets.chart import Chart, compact_number
-from tui_trainer.ui.widgets.chart_layers import AxisMarks, Band, Layer, Moment, Threshold
+from tui_trainer.ui.widgets.chart_layers import AxisMarks, Band, ChartMarker, Layer, Threshold
 from tui_trainer.ui.widgets.lines import LineView, Row
 
 STYLES = {"error": "error", "warning": "warning", "info": "dim"}
@@ -187,7 +187,7 @@ class EvidenceChart(LineView):
         on_axis = not evidence.quantity.startswith(("median", "share", "loss, "))
         limits = [each for each in (evidence.low, evidence.high) if each is not None and on_axis]
         self.chart.log = _spans_decades(band, limits) or None
-        layers: list[Layer] = [band, Moment(palette.error, self._onset)]
+        layers: list[Layer] = [band, ChartMarker(palette.error, self._onset)]
         layers += [Threshold(palette.good, x) for x in limits if x > 0 or not self.chart.log]
         columns = 2 * self.chart.plot_width(size.width)
         layers.append(

@@ -49,7 +49,7 @@ SKIPPED = "the batch of the next step is being kept"
 
 
 @dataclass(frozen=True)
-class _SentRequest:
+class _SentAttentionRequest:
     """What a request was about."""
 
     request: ExamineAttention
@@ -136,7 +136,7 @@ class AttentionLayerScreen(DetailScreen):
         self.viewport = Viewport()
         self.viewport.reduction = "max_abs"
         self._tab = 0
-        self._asked: _SentRequest | None = None
+        self._asked: _SentAttentionRequest | None = None
         self.requests = InspectionRequests(self)
 
     def body(self) -> Iterable[Widget]:
@@ -187,7 +187,7 @@ class AttentionLayerScreen(DetailScreen):
             return
         paused = status.state == "paused"
         rank = self.context.inspected_rank
-        wanted = _SentRequest(
+        wanted = _SentAttentionRequest(
             self._request(), (status.step, status.phase, paused, last_edit(snapshot)), rank
         )
         last = self._asked

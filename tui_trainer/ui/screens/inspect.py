@@ -162,7 +162,7 @@ class InspectScreen(DetailScreen):
         self._unchecked = ("", "")
         self._ref: TensorRef | None = None
         self._rank = 0
-        self._asked: _SentRequest | None = None
+        self._asked: _SentTensorRequest | None = None
         self.requests = InspectionRequests(self)
         self._saving = False
         self._offered = False
@@ -227,7 +227,7 @@ class InspectScreen(DetailScreen):
         paused = status.state == "paused"
         visible = self.heat_map.view_size.height > 0
         window = self.viewport.window(self.heat_map.pixels) if visible else None
-        wanted = _SentRequest(
+        wanted = _SentTensorRequest(
             self._ref, (status.step, status.phase, paused, last_edit(snapshot)), window
         )
         last = self._asked
@@ -515,7 +515,7 @@ class InspectScreen(DetailScreen):
 
 
 @dataclass(frozen=True)
-class _SentRequest:
+class _SentTensorRequest:
     """What a request was about."""
 
     tensor: TensorRef

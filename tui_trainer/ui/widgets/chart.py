@@ -34,11 +34,11 @@ from tui_trainer.ui.widgets.axes import (
 )
 from tui_trainer.ui.widgets.chart_layers import (
     Band,
+    ChartMarker,
     Floats,
     Label,
     Layer,
     Line,
-    Moment,
     Points,
     Threshold,
 )
@@ -134,7 +134,7 @@ class Canvas:
         self._codes[y, cells] = [ord(character) for character in layer.text]
         self._style_numbers[y, cells] = self._add_style(layer.style)
 
-    def draw_moment(self, layer: Moment, steps: tuple[int, int]) -> None:
+    def draw_marker(self, layer: ChartMarker, steps: tuple[int, int]) -> None:
         """Draw in the cells that are free."""
         start, stop = steps
         x = (layer.step - start) * self.width // max(1, stop - start)
@@ -209,8 +209,8 @@ class Chart:
         canvas = Canvas(self.plot_width(width), plot_height, self.scale, palette, glyphs)
         canvas.draw(layers)
         for layer in layers:
-            if isinstance(layer, Moment):
-                canvas.draw_moment(layer, steps)
+            if isinstance(layer, ChartMarker):
+                canvas.draw_marker(layer, steps)
         for outliers in self.hidden:
             canvas.draw_outliers(outliers, steps)
         labels = value_labels(self.scale, plot_height) if layers else {}

@@ -96,14 +96,14 @@ class AxisMarks:
 
 
 @dataclass(frozen=True)
-class Moment:
+class ChartMarker:
     """A dashed vertical line at a step, such as the onset of a finding."""
 
     style: Style
     step: int
 
 
-Layer = Band | Line | Points | Label | Threshold | AxisMarks | Moment
+Layer = Band | Line | Points | Label | Threshold | AxisMarks | ChartMarker
 
 
 def fill_gaps(low: Floats, high: Floats, filled: NDArray[np.bool_]) -> tuple[Floats, Floats]:

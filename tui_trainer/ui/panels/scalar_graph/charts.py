@@ -25,7 +25,7 @@ from tui_trainer.ui.panels.scalar_graph.graph_view import joined_spans
 from tui_trainer.ui.panels.scalar_graph.state import GraphState
 from tui_trainer.ui.widgets.axes import AXIS_WIDTH, Scale, fit_scale, value_labels
 from tui_trainer.ui.widgets.chart import Canvas
-from tui_trainer.ui.widgets.chart_layers import Layer, Line, Moment, Points
+from tui_trainer.ui.widgets.chart_layers import ChartMarker, Layer, Line, Points
 from tui_trainer.ui.widgets.lines import LineView, Row
 
 
@@ -53,8 +53,8 @@ class PlotView(LineView):
         canvas = Canvas(width, height, scale, self.palette, self.glyphs)
         canvas.draw(layers)
         for layer in layers:
-            if isinstance(layer, Moment):
-                canvas.draw_moment(layer, (0, width))
+            if isinstance(layer, ChartMarker):
+                canvas.draw_marker(layer, (0, width))
         labels = value_labels(scale, height)
         rows = []
         for y, plotted in enumerate(canvas.rows()):
@@ -130,7 +130,7 @@ class SweepChart(PlotView):
             Line(self.palette.q, central),
         ]
         if 0 <= at <= 1:
-            layers.append(Moment(self.palette.dim, round(at * (width - 1))))
+            layers.append(ChartMarker(self.palette.dim, round(at * (width - 1))))
         ticks = [
             (
                 (exponent - SWEEP_LOW) / (SWEEP_HIGH - SWEEP_LOW),
