@@ -64,7 +64,7 @@ def _write_table(history: StoredHistory, table: StoredSeries, folder: Path) -> P
 
 
 def _write_events(history: StoredHistory, folder: Path) -> Path:
-    """Clips, non-finite values and notices, in order."""
+    """All events, in order."""
     path = folder / "events.csv"
     info = history.store.info()
     names = [parameter.name for parameter in info.parameters] if info else []

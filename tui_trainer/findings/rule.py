@@ -70,14 +70,14 @@ class Rule:
     explained_by: ClassVar[tuple[str, ...]] = ()
     """Rules whose findings are the cause of this one if their onset is not later."""
     slack: ClassVar[int] = 10
-    """Steps by which the onset of a cause may be later than that of this effect, since quantities
-    are measured at different cadences."""
+    """Optimizer steps by which the onset of a cause may be later than that of this effect, since
+    quantities are measured at different cadences."""
 
     exact: ClassVar[bool] = False
     """Whether its onset is exact, being read from what every step measures: such a finding is no
     cause of an effect that began before it."""
     reach: ClassVar[int] = 1 << 62
-    """Steps after its onset within which it can be the cause of another finding."""
+    """Optimizer steps after its onset within which it can be the cause of another finding."""
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
         """`limits`: the values of `thresholds` by name."""

@@ -77,14 +77,12 @@ class EventWriter:
         """See `TableWriter.reopened`."""
 
     def write(self, connection: sqlite3.Connection, first_seq: int) -> None:
-        """See `TableWriter.write`."""
         for seq, clip, _ in self._clips:
             connection.execute(*_insert(seq + first_seq, clip))
         for seq, item in self._others:
             connection.execute(*_insert(seq + first_seq, item))
 
     def written(self) -> None:
-        """See `TableWriter.written`."""
         self._others.clear()
         self._clips.clear()
         self._bytes = 0

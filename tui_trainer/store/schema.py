@@ -76,7 +76,7 @@ CREATE TABLE tail (
     PRIMARY KEY (series, level, first)
 ) WITHOUT ROWID;
 
--- Clips, non-finite values and notices, JSON.
+-- Clips, non-finite values, skipped iterations, findings and notices, JSON.
 CREATE TABLE event (
     id INTEGER PRIMARY KEY,
     seq INTEGER NOT NULL,

@@ -62,11 +62,9 @@ class SeriesWriter:
         return values.nbytes + 72
 
     def reopened(self) -> None:
-        """See `TableWriter.reopened`."""
         self._rows = None
 
     def write(self, connection: sqlite3.Connection, first_seq: int) -> None:
-        """See `TableWriter.write`."""
         if self._rows is None:
             self._rows = self._declare(connection)
         count = len(self._steps)
@@ -79,7 +77,6 @@ class SeriesWriter:
         connection.execute(sql, (self._rows_after, self.table.id))
 
     def written(self) -> None:
-        """See `TableWriter.written`."""
         self._rows = self._rows_after
         self._seqs.clear()
         self._steps.clear()

@@ -32,12 +32,11 @@ class StepTimesWriter:
         self._entries.append((seq, step, time, own_ms))
 
     def reopened(self) -> None:
-        """See `TableWriter.reopened`; what is not written yet starts a piece of its own."""
+        """What is not written yet starts a piece of its own."""
         del self._entries[: self._committed]
         self._committed, self._row = 0, None
 
     def write(self, connection: sqlite3.Connection, first_seq: int) -> None:
-        """See `TableWriter.write`."""
         self._row_after = self._row
         if len(self._entries) == self._committed:
             return
@@ -56,7 +55,6 @@ class StepTimesWriter:
             ).lastrowid
 
     def written(self) -> None:
-        """See `TableWriter.written`."""
         del self._entries[: len(self._entries) // CHUNK * CHUNK]
         self._committed = len(self._entries)
         self._row = self._row_after if self._entries else None

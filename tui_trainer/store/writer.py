@@ -83,12 +83,10 @@ class DescriptionWriter:
         self._dropped.append((seq, steps))
 
     def reopened(self) -> None:
-        """See `TableWriter.reopened`."""
         if self.info is not None:
             self._waiting.setdefault(self._seq, self.info)
 
     def write(self, connection: sqlite3.Connection, first_seq: int) -> None:
-        """See `TableWriter.write`."""
         for seq, info in self._waiting.items():
             connection.execute(
                 "INSERT OR REPLACE INTO description VALUES (?, ?)",
@@ -99,7 +97,6 @@ class DescriptionWriter:
             connection.execute("INSERT OR REPLACE INTO dropped VALUES (?, ?)", values)
 
     def written(self) -> None:
-        """See `TableWriter.written`."""
         self._waiting.clear()
         self._dropped.clear()
 

@@ -47,7 +47,6 @@ class Panel(LineView):
         self.snapshot = Snapshot()
 
     def show(self, snapshot: Snapshot) -> None:
-        """Draw a snapshot."""
         self.snapshot = snapshot
         self.update_rows()
 

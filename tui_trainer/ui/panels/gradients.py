@@ -184,7 +184,6 @@ class GradientsPanel(VirtualTable):
     # ------------------------------------------------------------ what is shown
 
     def show(self, snapshot: Snapshot) -> None:
-        """Draw a snapshot."""
         self.snapshot = snapshot
         self._gradients = GradientNorms(snapshot)
         self._take_names()

@@ -139,7 +139,6 @@ class ScreenTabs(Panel):
         self._warnings: Sequence[Finding] = ()
 
     def show(self, snapshot: Snapshot) -> None:
-        """Draw a snapshot."""
         if snapshot.events is not self.snapshot.events:
             self._warnings = warnings_of(snapshot)
         super().show(snapshot)
@@ -349,7 +348,6 @@ class DetailScreen(ControlScreen):
         self.show_keys()
 
     def show_body(self, snapshot: Snapshot) -> None:
-        """Draw the body."""
         raise NotImplementedError
 
     def show_keys(self) -> None:

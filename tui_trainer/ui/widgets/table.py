@@ -282,11 +282,9 @@ class VirtualTable(LineView, can_focus=True, inherit_bindings=False):
             self.post_message(self.Activated(self, row))
 
     def on_focus(self) -> None:
-        """Show the cursor."""
         self.update_rows()
 
     def on_blur(self) -> None:
-        """Hide the cursor."""
         self.update_rows()
 
     def on_click(self, event: events.Click) -> None:

@@ -83,7 +83,6 @@ class LayersTable(VirtualTable):
         )
 
     def show(self, snapshot: Snapshot) -> None:
-        """Draw a snapshot."""
         self.snapshot = snapshot
         self._values = self._reader.read(snapshot)
         layers = len(snapshot.info.attention) if snapshot.info else 0

@@ -59,7 +59,6 @@ class StatisticTable(VirtualTable):
         self._name_width = MIN_NAME_WIDTH
 
     def show(self, snapshot: Snapshot) -> None:
-        """Draw a snapshot."""
         self.snapshot = snapshot
         self._values = {}
         for reader in self._readers:
