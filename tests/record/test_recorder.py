@@ -252,6 +252,35 @@ def test_watch_is_the_union_of_live_viewers(recorder):
     assert recorder.watched() == frozenset()
 
 
+def test_a_viewer_is_forgotten_under_the_lock(recorder, monkeypatch):
+    """The recorder's thread iterates over the viewers meanwhile."""
+    owned = []
+    forget = recorder._polls.forget
+
+    def checked(viewer):
+        owned.append(recorder._lock._is_owned())
+        forget(viewer)
+
+    monkeypatch.setattr(recorder._polls, "forget", checked)
+    recorder.viewer_gone(1)
+    assert owned == [True]
+
+
+def test_the_thread_of_the_recorder_survives_a_fault(recorder, monkeypatch):
+    failed, continued = threading.Event(), threading.Event()
+
+    def fail():
+        if failed.is_set():
+            continued.set()
+        failed.set()
+        raise RuntimeError("dictionary changed size during iteration")
+
+    monkeypatch.setattr(recorder._polls, "expire", fail)
+    assert continued.wait(120)
+    (fault,) = [e for e in recorder.update_for(Poll()).events if e.kind == "fault"]
+    assert "dictionary changed size" in fault.text
+
+
 def test_a_report_is_sent_once_to_each_viewer_and_again_when_remade(recorder):
     recorder.report(PhaseReport(3, "backward", 1.0, "gradients"))
     assert recorder.update_for(Poll(), 1).report is not None

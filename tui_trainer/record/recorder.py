@@ -332,7 +332,8 @@ class Recorder:
             return self._polls.answer(poll, viewer, self._current_status(), self._info)
 
     def viewer_gone(self, viewer: int) -> None:
-        self._polls.forget(viewer)
+        with self._lock:
+            self._polls.forget(viewer)
 
     def subscribe(self, sink: Sink) -> SinkThread:
         """Hand `sink` everything from now on, in order, on a thread of its own."""
@@ -396,9 +397,12 @@ class Recorder:
                     call()
                 except Exception as error:
                     self.fault("recorder", error)
-            with self._lock:
-                self._drain()
-                self._polls.expire()
+            try:
+                with self._lock:
+                    self._drain()
+                    self._polls.expire()
+            except Exception as error:
+                self.fault("recorder", error)
 
     def _enqueue(self, add: Callable[..., None], *arguments: Any) -> None:
         if not self._forked:

@@ -95,13 +95,14 @@ class PollHandler:
         )
 
     def expire(self) -> None:
-        """Stop watching for viewers that no longer poll."""
+        """Stop watching for viewers that no longer poll. Called under the recorder's lock."""
         horizon = time.monotonic() - WATCH_TIMEOUT_S
         if any(seen < horizon for _, seen in self._watchers.values()):
             self._watchers = {k: w for k, w in self._watchers.items() if w[1] >= horizon}
             self._update_watched()
 
     def forget(self, viewer: int) -> None:
+        """Stop watching for `viewer`, which has left. Called under the recorder's lock."""
         self._reported.pop(viewer, None)
         self._buckets.pop(viewer, None)
         if self._watchers.pop(viewer, None) is not None:
