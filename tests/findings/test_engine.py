@@ -62,6 +62,29 @@ def test_rule_that_fails_is_switched_off_and_reported_once():
     assert set(run.found) == {"failing", "gradients-kept"}
 
 
+class Escalating(Failing):
+    """Reports the same six times, other texts six times, and then an error."""
+
+    name = "escalating"
+
+    def step(self, seen):
+        texts = ["same"] * 6 + [f"text {number}" for number in range(6)]
+        if seen.step <= len(texts):
+            return [Found(1, texts[seen.step - 1], level="warning")]
+        return [Found(1, "worse", level="error")] if seen.step == len(texts) + 1 else []
+
+
+def test_only_changes_count_as_updates_and_a_higher_level_is_always_reported():
+    run = Run(kinds=[Escalating])
+    texts = []
+    for _ in range(13):
+        run.step()
+        texts.append([(finding.text, finding.level) for finding in run.engine.findings])
+    assert texts[6] == [("text 0", "warning")]
+    assert texts[11] == [("text 4", "warning")]
+    assert texts[12] == [("worse", "error")]
+
+
 def test_rules_read_what_observations_have():
     fields = {field.name for field in dataclasses.fields(Observation)}
     assert {rule.reads for rule in RULES} - {""} <= fields

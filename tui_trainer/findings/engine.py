@@ -24,7 +24,7 @@ MAX_FINDINGS = 200
 MAX_RANK_STEPS = 64
 """Steps of which the rows of some ranks may be missing."""
 MAX_UPDATES = 5
-"""How many times a finding may be updated."""
+"""How many times the text of a finding may change at the same level."""
 
 
 NOTHING: tuple[object, ...] = (None, (), frozenset())
@@ -251,8 +251,10 @@ class FindingsEngine:
         if number == len(self.findings):
             return finding
         known = self.findings[number]
+        if (known.text, known.level) == (finding.text, finding.level):
+            return None
         updates = self._updates[number] = self._updates.get(number, 0) + 1
-        if updates > MAX_UPDATES or (known.text, known.level) == (finding.text, finding.level):
+        if updates > MAX_UPDATES and finding.level == known.level:
             return None
         return msgspec.structs.replace(finding, cause=known.cause)
 
