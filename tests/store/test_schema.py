@@ -83,3 +83,20 @@ def test_an_interrupted_creation_leaves_an_empty_database(tmp_path, monkeypatch)
 def test_only_the_owner_reads_the_store(tmp_path):
     open_for_writing(tmp_path).close()
     assert os.stat(tmp_path / STORE_FILE).st_mode & 0o777 == 0o600
+
+
+def test_a_store_that_cannot_be_read_is_closed(tmp_path, monkeypatch):
+    (tmp_path / STORE_FILE).write_bytes(b"this is not a database " * 100)
+    opened = []
+    connect = sqlite3.connect
+
+    def remember(*arguments, **options):
+        opened.append(connect(*arguments, **options))
+        return opened[-1]
+
+    monkeypatch.setattr(sqlite3, "connect", remember)
+    with pytest.raises(StoreError, match="cannot be read"):
+        open_for_reading(tmp_path)
+    (connection,) = opened
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        connection.execute("SELECT 1")

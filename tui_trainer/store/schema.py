@@ -191,6 +191,7 @@ def open_for_reading(directory: str | os.PathLike[str], ended: bool = False) -> 
     alone = not journal and (ended or not os.access(directory, os.W_OK))
     options = "&immutable=1" if alone else "&vfs=unix-none" if ended and os.name == "posix" else ""
     uri = f"file:{quote(str(path))}?mode=ro{options}"
+    connection = None
     try:
         connection = sqlite3.connect(
             uri, uri=True, timeout=2.0, isolation_level=None, check_same_thread=False
@@ -201,6 +202,8 @@ def open_for_reading(directory: str | os.PathLike[str], ended: bool = False) -> 
             connection.execute("PRAGMA locking_mode = EXCLUSIVE")
         version = schema_version(connection)
     except READ_ERRORS as error:
+        if connection is not None:
+            connection.close()
         raise StoreError(f"{path} cannot be read: {error_text(error)}") from error
     if version != SCHEMA_VERSION:
         connection.close()
