@@ -98,7 +98,8 @@ def _without_status(directory: Path) -> RunEntry | None:
         parent=spec.parent,
         branch_step=spec.branch_step,
     )
-    if 0 <= time.time() - created_at < STARTING_S:
+    # The clock of a file server may be ahead of this machine's.
+    if abs(time.time() - created_at) < STARTING_S:
         return RunEntry(directory.name, directory, "live", reported, "starting")
     fatal = fatal_error(directory)
     note = f"it died: {fatal}" if fatal else "it died before it wrote a status"
