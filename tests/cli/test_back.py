@@ -1,4 +1,4 @@
-"""A real run is taken back from another terminal, and goes on."""
+"""A real run is rewound from another terminal, and continues."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ def test_show_of_a_crashed_run(runs):
     assert done.returncode == 0
     assert "grad norm" in done.stdout
     assert "crashed" in done.stdout
-    assert "gone without an end record" in done.stdout
+    assert "exited without recording an end" in done.stdout
     seen = json.loads(runs.call("show", "gpt-dead", "--json").stdout)
     assert seen["state"] == "crashed"
     assert seen["loss"] == pytest.approx(1 / seen["step"], rel=1e-3)

@@ -1,4 +1,4 @@
-"""What a script does after it was taken back is a branch: a run of its own, with its own line."""
+"""What a script does after it was rewound is a branch: a run of its own, with its own line."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_what_a_script_does_after_going_back_is_a_branch(tmp_path: Path) -> None
         text = done("branch", "one", "--to", "1", "lr=0.1", "--name", "hot", "--paused")
         assert "hot continues from step 1 of one with lr=0.1" in text
         until(lambda: listed()["one-2"]["state"] == "stopped", "the first branch has ended")
-        assert "taken back to step 1" in listed()["one-2"]["note"]
+        assert "rewound to step 1" in listed()["one-2"]["note"]
         refused = call("branch", "one", "lr=1", "--name", "hot", cwd=tmp_path)
         assert_refused(refused, "there is a run hot already")
         done("step", "hot", "2")  # commands for the branch go to the process

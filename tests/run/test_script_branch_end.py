@@ -34,13 +34,13 @@ def test_a_branch_ends_with_the_status_it_was_left_with(tmp_path: Path) -> None:
     recording = BranchRecording(spec, segment, "step 1 of one", "", recorder, print)
     recording.begin()
     recording.take([InfoChanged(initial_info(own))], recorder.status)
-    recording.left("the script was taken back to step 1")
+    recording.left("the script was rewound to step 1")
     recorder.status = Status(step=12)  # the next branch has begun before this one is closed
     recording.close()
     found = read_state(directory)
     assert found is not None
     assert (found.step, found.state) == (3, "stopped")
-    assert found.reason == "the script was taken back to step 1"
+    assert found.reason == "the script was rewound to step 1"
 
 
 def test_only_a_branch_from_another_step_needs_that_the_script_went_back(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_only_a_branch_from_another_step_needs_that_the_script_went_back(tmp_pat
     # The snapshot of step 4 could not be restored.
     Host._branch_in_script(host, Branch(name="two", back_to=5))
     assert begun == []
-    assert notices == ["branch two could not be started: the script could not be taken back"]
+    assert notices == ["branch two could not be started: the script could not be rewound"]
     Host._branch_in_script(host, Branch(name="two"))
     assert begun == [(8, 8)]
     travel.restored = (8, 4)

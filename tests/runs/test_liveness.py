@@ -46,7 +46,7 @@ def test_states_of_all_kinds(runs):
     assert seen["gpt-running"]["steps_per_second"] > 0
     assert seen["gpt-killed"]["step"] > 0
     assert seen["gpt-running"]["directory"] == str(runs.directory / "gpt-running")
-    assert "gone without an end record" in seen["gpt-killed"]["note"]
+    assert "exited without recording an end" in seen["gpt-killed"]["note"]
 
 
 def test_ls_prints_a_table_and_live_runs_only(runs):

@@ -119,7 +119,7 @@ def test_after_a_reboot_no_run_counts_as_live(runs, monkeypatch):
     monkeypatch.setattr(run_spec, "_boot_id", lambda: "another-boot")
     seen = inspect_run(place)
     assert seen.state == "crashed"
-    assert "gone without an end record" in seen.note
+    assert "exited without recording an end" in seen.note
 
 
 def test_a_run_whose_directory_others_can_write_to_is_listed_and_refused(runs):

@@ -1,5 +1,5 @@
 """A run through its whole life: started detached, attached to and hung up on, reached over ssh, cut
-off, experimented with, taken back, killed, replayed and resumed."""
+off, experimented with, rewound, killed, replayed and resumed."""
 
 from __future__ import annotations
 

@@ -302,7 +302,7 @@ def nonfinite_text(value: float | None) -> str | None:
 
 
 def _latest(table: SeriesReader | None, step: int) -> dict[str, float | None]:
-    """The row of `step`, which is not the newest where the training was taken back."""
+    """The row of `step`, which is not the newest where the training was rewound."""
     row = table.at(step) if table is not None else None
     if table is None or row is None:
         return {}

@@ -270,7 +270,7 @@ def demo_spec(
         options = replace(options, snapshots=DEMO_SNAPSHOTS)
     stem = stem or (f"{chosen.name}-cured" if cured else chosen.name)
     spec = prepare(SCRIPT, options, script=script, stem=stem)
-    # Once: after that the learner goes on without being stopped again.
+    # Once: after that the learner continues without being stopped again.
     stops = (Breakpoint(1, chosen.breakpoint, once=True),) if guided and not cured else ()
     spec = msgspec.structs.replace(
         spec,

@@ -105,7 +105,7 @@ class SshProcess:
         """The next bytes, b"" at the end. Raises TimeoutError. Meanwhile shows what ssh prints,
         such as to touch a key."""
         loop = asyncio.get_running_loop()
-        # A receive that is cancelled as its bytes arrive loses them: one goes on through all waits.
+        # A receive that is cancelled as its bytes arrive loses them: one lasts through all waits.
         receiving = asyncio.ensure_future(loop.sock_recv(self.socket, 1 << 16))
         try:
             while (left := SHOW_AFTER_S if deadline is None else deadline - time.monotonic()) > 0:

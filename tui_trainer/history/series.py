@@ -82,7 +82,7 @@ class SeriesReader(ABC):
 
     def value_at(self, name: str, step: int) -> float | None:
         """The value of the column called `name` at the last row at or before `step`: its newest,
-        unless the training was taken back. None where there is none."""
+        unless the training was rewound. None where there is none."""
         column = self.column(name)
         row = self.at(step) if column is not None else None
         return None if column is None or row is None else float(row[column])

@@ -123,7 +123,7 @@ class Inspector:
                     raise InspectionError("this run cannot be experimented with")
 
     def _leaving(self, phase: Phase, step: int) -> None:
-        """The run goes on from a boundary, to pause within the step."""
+        """The run continues from a boundary, to pause within the step."""
         tracer = self._tracer()
         if tracer is not None and (self._phases is not None or tracer.gate.pauses_next):
             self._phase_readings(tracer).read()

@@ -16,16 +16,16 @@ from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.tracer import Tracer
 
 MAX_ENTRIES = 1 << 25
-"""Entries of the tensors that are read when a paused run goes on by one phase, which takes about
+"""Entries of the tensors that are read when a paused run continues by one phase, which takes about
 0.1 s on one core; those that were inspected come first."""
 INSPECTED = 8
 """How many of the tensors that were inspected last are always read."""
 
 
 class PhaseReadings:
-    """Reads tensors whenever a run goes on that is to pause again within the step: all of them, as
-    far as `MAX_ENTRIES` allows, where it goes by single phases, and else those that were inspected.
-    Used on the training thread."""
+    """Reads tensors whenever a run continues that is to pause again within the step: where it goes
+    by single phases all of them, as far as `MAX_ENTRIES` allows, and else those that were
+    inspected. Used on the training thread."""
 
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = weakref.ref(tracer)
@@ -34,7 +34,7 @@ class PhaseReadings:
         self._whole = False
         """Whether all tensors were read, so that one that is missing was not there."""
         self._at: tuple[int, int, int] | None = None
-        """The boundary of the reading, and how often the training had been taken back by then."""
+        """The boundary of the reading, and how often the training had been rewound by then."""
         self._before = BeforePhase(0, "", None)
         """Step and phase of the reading."""
 

@@ -174,7 +174,7 @@ class Status(msgspec.Struct, frozen=True, array_like=True):
     stopped_at: BreakpointStop | None = None
     """Set while the run is paused at a breakpoint."""
     ahead: int | None = None
-    """The newest step, where the run was taken back behind it."""
+    """The newest step, where the run was rewound to before it."""
 
     @property
     def ended(self) -> bool:

@@ -1,4 +1,4 @@
-"""Time travel and experiments: the steps that a training can be taken back to, and experiments that
+"""Time travel and experiments: the steps that a training can go back to, and experiments that
 leave it as it was, as requests and answers."""
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ class Recorder:
         self.on_record: Callable[[StepRecord], None] | None = None
         """Called with every step before it is queued, mostly on the training thread."""
         self.repeating_until = -1
-        """Steps up to this one are recorded already: the training was taken back and repeats them.
+        """Steps up to this one are recorded already: the training was rewound and repeats them.
         Set by `rewind`."""
         self.needed_tables: frozenset[str] = frozenset()
         """Tables that have to be measured in every step."""
@@ -174,7 +174,7 @@ class Recorder:
         self._enqueue(self._add_artifact, sanitize_message(artifact))
 
     def rewind(self, step: int, newest: int) -> None:
-        """The training is taken back to the end of `step`; `newest` is the last recorded step."""
+        """The training is rewound to the end of `step`; `newest` is the last recorded step."""
         self.repeating_until = newest
         self._differences = 0
         self._enqueue(self._rewound, step)

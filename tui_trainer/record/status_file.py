@@ -77,7 +77,7 @@ class StatusFile:
         self._info = info
         self._clock = clock
         self._losses: OrderedDict[int, float] = OrderedDict()
-        """Losses of the newest steps: a training may be taken back to any of them."""
+        """Losses of the newest steps: a training may go back to any of them."""
         self._written: str | None = None
         self._ended = False
         self._next = 0.0

@@ -94,7 +94,7 @@ def create_tracer(run: RunContext, first_step: int = 1) -> Tracer:
     edits = LiveEdits(tracer, run.gate, run.recorder)
     memory = run.spec.snapshots if run.recording and not several else 0
     if memory != run.spec.snapshots and run.recording:
-        text = "no snapshots are kept: a run of several processes cannot be taken back"
+        text = "no snapshots are kept: a run of several processes cannot be rewound"
         run.recorder.notice("state", text, "warning")
     travel = TimeTravel(tracer, run.gate, run.recorder, edits, memory)
     travel.every = run.spec.snapshots_every

@@ -398,7 +398,7 @@ class Host:
 
         def begin() -> None:
             if asked.back_to is not None and not travel.has_state_for(asked.back_to):
-                raise Refusal("the script could not be taken back")
+                raise Refusal("the script could not be rewound")
             self._branches.begin(gate.completed, travel.state_step, directory, changes)
             if asked.changes:
                 edits.apply(SettingEdit(0, asked.changes))

@@ -1,6 +1,6 @@
-"""Branches of a script: what it does after it was taken back is also recorded as a run of its own.
+"""Branches of a script: what it does after it was rewound is also recorded as a run of its own.
 
-The process goes on, and so does its recording. The branch has a directory next to it, whose steps
+The process continues, and so does its recording. The branch has a directory next to it, whose steps
 are counted from the step that was restored, so that it can be compared with what happened first.
 """
 
@@ -107,7 +107,7 @@ class ScriptBranches:
         if self._current is not None:
             thread, recording = self._current
             self._current = None
-            recording.left(f"the script was taken back to step {restored:,}")
+            recording.left(f"the script was rewound to step {restored:,}")
             self._recorder.unsubscribe(thread)
             if self._segments[-1].after == now:  # without a step
                 self._segments.pop()
@@ -178,7 +178,7 @@ class BranchRecording(Sink):
         self.begun = True
 
     def left(self, reason: str) -> None:
-        """The script was taken back once more, to continue in another branch. On the training
+        """The script was rewound once more, to continue in another branch. On the training
         thread, before the next step."""
         self._end = msgspec.structs.replace(self._recorder.status, reason=reason)
 

@@ -115,7 +115,7 @@ def determine_state(reported: RunState) -> tuple[EntryState, str]:
     if reported.machine == machine_identity():
         if process_exists(reported):
             return alive, reported.reason
-        return "crashed", "its process is gone without an end record"
+        return "crashed", "its process exited without recording an end"
     silence = time.time() - reported.written_at
     if silence < SILENT_S:
         return alive, reported.reason

@@ -1,4 +1,4 @@
-"""Faults of ours while a training is traced, none of which may reach it; and our overhead."""
+"""Catches the tracer's own exceptions and times its overhead."""
 
 from __future__ import annotations
 

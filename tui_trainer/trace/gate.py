@@ -25,8 +25,8 @@ from tui_trainer.protocol.errors import UserError
 Mode = Literal["running", "paused", "stopping", "ended"]
 Boundary = tuple[int, int]
 SHARED_FIELDS = 4
-MAX_PAUSE_OF_WORK = 10**15
-"""Work that has failed is not called again."""
+NEVER = 10**15
+"""Steps until work that has failed is called again."""
 _NUMBERS = {phase: number for number, phase in enumerate(PHASES)}
 
 
@@ -57,7 +57,7 @@ class GateHooks:
     pausing: Callable[[Phase, int], None] = _do_nothing
     """Training thread, `(phase, step)`: about to pause; the moment for the phase report."""
     leaving: Callable[[Phase, int], None] = _do_nothing
-    """Training thread, `(phase, step)`: goes on from this boundary, to pause within one step; the
+    """Training thread, `(phase, step)`: continues from this boundary, to pause within one step; the
     moment to read what the next phase will change."""
     changed: Callable[[], None] = _do_nothing
     """Any thread: mode, target or rate changed."""
@@ -126,7 +126,7 @@ class Gate:
         self.paused_s = 0.0
         """The part of `idle_s` spent paused."""
         self.rewinds = 0
-        """How often the training was taken back."""
+        """How often the training was rewound."""
         self.after_step: list[Callable[[int], None]] = []
         """Called on the training thread after every step with the number of completed steps."""
         self.in_gate = False
@@ -259,7 +259,7 @@ class Gate:
                 self._hold = boundary
 
     def run_until(self, step: int) -> None:
-        """Pause at the end of optimizer step `step`, or at once where that is behind."""
+        """Pause at the end of optimizer step `step`, or at once if that step has passed."""
         with self._control():
             if not (self._waiting and self.phase == "step" and self.completed >= step):
                 self._release()
@@ -475,7 +475,7 @@ class Gate:
         self._plan_work(step)
 
     def _call_due(self, work: Callable[[int], int], step: int) -> None:
-        self._due[work] = step + MAX_PAUSE_OF_WORK  # also where it fails
+        self._due[work] = step + NEVER  # stays so if the call raises
         self._due[work] = max(step + 1, work(step))
 
     def _plan_work(self, step: int) -> None:

@@ -1,10 +1,10 @@
 """Goes back in a training: restores a snapshot, and repeats the steps from there to the wanted one.
-A shipped task is taken back exactly: its loop is left, its state and its position in the data
+A shipped task is rewound exactly: its loop is left, its state and its position in the data
 become those of the nearest snapshot (or checkpoint) at or before the wanted step, and the steps
 between are repeated, with the changes of settings that were made at them. They are not recorded
 twice.
 
-A script's own variables cannot be taken back. Weights, optimizers, schedulers, scalers and random
+A script's own variables cannot be rewound. Weights, optimizers, schedulers, scalers and random
 generators become those of the snapshot, and the script continues where it is.
 """
 
@@ -163,7 +163,7 @@ class TimeTravel:
         self._edit_history: list[SettingEdit] = []
         """All changes of settings up to the newest step."""
         self.went_back: Callable[[int, int], str] | None = None
-        """Called with the step at which a script was taken back and the one whose state it has
+        """Called with the step at which a script was rewound and the one whose state it has
         now; returns the name of the branch that its next steps are."""
         self.restored: tuple[int, int] = (-1, -1)
         """The same two steps, of the last time."""

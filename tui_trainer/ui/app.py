@@ -369,7 +369,7 @@ class TuiTrainerApp(App[int]):
 
     @property
     def guided_run_finishes(self) -> bool:
-        """Whether a guided run goes on to its end to be compared."""
+        """Whether a guided run continues to its end to be compared."""
         return self.guided_runs.finishing
 
     @property

@@ -36,7 +36,7 @@ from tui_trainer.ui.widgets.lines import Row
 
 Stage = Literal["ready", "watch", "paused", "back", "cured", "ended", "without"]
 """Where a guided run is: before its first step, on its way to the breakpoint, at or behind it,
-taken back and paused, cured, over; `without`: it trains without the fault from the start."""
+rewound and paused, cured, over; `without`: it trains without the fault from the start."""
 MAX_ROWS = 4
 CURED_PACE = 20.0
 """Steps per second of a run that was cured: fast enough not to wait long for its end."""
@@ -81,8 +81,8 @@ def introduction(demo: Demo, language: str) -> str:
 def guidance(
     snapshot: Snapshot, demo: Demo, cured: bool, language: str, finishing: bool = False
 ) -> str:
-    """What to look at, and what to do, at this moment. `finishing`: the run goes on to its end for
-    the two curves."""
+    """What to look at, and what to do, at this moment. `finishing`: the run continues to its end
+    for the two curves."""
     text, said = words(language), demo_texts(language)[demo.name]
     if finishing:
         return text["demo_finishing"]
@@ -245,7 +245,7 @@ class GuidedRuns:
 
     app: App[Any]
     finishing: bool = False
-    """Whether the run goes on to its end for the two curves."""
+    """Whether the run continues to its end for the two curves."""
 
     @property
     def context(self) -> AppContext:

@@ -1,5 +1,5 @@
-"""Leaving the app: what becomes of the run, and which command of `tui-trainer` runs next: a run
-that has ended can be replayed, resumed, compared, reported on, or started again."""
+"""Leaving the app: whether the run stops or continues, and which command of `tui-trainer` runs
+next: a run that has ended can be replayed, resumed, compared, reported on, or started again."""
 
 from __future__ import annotations
 

@@ -234,7 +234,7 @@ def _index(text: str | None, update: bool, other: bool) -> tuple[int, ...] | Non
     if text is not None and not update:
         raise UsageError("--index belongs to --update", "tui-trainer inspect RUN NAME --update")
     if update and other:
-        raise UsageError("--update is of a parameter alone", "without --grad, --state, --save")
+        raise UsageError("--update takes a parameter only", "without --grad, --state, --save")
     if text is None:
         return None
     return parse_index_option(text)

@@ -295,7 +295,7 @@ class BadBatchRule(Rule):
             return
         last, self._last = self._last, seen.step
         if seen.step - last < SAME_RISE:
-            return  # the loss goes on rising: not one batch
+            return  # the loss continues to rise: not one batch
         if not math.isfinite(bad.loss) and not bad.broken_rows:
             return  # reported by `non-finite`, and nothing to add
         self._reports += 1

@@ -160,7 +160,7 @@ class AppContext(DrawingContext, Protocol):
 
     @property
     def guided_run_finishes(self) -> bool:
-        """Whether a guided run goes on to its end to be compared."""
+        """Whether a guided run continues to its end to be compared."""
 
     @property
     def cure_label(self) -> str:

@@ -262,7 +262,7 @@ class ControlScreen(RunScreen):
         self.context.command(actions.Back())
 
     def action_timeline(self) -> None:
-        """Show where the training can be taken back to."""
+        """Show the steps that the training can go back to."""
         from tui_trainer.ui.screens.timeline import TimelineDialog
 
         self.app.push_screen(TimelineDialog())

@@ -157,7 +157,7 @@ class FindingsScreen(DetailScreen):
         self._show_selected()
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Going back to a finding needs a run that can be taken back."""
+        """Going back to a finding needs a run that can be rewound."""
         if action == "break_before":
             return super().check_action("step_back", ()) if self._findings else False
         return super().check_action(action, parameters)

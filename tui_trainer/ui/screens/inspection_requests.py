@@ -143,7 +143,7 @@ class InspectionRequests:
 
 def last_edit(snapshot: Snapshot) -> int:
     """The number of the last notice of an edit. Tensors and settings may change with it within a
-    step, as when a script is taken back."""
+    step, as when a script is rewound."""
     newest_first = reversed(snapshot.events)
     edits = (each.id for each in newest_first if isinstance(each, Notice) and each.kind == "edit")
     return next(edits, -1)

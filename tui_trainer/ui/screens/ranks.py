@@ -221,7 +221,7 @@ class RanksScreen(DetailScreen):
     RanksScreen #charts { height: 1fr; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("i", "look_into", "Inspect", id="ranks.inspect",
+        Binding("i", "inspect", "Inspect", id="ranks.inspect",
                 tooltip="Inspect the tensors of the process under the cursor"),
         *CONTROL_BINDINGS,
     ]  # fmt: skip
@@ -259,14 +259,14 @@ class RanksScreen(DetailScreen):
         self._show_charts(snapshot, ranks)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        if action == "look_into":
+        if action == "inspect":
             return True if self.query_one(RanksTable).ranks else None
         return super().check_action(action, parameters)
 
     def on_virtual_table_activated(self) -> None:
-        self.action_look_into()
+        self.action_inspect()
 
-    def action_look_into(self) -> None:
+    def action_inspect(self) -> None:
         """Open the inspector over the tensors of the process under the cursor."""
         table = self.query_one(RanksTable)
         if table.ranks:

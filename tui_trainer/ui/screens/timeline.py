@@ -70,7 +70,7 @@ class TimelineList(OptionList):
 
 
 class TimelineDialog(SnapshotDialog):
-    """Shows where the training can be taken back to, and takes it there."""
+    """Shows the steps that the training can go back to, and goes back to one."""
 
     CSS = """
     TimelineDialog .dialog { width: 92; }
