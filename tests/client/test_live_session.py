@@ -380,3 +380,36 @@ def test_every_inspection_is_answered_or_cancelled(start):
     until(lambda: all(answer.done() for answer in answers[:-1]))
     session.close()
     until(answers[-1].done)
+
+
+def test_inspections_of_one_moment_reach_the_session_as_the_latest():
+    """Those before it are cancelled, and one that the app cancels by itself is no failure."""
+
+    def connect():
+        raise NotListening("starting the run process")
+
+    failures = []
+    go_on = threading.Event()
+    session = LiveSession(connector(connect))
+    session._loop.set_exception_handler(lambda _, context: failures.append(context["exception"]))
+    session._loop.call_soon_threadsafe(go_on.wait)
+    unwanted = session.inspect(ListTensors())
+    assert unwanted.cancel()
+    answers = [session.inspect(ListTensors()) for _ in range(3)]
+    last = session.inspect(ListTensors())
+    go_on.set()
+    assert last.result(240).message == live.NOT_CONNECTED
+    assert all(answer.cancelled() for answer in answers)
+
+    go_on.clear()
+    session._loop.call_soon_threadsafe(go_on.wait)
+    assert session.inspect(ListTensors()).cancel()
+    taken = threading.Event()
+    session._loop.call_soon_threadsafe(taken.set)
+    go_on.set()
+    assert taken.wait(240)
+    assert session.inspect(ListTensors()).result(240).message == live.NOT_CONNECTED
+    session.close()
+    session._thread.join(240)
+    assert session.inspect(ListTensors()).result(240).message == live.NOT_CONNECTED
+    assert not failures

@@ -219,6 +219,40 @@ def test_infinity_norm_clipping():
     close(recorder.series("step", "grad_norm_preclip"), [np.linalg.norm(norms)])
 
 
+@pytest.mark.parametrize("norm_type", [2.0, float("inf"), None])
+def test_clipping_with_a_norm_that_the_script_gives(norm_type):
+    """The shares are of Σ‖g‖², whatever norm the gradients are clipped by. None: the script
+    computes the largest element by itself."""
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    squares, totals = [], []
+
+    def loop():
+        for _ in range(8):  # in the first steps every norm is measured anyway
+            optimizer.zero_grad()
+            inputs, targets = batch()
+            F.cross_entropy(model(inputs), targets).backward()
+            gradients = [p.grad for p in model.parameters()]
+            squares.append([(g.double() ** 2).sum().item() for g in gradients])
+            if norm_type is None:
+                total = torch.stack([g.abs().max() for g in gradients]).max()
+            else:
+                total = nn.utils.get_total_norm(gradients, norm_type)
+            totals.append(total.item())
+            nn.utils.clip_grads_with_norm_(model.parameters(), 1e-2, total)
+            optimizer.step()
+
+    recorder, _ = trace(loop)
+    close(recorder.series("clip", "norm_before"), totals)
+    close(recorder.series("step", "grad_norm_preclip"), [sum(each) ** 0.5 for each in squares])
+    for record, each, total in zip(recorder.records, squares, totals, strict=True):
+        shares = np.array(each) / sum(each)
+        close(record.clip.scale, 1e-2 / total, 1e-3)
+        assert record.clip.parameters == tuple(np.argsort(-shares).tolist())
+        close(record.clip.shares, sorted(shares, reverse=True))
+
+
 def test_parameter_without_gradient_has_no_norm():
     model = mlp()
     model.unused = nn.Linear(2, 2)

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import msgspec
 
@@ -30,6 +31,8 @@ from tui_trainer.protocol.inspection import Inspected, InspectionRequest
 from tui_trainer.protocol.messages import Ack, Hello, Poll, Status, Update, Welcome
 from tui_trainer.protocol.text import sanitize
 from tui_trainer.runs.errors import NotListening, RunError, RunGone, Unreachable
+
+T = TypeVar("T")
 
 UNREAD_UPDATES = 4
 """While the app has not applied this many updates, the run is not polled."""
@@ -80,8 +83,8 @@ class LiveSession:
         # attributes that hold immutable values.
         self._arrived: deque[Delivery | Status | Link] = deque()
         self._commands: deque[tuple[Action, Future[Ack]]] = deque()
-        self._inspection: tuple[InspectionRequest, Future[Inspected]] | None = None
-        """Not sent yet."""
+        self._inspections: deque[tuple[InspectionRequest, Future[Inspected]]] = deque()
+        """Not sent yet; only the latest will be."""
         self._topics: frozenset[str] = frozenset()
         self._interval_s = 0.25
         self._callback: Callable[[], None] | None = None
@@ -97,7 +100,7 @@ class LiveSession:
         self._generation = 0
         # Used by the session's thread alone.
         self._task: asyncio.Task[None] | None = None
-        self._inspecting: tuple[asyncio.Task[None], Future[Inspected]] | None = None
+        self._inspecting: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._next_poll = Poll(budget=LARGEST_BUDGET // 4)
         self._polled_generation = 0
@@ -160,11 +163,9 @@ class LiveSession:
 
     def inspect(self, request: InspectionRequest) -> Future[Inspected]:
         future: Future[Inspected] = Future()
-        unsent, self._inspection = self._inspection, (request, future)
-        if unsent is not None:
-            unsent[1].cancel()
+        self._inspections.append((request, future))
         if not self._call(self._send_inspection):
-            future.set_result(_not_inspected(NOT_CONNECTED))
+            self._refuse_inspections()
         return future
 
     def watch(self, topics: frozenset[str]) -> None:
@@ -203,6 +204,7 @@ class LiveSession:
                 runner.run(self._main())
         finally:
             self._refuse_commands(NOT_CONNECTED)
+            self._refuse_inspections()
 
     async def _main(self) -> None:
         self._task = asyncio.current_task()
@@ -351,24 +353,31 @@ class LiveSession:
 
     def _send_inspection(self) -> None:
         """Send the latest request in place of the pending one."""
-        if self._inspection is None:
+        if not self._inspections:
             return
-        (request, future), self._inspection = self._inspection, None
+        request, future = self._inspections.popleft()
+        while self._inspections:
+            future.cancel()
+            request, future = self._inspections.popleft()
         if self._inspecting is not None:
-            task, replaced = self._inspecting
-            task.cancel()
-            replaced.cancel()  # a task that was not begun yet does nothing when it is cancelled
+            self._inspecting.cancel()
         connection = self._connection
         if connection is None or self._link.state != "live":
-            future.set_result(_not_inspected(NOT_CONNECTED))
+            _resolve(future, _not_inspected(NOT_CONNECTED))
         else:
-            task = self._loop.create_task(_inspect(connection, request, future))
-            self._inspecting = (task, future)
+            self._inspecting = self._loop.create_task(_inspect(connection, request, future))
+            # Also when the task is cancelled before it has begun.
+            self._inspecting.add_done_callback(lambda _: future.cancel())
 
     def _refuse_commands(self, why: str) -> None:
         while self._commands:
             with contextlib.suppress(IndexError):  # the other thread does the same
                 _resolve(self._commands.popleft()[1], refusal(why))
+
+    def _refuse_inspections(self) -> None:
+        while self._inspections:
+            with contextlib.suppress(IndexError):  # the other thread does the same
+                _resolve(self._inspections.popleft()[1], _not_inspected(NOT_CONNECTED))
 
     def _drop_connection(self) -> None:
         if self._connection is not None:
@@ -414,13 +423,9 @@ async def _inspect(
 ) -> None:
     try:
         answer = await connection.inspect(request)
-    except asyncio.CancelledError:
-        future.cancel()
-        raise
     except RunError as error:
         answer = _not_inspected(error.message, error.hint)
-    if future.set_running_or_notify_cancel():
-        future.set_result(answer)
+    _resolve(future, answer)
 
 
 def _not_inspected(why: str, hint: str = "") -> Inspected:
@@ -428,6 +433,6 @@ def _not_inspected(why: str, hint: str = "") -> Inspected:
     return Inspected(0, "failed", message=why, hint=hint)
 
 
-def _resolve(future: Future[Ack], ack: Ack) -> None:
+def _resolve(future: Future[T], answer: T) -> None:
     with contextlib.suppress(InvalidStateError):  # it was cancelled
-        future.set_result(ack)
+        future.set_result(answer)

@@ -10,7 +10,8 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """The state of torch's generators (CPU and every CUDA device in use), numpy's and Python's."""
+    """The state of torch's generators (the CPU's and those of the accelerators in use), numpy's and
+    Python's."""
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "numpy": np.random.get_state(),
@@ -18,6 +19,10 @@ def random_state() -> dict[str, Any]:
     }
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = torch.cuda.get_rng_state_all()
+    if torch.xpu.is_available() and torch.xpu.is_initialized():  # type: ignore[no-untyped-call]
+        state["xpu"] = torch.xpu.get_rng_state_all()
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
     return state
 
 
@@ -27,3 +32,7 @@ def restore_random_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
+    if "xpu" in state and torch.xpu.is_available():
+        torch.xpu.set_rng_state_all(state["xpu"])
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator
 from threading import get_ident
 from typing import Any, Protocol
@@ -84,6 +85,8 @@ class TorchHooks:
         self._clips = clips
         self._patches = patches
         self._handles: list[Any] = []
+        self._total_norm_type: Any = math.nan
+        """The p of the p-norm that the last call of `get_total_norm` computed; nan before that."""
 
     def install(self) -> None:
         self._wrap_zero_grad()
@@ -338,6 +341,19 @@ class TorchHooks:
             for module in (torch.nn.utils, torch.nn.utils.clip_grad):
                 if getattr(module, name, None) is original:
                     self._patches.replace(module, name, wrapper)
+        total_norm = getattr(torch.nn.utils, "get_total_norm", None)
+        if total_norm is not None:
+            self._patches.replace(torch.nn.utils, "get_total_norm", self._total_norm(total_norm))
+
+    def _total_norm(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """`get_total_norm`, which notes the kind of norm for the clipping that follows."""
+
+        def total_norm(*args: Any, **kwargs: Any) -> Any:
+            if not torch.compiler.is_compiling() and get_ident() == self._events.training_thread:
+                self._total_norm_type = args[1] if len(args) > 1 else kwargs.get("norm_type", 2.0)
+            return original(*args, **kwargs)
+
+        return copy_metadata(total_norm, original)  # type: ignore[no-any-return]
 
     def observed_clipping(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """A framework's own `clip_grad_norm_`, observed like torch's."""
@@ -348,6 +364,7 @@ class TorchHooks:
     ) -> Callable[..., Any]:
         events = self._events
         clips = self._clips
+        given_total = name == "clip_grads_with_norm_"
 
         def clip(*args: Any, **kwargs: Any) -> Any:
             limits = events.clip_limits
@@ -363,7 +380,9 @@ class TorchHooks:
                 else:
                     kwargs["parameters"] = parameters
             norm_type = 2.0
-            if name == "clip_grad_norm_":
+            if given_total:
+                norm_type = self._total_norm_type
+            elif name == "clip_grad_norm_":
                 norm_type = args[2] if len(args) > 2 else kwargs.get("norm_type", 2.0)
             if not clips.clip_began(parameters, kind, kind == "norm" and norm_type == 2):
                 return original(*args, **kwargs)
@@ -377,7 +396,7 @@ class TorchHooks:
             if kind not in limits and isinstance(limit, (int, float)):
                 events.clip_calls[kind] = limit
             total = result
-            if name == "clip_grads_with_norm_":
+            if given_total:
                 total = args[2] if len(args) > 2 else kwargs.get("total_norm")
             clips.clip_ended(kind, parameters, limit, norm_type, total, captured)
             return result
