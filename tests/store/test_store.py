@@ -355,6 +355,49 @@ def test_a_damaged_store_is_renamed_and_a_new_one_started(tmp_path):
     assert [p for p in tmp_path.iterdir() if p.name.startswith("damaged-")]
 
 
+def test_an_item_that_cannot_be_written_does_not_count_as_damage(tmp_path):
+    reports, clock = [], Clock()
+    sink = StoreWriter(tmp_path, reports.append, clock)
+    sink.take([InfoChanged(INFO), stepped(1, np.ones(3, np.float32))], Status())
+    clock.now += 1
+    sink.take([LogLine(0, 0.0, 1, "stdout", "\ud800")], Status())  # UnicodeEncodeError
+    assert "not recording" in reports[-1]
+    sink.close()
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith("damaged-")]
+    assert StoredHistory(tmp_path).tables[0].rows == 1
+
+
+def test_a_tail_that_cannot_be_decoded_counts_as_damage(tmp_path):
+    reports, clock = [], Clock()
+    sink = StoreWriter(tmp_path, reports.append, clock)
+    sink.take([InfoChanged(INFO), stepped(1, np.ones(3, np.float32))], Status())
+    with sqlite3.connect(tmp_path / STORE_FILE) as connection:
+        connection.execute("UPDATE tail SET data = 'none'")
+    connection.close()
+    clock.now += 1
+    sink.take([stepped(i, np.ones(3, np.float32)) for i in range(2, 600)], Status())
+    sink.close()
+    assert "the recording was damaged" in reports[-1]
+    assert StoredHistory(tmp_path).tables[0].rows == 599
+
+
+def test_databases_set_aside_in_one_second_are_all_kept_and_not_without_end(tmp_path, monkeypatch):
+    from tui_trainer.store import writer
+
+    monkeypatch.setattr(writer.time, "strftime", lambda form: "20260101-120000")
+    reports, clock = [], Clock()
+    sink = StoreWriter(tmp_path, reports.append, clock)
+    for _ in range(writer.MAX_SET_ASIDE + 3):
+        clock.now += 100
+        (tmp_path / STORE_FILE).write_bytes(b"not a database at all" * 1000)
+        sink._disconnect()
+        sink.commit()
+    assert "not recording" in reports[-1]
+    kept = [p for p in tmp_path.iterdir() if p.name.startswith("damaged-")]
+    assert len(kept) == writer.MAX_SET_ASIDE
+    sink.close()
+
+
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_store_damaged_while_written_is_replaced_with_the_recent_items(
     tmp_path, monkeypatch, whole

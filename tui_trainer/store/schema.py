@@ -125,6 +125,10 @@ class StoreError(Exception):
     """The store cannot be read or written; the message says why."""
 
 
+class DamageError(StoreError):
+    """What the store holds cannot be decoded."""
+
+
 def error_text(error: Exception) -> str:
     """One of READ_ERRORS on one line; what it quotes may be any text."""
     if isinstance(error, UnicodeDecodeError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
@@ -29,10 +30,20 @@ from tui_trainer.protocol.schema import Table
 from tui_trainer.store import codec
 from tui_trainer.store.codec import CHUNK, DECODE_ERRORS, GROUP, Part
 from tui_trainer.store.database import MEASUREMENTS, Store
+from tui_trainer.store.schema import DamageError
 
 T = TypeVar("T", bound=np.generic)
 
 # ---------------------------------------------------------------- writing
+
+
+@contextmanager
+def reading_back() -> Iterator[None]:
+    """Raise `DamageError` where what was written before cannot be decoded."""
+    try:
+        yield
+    except DECODE_ERRORS as error:
+        raise DamageError(f"what was recorded cannot be decoded: {error}") from error
 
 
 class SeriesWriter:
@@ -89,7 +100,8 @@ class SeriesWriter:
             (self.table.id, msgspec.json.encode(self.table)),
         )
         sql = "SELECT rows FROM series WHERE id = ?"
-        return int(connection.execute(sql, (self.table.id,)).fetchone()[0])
+        with reading_back():
+            return int(connection.execute(sql, (self.table.id,)).fetchone()[0])
 
     def _add_rows(
         self, connection: sqlite3.Connection, first: int, new: RawRows, seqs: Steps
@@ -100,8 +112,9 @@ class SeriesWriter:
         if first + len(new.last) - start < CHUNK:
             return
         found = self._take_tail(connection, 0)
-        rows = RawRows.join([codec.decode_raw_tail(data, self._columns) for data, _ in found])
-        seqs = np.concatenate([np.frombuffer(data, "<i8") for _, data in found])
+        with reading_back():
+            rows = RawRows.join([codec.decode_raw_tail(data, self._columns) for data, _ in found])
+            seqs = np.concatenate([np.frombuffer(data, "<i8") for _, data in found])
         full = len(rows.last) // CHUNK * CHUNK
         for at in range(0, full, CHUNK):
             chunk = slice(at, at + CHUNK)
@@ -122,9 +135,10 @@ class SeriesWriter:
         if first + len(new.last) - start < CHUNK:
             return
         found = self._take_tail(connection, level)
-        buckets = Buckets.join(
-            [codec.decode_bucket_tail(data, level, self._columns) for data, _ in found]
-        )
+        with reading_back():
+            buckets = Buckets.join(
+                [codec.decode_bucket_tail(data, level, self._columns) for data, _ in found]
+            )
         full = len(buckets.last) // CHUNK * CHUNK
         for at in range(0, full, CHUNK):
             chunk = buckets.part(slice(at, at + CHUNK))
@@ -150,7 +164,8 @@ class SeriesWriter:
 
     def _tail_start(self, connection: sqlite3.Connection, level: int) -> int:
         sql = "SELECT min(first) FROM tail WHERE series = ? AND level = ?"
-        return int(connection.execute(sql, (self.table.id, level)).fetchone()[0])
+        with reading_back():
+            return int(connection.execute(sql, (self.table.id, level)).fetchone()[0])
 
     def _take_tail(self, connection: sqlite3.Connection, level: int) -> list[tuple[bytes, bytes]]:
         """(data, seqs) of the whole tail of a level, which is deleted."""

@@ -7,6 +7,7 @@ reported, and recording resumes as soon as the disk can be written again.
 
 from __future__ import annotations
 
+import itertools
 import os
 import sqlite3
 import time
@@ -34,8 +35,8 @@ from tui_trainer.record.events import (
 from tui_trainer.record.sink_thread import size_of
 from tui_trainer.store import codec
 from tui_trainer.store.events import EventWriter
-from tui_trainer.store.schema import STORE_FILE, StoreError, open_for_writing
-from tui_trainer.store.series import SeriesWriter
+from tui_trainer.store.schema import STORE_FILE, DamageError, StoreError, open_for_writing
+from tui_trainer.store.series import SeriesWriter, reading_back
 from tui_trainer.store.step_times import StepTimesWriter
 
 COMMIT_EVERY_S = 0.4
@@ -45,6 +46,8 @@ MAX_WAITING_BYTES = 64 * 2**20
 that the newest are dropped and counted."""
 RECENT_BYTES = 32 * 2**20
 CORRUPT = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+MAX_SET_ASIDE = 8
+"""Damaged databases that a run leaves behind; after that nothing more is recorded."""
 
 
 class TableWriter(Protocol):
@@ -154,6 +157,7 @@ class StoreWriter:
         self._status = Status()
         self._problem = ""
         self._damaged = ""
+        self._set_aside_count = 0
         self._next_commit = 0.0
         self._back_off = 1.0
         self._start()
@@ -307,10 +311,13 @@ class StoreWriter:
 
     def _set_aside(self) -> bool:
         """Rename a damaged database and start a new one; returns whether that succeeded."""
+        if self._set_aside_count >= MAX_SET_ASIDE:
+            return False
         try:
             kept = set_aside(self._directory)
         except OSError:
             return False
+        self._set_aside_count += 1
         step = self._recent.first_step
         before = f" (steps before {step:,})" if step and step > 1 else ""
         self._damaged = f"the recording was damaged{before}: its old file is {kept.name}"
@@ -355,7 +362,8 @@ def _next_seq(connection: sqlite3.Connection) -> int:
         ),
     )
     sql = f"SELECT coalesce(max(seq), -1) FROM ({' UNION ALL '.join(last)})"
-    return int(connection.execute(sql).fetchone()[0]) + 1
+    with reading_back():
+        return int(connection.execute(sql).fetchone()[0]) + 1
 
 
 def file_identity(directory: Path) -> tuple[int, int]:
@@ -371,13 +379,18 @@ def file_identity(directory: Path) -> tuple[int, int]:
 def is_damage(error: Exception) -> bool:
     """Whether the database is damaged, rather than the disk full, locked or read-only."""
     code: int = getattr(error, "sqlite_errorcode", 0)
-    return isinstance(error, ValueError) or code & 0xFF in CORRUPT
+    return isinstance(error, DamageError | UnicodeDecodeError) or code & 0xFF in CORRUPT
 
 
 def set_aside(directory: Path) -> Path:
     """Rename a damaged database; returns its new name. Raises OSError."""
     path = directory / STORE_FILE
-    kept = path.with_name(f"damaged-{time.strftime('%Y%m%d-%H%M%S')}-{STORE_FILE}")
+    when = time.strftime("%Y%m%d-%H%M%S")
+    kept = path.with_name(f"damaged-{when}-{STORE_FILE}")
+    for number in itertools.count(2):
+        if not kept.exists():
+            break
+        kept = path.with_name(f"damaged-{when}-{number}-{STORE_FILE}")
     for suffix in ("", "-wal", "-shm"):
         part = path.with_name(path.name + suffix)
         if part.exists():
