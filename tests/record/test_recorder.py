@@ -10,10 +10,10 @@ import pytest
 from tests.rows import clip_row, step_row
 from tui_trainer.history import MemoryHistory
 from tui_trainer.history.records import ClipRecord, StepRecord
-from tui_trainer.protocol.events import Clip, NonFinite, TextSample
+from tui_trainer.protocol.events import Clip, LogLine, NonFinite, Notice, TextSample
 from tui_trainer.protocol.messages import PhaseReport, Poll, Status
 from tui_trainer.protocol.schema import CLIP_COLUMNS, STEP_COLUMNS, Column, RunInfo, Table
-from tui_trainer.record.events import InfoChanged, RunEnded, StepRecorded, StepsDropped
+from tui_trainer.record.events import InfoChanged, ItemsDropped, RunEnded, StepRecorded
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.run.sinks.jsonlines import event_object
 from tui_trainer.store.codec import decode_event, encode
@@ -198,9 +198,34 @@ def test_a_blocked_sink_costs_nothing_and_its_loss_is_reported(recorder):
     recorder.end("finished")
     assert recorder.flush(240)
     steps = [item.record.step for item in sink.items if isinstance(item, StepRecorded)]
-    lost = sum(item.steps for item in sink.items if isinstance(item, StepsDropped))
+    lost = sum(item.steps for item in sink.items if isinstance(item, ItemsDropped))
     assert lost > 0
     assert len(steps) + lost == 1000
+
+
+def test_lines_for_a_blocked_sink_are_bounded_and_its_bytes_return_to_zero(recorder):
+    sink = Collector()
+    sink.gate.clear()
+    feed = recorder.subscribe(sink)
+    feed._limit = 100_000
+    for number in range(1, 201):
+        recorder.record(step(number))
+        recorder.log("stdout", "x" * 1000)
+        recorder.artifact(TextSample(0, number, "To", "be"))
+    recorder.notice("mark", "look here")
+    with recorder._lock:
+        recorder._drain()
+    assert feed._bytes < 110_000
+    sink.gate.set()
+    recorder.end("finished")
+    assert recorder.flush(240)
+    assert feed._bytes == 0
+    lost = [item for item in sink.items if isinstance(item, ItemsDropped)]
+    for kind, held in (("steps", StepRecorded), ("lines", LogLine), ("samples", TextSample)):
+        missing = sum(getattr(item, kind) for item in lost)
+        assert missing > 0
+        assert missing + sum(isinstance(item, held) for item in sink.items) == 200
+    assert any(isinstance(item, Notice) for item in sink.items)
 
 
 def test_a_failing_sink_is_reported_once_and_the_others_continue(recorder):
@@ -229,6 +254,22 @@ def test_the_queue_is_bounded_and_overflow_is_counted():
         assert len(recorder._queue) <= 4096
     update = recorder.update_for(Poll())
     assert any("1904 steps" in event.text for event in update.events)
+    recorder.close(240)
+
+
+def test_printed_lines_and_repeated_steps_in_the_queue_are_bounded(monkeypatch):
+    monkeypatch.setattr("tui_trainer.record.recorder.QUEUE_OTHERS", 5000)
+    recorder = make()
+    recorder.flush()
+    with recorder._lock:  # nothing can drain now
+        for number in range(6000):
+            recorder.log("stdout", f"line {number}")
+        assert len(recorder._queue) == 5000
+        recorder.repeating_until = 10
+        recorder.record(step(1))
+        assert len(recorder._queue) == 5000
+    update = recorder.update_for(Poll())
+    assert any("1000 printed lines" in event.text for event in update.events)
     recorder.close(240)
 
 

@@ -10,7 +10,7 @@ import pytest
 from tests.store.test_store import INFO, stepped
 from tui_trainer.protocol.events import LogLine, Notice, TextSample
 from tui_trainer.protocol.messages import Status
-from tui_trainer.record.events import InfoChanged, RowRecorded, StepRecorded, StepsDropped
+from tui_trainer.record.events import InfoChanged, ItemsDropped, RowRecorded, StepRecorded
 from tui_trainer.store import step_times
 from tui_trainer.store.codec import StepTimes, pack_step_times, unpack_step_times
 from tui_trainer.store.reader import StoredHistory
@@ -96,7 +96,7 @@ def test_a_second_writer_continues_the_order(tmp_path):
         Notice(0, 0, 1.0, "state", "begun"),
         stepped(1, THREE, when=at(1)),
         LogLine(0, 1.5, 1, "stdout", "hello"),
-        StepsDropped(3),
+        ItemsDropped(3),
         TextSample(0, 1, "To", "be"),
         RowRecorded(1, 1, np.zeros(35, np.float32), at(1)),
         stepped(5, THREE, when=at(5)),

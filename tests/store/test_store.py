@@ -23,7 +23,7 @@ from tui_trainer.history.sync import apply_rows, rows_since
 from tui_trainer.protocol.events import Clip, LogLine, Notice, TextSample
 from tui_trainer.protocol.messages import Status
 from tui_trainer.protocol.schema import Column, RunInfo, Table
-from tui_trainer.record.events import InfoChanged, RowRecorded, RunEnded, StepRecorded, StepsDropped
+from tui_trainer.record.events import InfoChanged, ItemsDropped, RowRecorded, RunEnded, StepRecorded
 from tui_trainer.store.events import StoredEvents
 from tui_trainer.store.reader import StoredHistory
 from tui_trainer.store.schema import STORE_FILE, StoreError, open_for_writing
@@ -184,7 +184,7 @@ def test_rows_that_do_not_fit_are_counted(tmp_path):
         stepped(1, three),
         stepped(2, np.ones(4, np.float32)),
         stepped(1, three),
-        StepsDropped(5),
+        ItemsDropped(5),
     ]
     sink.take([InfoChanged(INFO), *items, stepped(0, three)], Status())
     sink.close()

@@ -62,10 +62,14 @@ class RowRecorded:
 
 
 @dataclass(frozen=True, slots=True)
-class StepsDropped:
-    """Steps are missing here because the sink or the recorder could not keep up."""
+class ItemsDropped:
+    """Items are missing here because the sink or the recorder could not keep up."""
 
-    steps: int
+    steps: int = 0
+    """Steps, and rows measured outside a step."""
+    events: int = 0
+    lines: int = 0
+    samples: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +83,7 @@ Item = (
     InfoChanged
     | StepRecorded
     | RowRecorded
-    | StepsDropped
+    | ItemsDropped
     | RunEnded
     | Clip
     | NonFinite
@@ -106,6 +110,26 @@ class Sink(Protocol):
 
 
 # ---------------------------------------------------------------- sizes
+
+ITEM_BYTES = 512
+"""Assumed for any item, besides its values and texts."""
+
+
+def item_bytes(item: Item) -> int:
+    """Approximate size in memory."""
+    match item:
+        case StepRecorded():
+            return ITEM_BYTES + sum(values.nbytes + 64 for _, values in item.record.rows)
+        case RowRecorded():
+            return ITEM_BYTES + item.values.nbytes
+        case LogLine():
+            return 200 + 2 * len(item.text)
+        case TextSample() | ImageSample() | ConfusionMatrix():
+            return ITEM_BYTES + artifact_bytes(item)
+        case InfoChanged() | ItemsDropped() | RunEnded():
+            return ITEM_BYTES
+        case _:
+            return ITEM_BYTES + event_bytes(item)
 
 
 def artifact_bytes(artifact: Artifact) -> int:

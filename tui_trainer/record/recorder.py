@@ -1,7 +1,8 @@
 """The recorder: takes measurements off the training thread, and gives them to viewers and sinks.
 
-The training thread only appends to a bounded queue; it never takes a lock that is held during other
-work, and never waits for a viewer, a disk or a socket. The recorder's own thread drains the queue
+The training thread only appends to a queue, which is bounded except for descriptions and notices,
+of which there are few; it never takes a lock that is held during other work, and never waits for a
+viewer, a disk or a socket. The recorder's own thread drains the queue
 twenty times a second; every answer to a viewer drains it too and is therefore never stale.
 """
 
@@ -41,11 +42,11 @@ from tui_trainer.record.events import (
     EventLog,
     InfoChanged,
     Item,
+    ItemsDropped,
     RowRecorded,
     RunEnded,
     Sink,
     StepRecorded,
-    StepsDropped,
     rounded_for_storage,
 )
 from tui_trainer.record.sink_thread import SinkThread
@@ -58,6 +59,8 @@ DRAIN_EVERY_S = 0.05
 QUEUE_STEPS = 4096
 QUEUE_BYTES = 64 * 1024 * 1024
 MIN_QUEUE_STEPS = 64
+QUEUE_OTHERS = 100_000
+"""Length of the queue at which printed lines, samples and rows outside a step are dropped."""
 MAX_REPORTED_FAULTS = 200
 REPEATED_ROWS = 100_000
 """How far back repeated steps are compared with what was recorded."""
@@ -88,6 +91,7 @@ class Recorder:
         self._queue: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._capacity = QUEUE_STEPS
         self._dropped = 0
+        self._dropped_others = 0
         self._ids = threading.Lock()
         self._next_table = len(info.tables)
         self._differences = 0
@@ -109,6 +113,7 @@ class Recorder:
         self._first_nonfinite: NonFinite | None = None
         self._engine: FindingsEngine | None = None
         self._reported_dropped = 0
+        self._reported_others = 0
         self._out: list[Item] = []
         self._sinks: list[SinkThread] = []
         self._polls = PollHandler(self.history, self._events)
@@ -125,7 +130,8 @@ class Recorder:
         if self._forked:
             return
         if record.step <= self.repeating_until:
-            self._queue.append((self._repeat_step, (record,)))
+            if len(self._queue) < self._capacity:
+                self._queue.append((self._repeat_step, (record,)))
             return
         if self.on_record is not None:
             self.on_record(record)
@@ -139,13 +145,18 @@ class Recorder:
         """Record an iteration whose gradients no optimizer used."""
         if record.step <= self.repeating_until:
             return
+        if len(self._queue) >= self._capacity:
+            self._dropped += 1
+            return
         self._enqueue(self._add_skip, record)
 
     def row(self, table: int, step: int, values: Floats) -> None:
         """Record a row measured outside a step, such as a validation."""
         if step <= self.repeating_until:
             return
-        self._enqueue(self._add_row, RowRecorded(table, step, values, round(self._clock(), 6)))
+        self._enqueue_or_drop(
+            self._add_row, RowRecorded(table, step, values, round(self._clock(), 6))
+        )
 
     def notice(
         self,
@@ -167,11 +178,11 @@ class Recorder:
     def log(self, stream: Stream, text: str) -> None:
         """Record a line that the script or a library printed."""
         step = self._current_step() if self._current_step else None
-        self._enqueue(self._add_log_line, stream, sanitize(text), self._clock(), step)
+        self._enqueue_or_drop(self._add_log_line, stream, sanitize(text), self._clock(), step)
 
     def artifact(self, artifact: Artifact) -> None:
         """Record a sample; its id is set here."""
-        self._enqueue(self._add_artifact, sanitize_message(artifact))
+        self._enqueue_or_drop(self._add_artifact, sanitize_message(artifact))
 
     def rewind(self, step: int, newest: int) -> None:
         """The training is rewound to the end of `step`; `newest` is the last recorded step."""
@@ -408,6 +419,12 @@ class Recorder:
         if not self._forked:
             self._queue.append((add, arguments))
 
+    def _enqueue_or_drop(self, add: Callable[..., None], *arguments: Any) -> None:
+        if len(self._queue) < QUEUE_OTHERS:
+            self._enqueue(add, *arguments)
+        else:
+            self._dropped_others += 1
+
     def _drain(self) -> None:
         for _ in range(len(self._queue)):
             add, arguments = self._queue.popleft()
@@ -419,8 +436,13 @@ class Recorder:
         if self._dropped > self._reported_dropped:
             dropped = self._dropped - self._reported_dropped
             self._reported_dropped += dropped
-            self._out.append(StepsDropped(dropped))
+            self._out.append(ItemsDropped(dropped))
             text = f"{dropped} steps were dropped: they arrived faster than they can be recorded"
+            self._add_notice("fault", text, "warning")
+        if self._dropped_others > self._reported_others:
+            dropped = self._dropped_others - self._reported_others
+            self._reported_others += dropped
+            text = f"{dropped} printed lines, samples or rows were dropped: they arrived too fast"
             self._add_notice("fault", text, "warning")
         self._hand_out()
 

@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from typing import Literal
 
+from tui_trainer.protocol.events import (
+    ConfusionMatrix,
+    Finding,
+    ImageSample,
+    LogLine,
+    Notice,
+    TextSample,
+)
 from tui_trainer.protocol.messages import Status
-from tui_trainer.record.events import Item, RowRecorded, Sink, StepRecorded, StepsDropped
+from tui_trainer.record.events import (
+    InfoChanged,
+    Item,
+    ItemsDropped,
+    RowRecorded,
+    RunEnded,
+    Sink,
+    StepRecorded,
+    item_bytes,
+)
 
 QUEUE_BYTES = 64 * 1024 * 1024
 TICK_S = 0.5
 BATCH_ITEMS = 512
-ITEM_BYTES = 512
-"""Assumed for any item, besides the values of a step."""
-
-
-def size_of(item: Item) -> int:
-    """Approximate bytes that a queued item holds."""
-    if isinstance(item, StepRecorded):
-        return ITEM_BYTES + sum(values.nbytes + 64 for _, values in item.record.rows)
-    return ITEM_BYTES
 
 
 class SinkThread:
     """Queues items in O(1) on the recorder's thread and hands them to the sink on its own thread.
 
-    Steps and rows beyond `queue_bytes` are dropped and counted. `on_fault` is called with an
-    exception of the sink, which is then closed and gets nothing more.
+    What is beyond `queue_bytes` is dropped and counted, except descriptions, findings, notices and
+    the end, of which there are few. `on_fault` is called with an exception of the sink, which is
+    then closed and gets nothing more.
     """
 
     def __init__(
@@ -41,9 +51,10 @@ class SinkThread:
         self._status = status
         self._on_fault = on_fault
         self._limit = queue_bytes
-        self._queue: deque[Item] = deque()
+        self._queue: deque[tuple[Item, int]] = deque()
+        """(item, bytes)"""
         self._bytes = 0
-        self._dropped = 0
+        self._dropped: Counter[str] = Counter()
         self._changed = threading.Condition()
         self._busy = False
         self._closing = False
@@ -52,24 +63,28 @@ class SinkThread:
         self._thread.start()
 
     def put(self, items: Sequence[Item]) -> None:
-        """Queue `items`; dropped steps are replaced by one `StepsDropped`."""
+        """Queue `items`; those that are dropped are replaced by one `ItemsDropped`."""
         with self._changed:
             if self._dead:
                 return
             for item in items:
-                size = size_of(item)
-                if (
-                    isinstance(item, (StepRecorded, RowRecorded))
-                    and self._bytes + size > self._limit
-                ):
-                    self._dropped += 1
+                size, kind = item_bytes(item), _kind_of(item)
+                if kind is not None and self._bytes + size > self._limit:
+                    self._dropped[kind] += 1
                     continue
                 if self._dropped:
-                    self._queue.append(StepsDropped(self._dropped))
-                    self._dropped = 0
-                self._queue.append(item)
-                self._bytes += size
+                    self._append_dropped()
+                self._append(item, size)
             self._changed.notify_all()
+
+    def _append(self, item: Item, size: int) -> None:
+        self._queue.append((item, size))
+        self._bytes += size
+
+    def _append_dropped(self) -> None:
+        dropped = ItemsDropped(**self._dropped)
+        self._dropped.clear()
+        self._append(dropped, item_bytes(dropped))
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until the sink has taken everything; False after `timeout` seconds."""
@@ -96,6 +111,7 @@ class SinkThread:
             with self._changed:
                 self._dead = True
                 self._queue.clear()
+                self._bytes = 0
                 self._changed.notify_all()
             try:
                 self._sink.close()
@@ -106,11 +122,11 @@ class SinkThread:
         with self._changed:
             if not self._queue and not self._closing:
                 self._changed.wait(TICK_S)
-            batch = [self._queue.popleft() for _ in range(min(BATCH_ITEMS, len(self._queue)))]
-            self._bytes -= sum(map(size_of, batch))
-            if not self._queue and self._dropped:
-                batch.append(StepsDropped(self._dropped))
-                self._dropped = 0
+            if self._dropped and len(self._queue) < BATCH_ITEMS:
+                self._append_dropped()
+            taken = [self._queue.popleft() for _ in range(min(BATCH_ITEMS, len(self._queue)))]
+            self._bytes -= sum(size for _, size in taken)
+            batch = [item for item, _ in taken]
             self._busy = bool(batch)
             if self._closing and not batch:
                 return False
@@ -121,3 +137,18 @@ class SinkThread:
                 self._busy = False
                 self._changed.notify_all()
         return True
+
+
+def _kind_of(item: Item) -> Literal["steps", "events", "lines", "samples"] | None:
+    """As what an item is counted when it is dropped; None for one that is always kept."""
+    match item:
+        case InfoChanged() | ItemsDropped() | RunEnded() | Finding() | Notice():
+            return None
+        case StepRecorded() | RowRecorded():
+            return "steps"
+        case LogLine():
+            return "lines"
+        case TextSample() | ImageSample() | ConfusionMatrix():
+            return "samples"
+        case _:
+            return "events"

@@ -38,11 +38,11 @@ from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.events import (
     InfoChanged,
     Item,
+    ItemsDropped,
     RowRecorded,
     RunEnded,
     Sink,
     StepRecorded,
-    StepsDropped,
 )
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.record.sink_thread import SinkThread
@@ -249,7 +249,7 @@ class BranchRecording(Sink):
             case RunEnded(status=status):
                 self._ended = True
                 return [RunEnded(self._status(status))]
-            case StepsDropped():
+            case ItemsDropped():
                 return [item]
             case LogLine():
                 return [self._numbered(item, "line")]

@@ -50,7 +50,8 @@ class EventWriter:
         self._others: list[tuple[int, Event | LogLine | Artifact]] = []
         self._bytes = 0
         self.dropped: Counter[str] = Counter()
-        """Number of items that there was no room for, by kind: "clip", "line", "sample"."""
+        """Number of items that there was no room for, by kind: "clip", "event", "line",
+        "sample"."""
 
     def add(self, seq: int, item: Event | LogLine | Artifact, size: int) -> None:
         """Take an item of about `size` bytes, where there is room."""

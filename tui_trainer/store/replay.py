@@ -20,10 +20,10 @@ from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.events import (
     InfoChanged,
     Item,
+    ItemsDropped,
     RowRecorded,
     RunEnded,
     StepRecorded,
-    StepsDropped,
 )
 from tui_trainer.store.database import DESCRIPTION, Store, decode_info
 from tui_trainer.store.events import StoredEvents
@@ -145,6 +145,6 @@ def _rows(series: StoredSeries) -> Iterator[tuple[int, int, Any]]:
             yield seq, series.table.id, values
 
 
-def _dropped(store: Store) -> Iterator[tuple[int, StepsDropped]]:
+def _dropped(store: Store) -> Iterator[tuple[int, ItemsDropped]]:
     for seq, steps in store.numbers("steps", "SELECT seq, steps FROM dropped ORDER BY seq"):
-        yield int(seq), StepsDropped(int(steps))
+        yield int(seq), ItemsDropped(int(steps))

@@ -19,20 +19,18 @@ from typing import Protocol
 import msgspec
 
 from tui_trainer.history.records import Floats
-from tui_trainer.protocol.events import ConfusionMatrix, ImageSample, LogLine, TextSample
 from tui_trainer.protocol.formatting import counted
 from tui_trainer.protocol.messages import Status
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.events import (
     InfoChanged,
     Item,
+    ItemsDropped,
     RowRecorded,
     RunEnded,
     StepRecorded,
-    StepsDropped,
-    artifact_bytes,
+    item_bytes,
 )
-from tui_trainer.record.sink_thread import size_of
 from tui_trainer.store import codec
 from tui_trainer.store.events import EventWriter
 from tui_trainer.store.schema import STORE_FILE, DamageError, StoreError, open_for_writing
@@ -128,7 +126,7 @@ class RecentItems:
         return next((item.record.step for item in self if isinstance(item, StepRecorded)), None)
 
     def append(self, item: Item) -> None:
-        size = bytes_of(item)
+        size = item_bytes(item)
         self._items.append((item, size))
         self._bytes += size
         while self._bytes > RECENT_BYTES:
@@ -227,11 +225,14 @@ class StoreWriter:
                 self._describe(seq, item.info)
             case RunEnded():
                 self._status = item.status
-            case StepsDropped():
+            case ItemsDropped():
                 self._dropped_rows += item.steps
-                self._description.drop(seq, item.steps)
+                if item.steps:
+                    self._description.drop(seq, item.steps)
+                others = {"event": item.events, "line": item.lines, "sample": item.samples}
+                self._events.dropped.update(others)
             case _:
-                self._events.add(seq, item, bytes_of(item))
+                self._events.add(seq, item, item_bytes(item))
 
     def _describe(self, seq: int, info: RunInfo) -> None:
         self._description.describe(seq, info)
@@ -337,17 +338,6 @@ class StoreWriter:
         if text != self._problem:
             self._problem = text
             self._report(text)
-
-
-def bytes_of(item: Item) -> int:
-    """Approximate size in memory."""
-    match item:
-        case LogLine():
-            return 200 + 2 * len(item.text)
-        case TextSample() | ImageSample() | ConfusionMatrix():
-            return artifact_bytes(item)
-        case _:
-            return size_of(item)
 
 
 def _next_seq(connection: sqlite3.Connection) -> int:

@@ -32,10 +32,10 @@ from tui_trainer.protocol.schema import Column, RunInfo, Table
 from tui_trainer.record.events import (
     InfoChanged,
     Item,
+    ItemsDropped,
     RowRecorded,
     RunEnded,
     StepRecorded,
-    StepsDropped,
 )
 from tui_trainer.run.sinks import Output
 
@@ -81,7 +81,7 @@ class JsonLines:
                 return [*self._due_header(), step_object(self._info, item.record)]
             case RunEnded():
                 return [*self._due_header(), end_object(item.status)]
-            case Clip() | LogLine():
+            case Clip() | LogLine() | ItemsDropped(steps=0):
                 return []  # a clip is part of its step; log lines are on stderr
         made = self._other_object(item)
         if self._header is None:
@@ -90,13 +90,13 @@ class JsonLines:
         return [made]
 
     def _other_object(
-        self, item: RowRecorded | StepsDropped | NonFinite | Skipped | Finding | Notice | Artifact
+        self, item: RowRecorded | ItemsDropped | NonFinite | Skipped | Finding | Notice | Artifact
     ) -> Object:
         match item:
             case RowRecorded():
                 assert self._info is not None, "InfoChanged comes first"
                 return row_object(self._info, item)
-            case StepsDropped():
+            case ItemsDropped():
                 return {"type": "lost", "steps": item.steps}
             case NonFinite() | Notice():
                 return event_object(item)

@@ -16,10 +16,10 @@ from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.events import (
     InfoChanged,
     Item,
+    ItemsDropped,
     RowRecorded,
     RunEnded,
     StepRecorded,
-    StepsDropped,
 )
 from tui_trainer.run.sinks import Output
 
@@ -82,8 +82,9 @@ class PlainLines:
             case TextSample():
                 sample = (item.prompt + item.text).strip().splitlines()
                 lines += [f"step {item.step}: sample:", *(f"    {line}" for line in sample)]
-            case StepsDropped():
-                lines.append(f"{item.steps} steps omitted: the output is too slow")
+            case ItemsDropped():
+                if item.steps:
+                    lines.append(f"{item.steps} steps omitted: the output is too slow")
             case RunEnded():
                 self._add_header(lines)
                 if self._newest is not self._shown:
