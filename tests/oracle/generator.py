@@ -180,9 +180,6 @@ def sensible(loop: Loop) -> bool:
         loop.optimizers[0].kind != "data"
         or loop.poison_at is None
         or any(clip.kind == "strict" for clip in loop.clips),
-        # The change of a gradient that is zeroed before anything is called cannot be seen.
-        not (shares_parameters(loop) and loop.zero_by in ("data", "hand") and loop.zero == "end")
-        or not any(clip.kind in ("data", "hand") and clip.when == "after" for clip in loop.clips),
         # It ends where all gradients are 0.
         loop.zero_by != "data" or loop.optimizers[0].kind != "lbfgs" or len(loop.optimizers) == 1,
         # The clipping has zeroed them before.
@@ -678,11 +675,13 @@ def _zero(loop: Loop, members: list[int]) -> list[str]:
     flag = "" if loop.set_to_none else "set_to_none=False"
     by_hand = loop.by_hand or loop.zero_by in ("hand", "data")
     lines: list[str] = []
+    zeroed = "truth.zeroed()"
     if loop.zero_by == "model":
         lines = ["for net in nets.values():", f"    net.zero_grad({flag})"]
     elif loop.idle == "zeroes" and loop.zero_by not in ("hand", "data"):
         lines = [f"idle.zero_grad({flag})"]
     elif by_hand:
+        zeroed = "truth.zeroed(by_hand=True)"
         for number in [*([-1] if loop.sparse else []), *members]:
             inner = "p.grad is None or p.grad.zero_()"
             if loop.zero_by == "data":
@@ -698,7 +697,7 @@ def _zero(loop: Loop, members: list[int]) -> list[str]:
         lines = [f"optimizer{number + 1}.zero_grad({flag})" for number in members]
         if loop.sparse:
             lines = ["optimizer0.zero_grad()", *lines]
-    return [*lines, "truth.zeroed()"]
+    return [*lines, zeroed]
 
 
 def _losses(loop: Loop) -> tuple[list[str], list[str]]:

@@ -257,6 +257,23 @@ WRONG_BEFORE = (
         gradients="assigned",
         clips=(Clip("hand", tight=False),),
     ),
+    Loop(
+        iterations=2,
+        optimizers=TWO,
+        rounds="alternate",
+        zero="end",
+        zero_by="hand",
+        clips=(Clip("hand", over="own", when="after"),),
+    ),
+    Loop(
+        iterations=2,
+        nets=(("a", "b"), ("c",)),
+        optimizers=(Optimizer("sgd", ("a", "b")), Optimizer("sgd", ("b", "c"))),
+        rounds="alternate",
+        zero="end",
+        zero_by="data",
+        clips=(Clip("data", when="after"),),
+    ),
 )
 """One loop of each kind that was told wrongly once."""
 

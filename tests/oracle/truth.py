@@ -10,6 +10,8 @@ docs/json-lines.md, implemented a second time, without the tracer:
   and without a loss scale. A missing gradient has no norm, not the norm 0.
 * A clip belongs to the step that uses the gradients it changed. After the step it belongs to none.
 * What the script does to gradients by itself, with no call of PyTorch's in between, is one clip.
+  Gradients that it then releases or zeroes by itself, still with no call in between, are no part of
+  it: of these only that they are gone can be seen.
 * Gradients that are discarded before any optimizer has used them are a skipped iteration.
 
 This module is also printed in front of a failing script, so that the script runs by itself.
@@ -360,8 +362,11 @@ class Truth:
         ]
         return not holders or any(state.passes for state in holders)
 
-    def zeroed(self) -> None:
-        """Call after gradients were zeroed or released; it finds out which."""
+    def zeroed(self, by_hand: bool = False) -> None:
+        """Call after gradients were zeroed or released; it finds out which. `by_hand`: without a
+        call of `zero_grad`."""
+        last = self._last_change
+        unseen = last if by_hand and last is not None and last.at == self.events else None
         self.events += 1
         lost: list[Backward] = []
         for number, state in enumerate(self._states):
@@ -389,6 +394,25 @@ class Truth:
                     last.outside,
                 )
             )
+        if unseen is not None:
+            self._leave_out_released(unseen)
+
+    def _leave_out_released(self, made: Clip) -> None:
+        """Gradients that were changed by hand have been released or zeroed by hand right after."""
+        everything = self._everything()
+        gradients = {key: everything[key].grad for key in made.norms[0]}
+        left = {key for key, g in gradients.items() if g is not None and _dense(g).any()}
+        if len(left) == len(gradients):
+            return
+        names = {id(p): n for n, p in self._named().items()}
+        before, after = ({k: norms[k] for k in made.norms[0] if k in left} for norms in made.norms)
+        rest = _by_hand(made, before, after, names)
+        for number, state in enumerate(self._states):
+            if any(clip is made for clip in state.clips):
+                state.clips = [clip for clip in state.clips if clip is not made]
+                if any(id(p) in left for p in self._own(number)):
+                    state.clips.append(rest)
+        self._last_change = rest
 
     # ------------------------------------------------------------ steps
 
@@ -458,16 +482,23 @@ def _together(first: Clip, second: Clip, names: Mapping[int, str]) -> Clip:
     """Two changes by hand, one right after the other, as one."""
     before = second.norms[0] | first.norms[0]
     after = first.norms[1] | second.norms[1]
-    whole, left = (_length(norms.values()) for norms in (before, after))
+    rounded = first.rounded or second.rounded
+    return replace(_by_hand(second, before, after, names), rounded=rounded)
+
+
+def _by_hand(
+    clip: Clip, before: dict[int, float], after: dict[int, float], names: Mapping[int, str]
+) -> Clip:
+    """The clip with these norms of the gradients, each by the id of its parameter."""
+    whole, left = _length(before.values()), _length(after.values())
     shares = {names[p]: (norm / whole) ** 2 for p, norm in before.items() if whole and p in names}
     return replace(
-        second,
+        clip,
         before=whole,
         after=left,
         scale=left / whole if whole else 1.0,
         shares=shares,
         returned=whole,
-        rounded=first.rounded or second.rounded,
         norms=(before, after),
     )
 
@@ -478,7 +509,7 @@ class Silence:
     def __init__(self) -> None:
         self.loss_scale = 1.0
 
-    def watch(self, *args: Any) -> None:
+    def watch(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing."""
 
     end = zeroed = evaluation = watch

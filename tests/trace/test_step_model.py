@@ -356,6 +356,35 @@ def test_gradients_that_are_scaled_by_hand_are_clipped_by_hand():
     close([record.clip.scale for record in recorder.records], [0.25] * 5)
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("layers", [4, 150])
+def test_gradients_that_the_script_releases_are_no_part_of_its_clipping(layers, scaled):
+    """Of models with many parameters not every gradient is watched."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(layers)])
+    optimizer, kept, before = sgd(model), [*model.parameters()][:-4], []
+
+    def loop():
+        for _ in range(5):
+            optimizer.zero_grad()
+            model(torch.randn(3, 4)).pow(2).mean().backward()
+            for parameter in [*model.parameters()][-4:]:
+                parameter.grad = None
+            before.append(total_of(kept))
+            if scaled:
+                for parameter in kept:
+                    parameter.grad.mul_(0.25)
+            optimizer.step()
+
+    recorder, _ = trace(loop)
+    clips = [record.clip for record in recorder.records]
+    if not scaled:
+        assert clips == [None] * 5
+    else:
+        close([clip.norm_before for clip in clips], before)
+        close([clip.scale for clip in clips], [0.25] * 5)
+
+
 def test_clips_of_gradients_that_a_step_has_used_leave_nothing_behind():
     first, second = mlp(), mlp()
     optimizers = [sgd(first), sgd(second)]

@@ -46,7 +46,8 @@ class GradientMarks:
         self, parameters: Sequence[torch.Tensor], further: Sequence[torch.Tensor] = ()
     ) -> None:
         """`further`: parameters that are looked at only where one of these has changed."""
-        self._watched = parameters[:: -(-len(parameters) // MAX_WATCHED)] if parameters else []
+        self._every = -(-len(parameters) // MAX_WATCHED) or 1
+        self._watched = parameters[:: self._every]
         self._all_watched = len(self._watched) == len(parameters)
         self._further = [(i, p) for i, p in enumerate(further, len(parameters)) if p.requires_grad]
         self._further_known: list[tuple[int, int]] = []
@@ -148,15 +149,22 @@ class GradientMarks:
 
     def changed_positions(self) -> list[int] | None:
         """Positions of the parameters whose gradients changed; None: unknown."""
-        marks, before = self._current(), self._known
-        if before is None or not self._all_watched:
+        if self._known is None or not self._all_watched:
             return None
-        both = zip(*marks, *before, strict=True)
-        found = [i for i, (a, n, b, m) in enumerate(both) if a != b or n != m]
+        found = self.changed_watched()
         if self._further and self._further_known:
             pairs = zip(self._further, self._marks_beside(), self._further_known, strict=True)
             found += [place for (place, _), now, known in pairs if now != known]
         return found
+
+    def changed_watched(self) -> list[int]:
+        """Positions of the watched parameters whose gradients changed; of larger models not all
+        are watched."""
+        if self._known is None:
+            return []
+        both = zip(*self._current(), *self._known, strict=True)
+        changed = [i for i, (a, n, b, m) in enumerate(both) if a != b or n != m]
+        return [i * self._every for i in changed]
 
     def remember(self) -> None:
         """The gradients are now as they should be."""

@@ -267,8 +267,8 @@ class StepMeasurer:
         """What the script has done to the gradients by itself since the last change that is known.
 
         Its in-place operations leave a mark, but for those on `grad.data`: while this measurer is
-        careful, the norms are compared as well. Gradients that it has
-        released or zeroed are discarded, which does not count as a change.
+        careful, the norms are compared as well. Gradients that it has released or zeroed are
+        discarded, which does not count as a change.
         """
         changed = self.marks.changed()
         compare = self._latest is not None and self.careful
@@ -287,6 +287,8 @@ class StepMeasurer:
                     self._latest = before  # by which `use_clip_norms` knows the reading
                 return None
             positions = sorted({*(positions or ()), *changed_norms})
+        elif changed and positions is None:
+            positions = self._probable_positions(before, after)
         if positions is not None and not (positions := self._kept(positions, after)):
             if self.thrown_away():
                 self._latest = before  # by which that is noticed at the next forward or backward
@@ -305,6 +307,16 @@ class StepMeasurer:
             self.reading, before = GradientReading(None, None, codes), None
         known = self.reading if before is self.reading.norms else GradientReading(before)
         return HandChange(self, before, after, positions, known, not (changed or self._on_host))
+
+    def _probable_positions(self, before: Readings | None, after: Readings) -> list[int] | None:
+        """Positions of the parameters whose gradients changed, where not all of them are watched;
+        None: any of them."""
+        if self._on_host and before is not None and (found := differing(before, after)):
+            return found
+        if not self._kept(self.marks.changed_watched(), after):
+            return []  # released or zeroed
+        there = [place for place, p in enumerate(self.tracked.parameters) if p.grad is not None]
+        return None if len(there) == len(self.tracked.parameters) else there
 
     def _kept(self, positions: list[int], norms: Readings) -> list[int]:
         """The positions at which there is a gradient that is not known to be zero."""
