@@ -28,6 +28,7 @@ from tui_trainer.runs.errors import RunGone
 from tui_trainer.runs.launch import LaunchError, LaunchRequest, RunProcess, launch
 
 if TYPE_CHECKING:
+    from tui_trainer.ui.screens import ScreenMode
     from tui_trainer.ui.screens.start import TaskForm
 
 
@@ -145,7 +146,7 @@ def show_run(
     slow_link: bool = False,
     *,
     pixels: bool = False,
-    mode: str = "dashboard",
+    mode: ScreenMode = "dashboard",
     demo: str = "",
 ) -> int:
     """Start the run, show it until the user leaves, and return the exit status. `mode`: the screen
@@ -191,7 +192,7 @@ def show_start(
     slow_link: bool = False,
     *,
     pixels: bool = False,
-    mode: str = "start",
+    mode: ScreenMode = "start",
     lesson: str = "",
 ) -> int:
     """Show the start screen (or that of another `mode`), then the run that is started on it; return

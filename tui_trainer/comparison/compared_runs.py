@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +26,8 @@ from tui_trainer.store.schema import StoreError
 
 MAX_RUNS = 8
 """Runs that can be distinguished on one chart."""
-SERIES = {
+SeriesName = Literal["loss", "validation", "norm"]
+SERIES: dict[SeriesName, tuple[str, str, str]] = {
     "loss": (schema.STEP, "loss", "Training loss"),
     "validation": (schema.VALIDATION, "loss", "Validation loss"),
     "norm": (schema.STEP, "grad_norm_preclip", "Gradient norm"),
@@ -99,7 +101,7 @@ class ComparedRun:
         return last, float(self.seconds_at(np.array([last]))[0])
 
     def curve(
-        self, series: str, stop: float, buckets: int, by_time: bool = False
+        self, series: SeriesName, stop: float, buckets: int, by_time: bool = False
     ) -> ComparedCurve | None:
         """A series of SERIES from the beginning to `stop`, in steps or, `by_time`, in seconds; None
         when the run does not have it."""
@@ -130,12 +132,12 @@ class ComparedRun:
             window.nonfinite[kept, 0],
         )
 
-    def series(self, series: str) -> tuple[SeriesReader, int] | None:
+    def series(self, series: SeriesName) -> tuple[SeriesReader, int] | None:
         """Table and column of a series of SERIES; None when it has no rows."""
         name, column, _ = SERIES[series]
         return self.history.find(name, column)
 
-    def newest(self, series: str) -> float | None:
+    def newest(self, series: SeriesName) -> float | None:
         """The newest value of a series of SERIES that was measured; None when there is none."""
         found = self.series(series)
         if found is None:
@@ -181,7 +183,7 @@ class ComparedSeries:
 
 
 def read_series(
-    runs: Sequence[ComparedRun], series: str, buckets: int, by_time: bool
+    runs: Sequence[ComparedRun], series: SeriesName, buckets: int, by_time: bool
 ) -> ComparedSeries:
     stop = max(1.0, *(run.length[1 if by_time else 0] for run in runs))
     curves = tuple(run.curve(series, stop, buckets, by_time) for run in runs)
@@ -216,9 +218,14 @@ def _outcome_of(run: ComparedRun) -> dict[str, Scalar]:
     }
     if run.skipped:
         values["skipped iterations"] = len(run.skipped)
-    for series, lowest in (("loss", True), ("validation", True), ("norm", False)):
+    names: dict[SeriesName, str] = {
+        "loss": "loss",
+        "validation": "validation loss",
+        "norm": "gradient norm",
+    }
+    for series, name in names.items():
+        lowest = series != "norm"
         found = run.series(series)
-        name = {"loss": "loss", "validation": "validation loss", "norm": "gradient norm"}[series]
         if found is None:
             continue
         table, column = found
@@ -244,7 +251,7 @@ def _outcome_of(run: ComparedRun) -> dict[str, Scalar]:
 class ComparedValues:
     """What the table of differences shows, and which charts there are."""
 
-    measured: frozenset[str]
+    measured: frozenset[SeriesName]
     """The names of `SERIES` that any of the runs has."""
     settings: Sequence[ComparedValue]
     outcomes: Sequence[ComparedValue]

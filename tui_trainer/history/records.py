@@ -161,8 +161,8 @@ class LossGraph(NamedTuple):
     classes: int
     over_rows: bool
     """Whether that softmax is taken over the examples."""
-    log_of_outputs: str
-    """`log` or `nll_loss`, where it is applied to the output of a layer; "" otherwise."""
+    log_of_outputs: Literal["", "log", "nll_loss"]
+    """Which of the two is applied to the output of a layer; "" otherwise."""
     squared_softmax: bool
     hidden_softmaxes: int
     """Number of layers whose input is a softmax."""

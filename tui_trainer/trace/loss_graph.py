@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from tui_trainer.history.records import LossGraph
 from tui_trainer.trace.torch_private import result_of, saved_dim, viewed_shape
@@ -48,7 +48,8 @@ def loss_graph_of(node: Any, name_of: Callable[[Any], str] = _no_name) -> LossGr
 
 
 def _read(loss: Any, name_of: Callable[[Any], str]) -> LossGraph:
-    node, logarithm, squared = loss, "", False
+    node, squared = loss, False
+    logarithm: Literal["", "log", "nll_loss"] = ""
     for _ in range(MAX_PATH):
         name = node.name() if node is not None else ""
         if name not in _ON_THE_WAY:

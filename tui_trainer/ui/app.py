@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from rich.console import Console
 from textual import events
@@ -35,7 +35,7 @@ from tui_trainer.ui.leaving import Leaving
 from tui_trainer.ui.lessons import lessons_for
 from tui_trainer.ui.related_runs import RelatedRuns
 from tui_trainer.ui.run_commands import RunCommands
-from tui_trainer.ui.screens import SCREENS
+from tui_trainer.ui.screens import SCREENS, ScreenMode
 from tui_trainer.ui.screens.base import RunScreen
 from tui_trainer.ui.screens.dialogs import SnapshotDialog
 
@@ -107,7 +107,7 @@ class TuiTrainerApp(App[int]):
         session: Session | None = None,
         *,
         ascii: bool = False,
-        start_mode: str = "dashboard",
+        start_mode: ScreenMode = "dashboard",
         on_launch: OnLaunch | None = None,
         frames_per_second: float | None = None,
         theme_name: str = theme.DARK.name,
@@ -143,8 +143,8 @@ class TuiTrainerApp(App[int]):
         self.inspected_rank = 0
         self.on_launch = on_launch
         self.status_message = ""
-        self.help_for = start_mode if start_mode != "help" else "dashboard"
-        self.learn_from = ""
+        self.help_for: ScreenMode = start_mode if start_mode != "help" else "dashboard"
+        self.learn_from: ScreenMode | Literal[""] = ""
         self.lesson = lesson
         self._message = message
         self.guided_runs = GuidedRuns(self)
@@ -348,15 +348,16 @@ class TuiTrainerApp(App[int]):
 
     # ------------------------------------------------------------ screens
 
-    def action_go(self, mode: str) -> None:
+    def action_go(self, mode: ScreenMode) -> None:
         """Switch to another screen."""
-        if mode == "help" and self.current_mode != "help":
-            self.help_for = self.current_mode
+        current = cast(ScreenMode, self.current_mode)
+        if mode == "help" and current != "help":
+            self.help_for = current
             self.lessons = lessons_for(self.screen, self.snapshot.status)
         if mode == "learn":
-            origin = self.help_for if self.current_mode == "help" else self.current_mode
+            origin = self.help_for if current == "help" else current
             self.learn_from = self.learn_from if origin == "learn" else origin
-        if mode != self.current_mode:
+        if mode != current:
             self.switch_mode(mode)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
@@ -527,7 +528,7 @@ def run_app(
     session: Session | None,
     *,
     ascii: bool = False,
-    start_mode: str = "dashboard",
+    start_mode: ScreenMode = "dashboard",
     on_launch: OnLaunch | None = None,
     slow_link: bool = False,
     ends_with_app: bool = False,

@@ -25,6 +25,7 @@ from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.command_palette import ActionProvider
 from tui_trainer.ui.panels.runs import DifferenceDetail, DifferencesTable, Legend, OverlayChart
 from tui_trainer.ui.reader_thread import ReaderThread
+from tui_trainer.ui.screens import ScreenMode
 from tui_trainer.ui.screens.base import MIN_SIZE, FoldingScreen, RunScreen
 from tui_trainer.ui.theme import initial_theme
 from tui_trainer.ui.widgets.key_line import KeyLine, TooSmall
@@ -243,7 +244,7 @@ class CompareApp(TuiTrainerApp):
             return False
         return super().check_action(action, parameters)
 
-    def action_go(self, mode: str) -> None:
+    def action_go(self, mode: ScreenMode) -> None:
         """Switch the screen; where others return to the dashboard, return to the comparison."""
         super().action_go("compare" if mode == "dashboard" else mode)
 

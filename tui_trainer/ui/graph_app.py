@@ -36,6 +36,7 @@ from tui_trainer.ui.panels.scalar_graph.graph_view import (
     graph_height,
 )
 from tui_trainer.ui.panels.scalar_graph.state import GraphState
+from tui_trainer.ui.screens import ScreenMode
 from tui_trainer.ui.screens.base import MIN_SIZE, FoldingScreen, RunScreen
 from tui_trainer.ui.theme import initial_theme
 from tui_trainer.ui.widgets.key_line import KeyLine, TooSmall
@@ -432,7 +433,7 @@ class GraphApp(TuiTrainerApp):
             return False
         return super().check_action(action, parameters)
 
-    def action_go(self, mode: str) -> None:
+    def action_go(self, mode: ScreenMode) -> None:
         """Switch the screen; where others return to the dashboard, return to the graph."""
         super().action_go("graph" if mode == "dashboard" else mode)
 

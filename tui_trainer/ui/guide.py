@@ -30,7 +30,7 @@ from tui_trainer.protocol.schema import SCRIPT
 from tui_trainer.protocol.text import wrap
 from tui_trainer.runs.launch import LaunchError, LaunchRequest
 from tui_trainer.ui.panels.base import Panel
-from tui_trainer.ui.screens import SCREENS, AppContext, app_context
+from tui_trainer.ui.screens import SCREENS, AppContext, ScreenMode, app_context
 from tui_trainer.ui.screens.dialogs import SnapshotDialog
 from tui_trainer.ui.widgets.lines import Row
 
@@ -57,7 +57,7 @@ def stage_of(snapshot: Snapshot, demo: Demo, cured: bool) -> Stage:
     return "ready" if status.state == "paused" and not status.step else "watch"
 
 
-def screen_named(mode: str) -> str:
+def screen_named(mode: ScreenMode) -> str:
     """`Dashboard (1)`: a screen with its key."""
     entry = next(entry for entry in SCREENS if entry.mode == mode)
     return f"{entry.title} ({entry.key})"

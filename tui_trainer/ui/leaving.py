@@ -25,7 +25,7 @@ from tui_trainer.runs.errors import RunError
 from tui_trainer.runs.liveness import RunEntry
 from tui_trainer.runs.registry import list_runs
 from tui_trainer.ui.screens import AppContext
-from tui_trainer.ui.screens.dialogs import QuitDialog
+from tui_trainer.ui.screens.dialogs import QuitChoice, QuitDialog
 
 MAX_OTHERS = 3
 """Runs that are offered for a comparison."""
@@ -169,7 +169,7 @@ class Leaving:
         no_run = self._context.session is None or status.ended
         return no_run or link.state != "live" or link.read_only
 
-    def _answered(self, command: tuple[str, ...], choice: str | None) -> None:
+    def _answered(self, command: tuple[str, ...], choice: QuitChoice | None) -> None:
         if choice is not None:
             Leaving.next_command = command
         if choice == "detach":

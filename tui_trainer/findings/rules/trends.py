@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,8 @@ from tui_trainer.findings.observation import Observation
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, evidence
 from tui_trainer.findings.rules.loss import NoProgress
 from tui_trainer.protocol.formatting import counted
+
+TrendQuantity = Literal["loss", "gradient norm"]
 
 
 class LossPlateau(Rule):
@@ -154,7 +157,7 @@ class OverflowAhead(Rule):
     """Logarithm of the largest float32 or bfloat16."""
 
     def start(self) -> None:
-        self._series: dict[str, deque[tuple[int, float]]] = {
+        self._series: dict[TrendQuantity, deque[tuple[int, float]]] = {
             "loss": deque(maxlen=self.STEPS),
             "gradient norm": deque(maxlen=self.STEPS),
         }
@@ -167,7 +170,11 @@ class OverflowAhead(Rule):
         if seen.nonfinite:
             self._done = True  # too late to announce it
             return
-        for quantity, value in (("loss", seen.loss), ("gradient norm", seen.gradient_norm)):
+        values: dict[TrendQuantity, float | None] = {
+            "loss": seen.loss,
+            "gradient norm": seen.gradient_norm,
+        }
+        for quantity, value in values.items():
             series = self._series[quantity]
             if value is None or not math.isfinite(value) or value <= 0:
                 series.clear()
@@ -183,7 +190,9 @@ class OverflowAhead(Rule):
                 yield found
                 return
 
-    def _found(self, quantity: str, value: float, series: NDArray[np.float64]) -> Found | None:
+    def _found(
+        self, quantity: TrendQuantity, value: float, series: NDArray[np.float64]
+    ) -> Found | None:
         steps, logs = series[:, 0], series[:, 1]
         changes = np.diff(logs)
         if int((changes > 0).sum()) < self.RISES:

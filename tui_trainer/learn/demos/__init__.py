@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 from tui_trainer.learn.page import TEXTS
 from tui_trainer.protocol.schema import RunInfo
@@ -23,7 +24,7 @@ class Demo:
     """One guided run."""
 
     name: str
-    screen: str
+    screen: Literal["dashboard", "attention", "parameters", "log", "findings"]
     """The screen to watch: a mode of the app."""
     rule: str
     """The rule whose finding names the fault."""

@@ -19,6 +19,7 @@ from tui_trainer.comparison.compared_runs import (
     ComparedValue,
     ComparedValues,
     Divergence,
+    SeriesName,
 )
 from tui_trainer.protocol import formatting
 from tui_trainer.protocol.schema import Scalar
@@ -59,7 +60,7 @@ class OverlayChart(LineView):
 
     def __init__(
         self,
-        series: str,
+        series: SeriesName,
         runs: Sequence[ComparedRun],
         read: Callable[[OverlayChart, int, bool], None],
     ) -> None:

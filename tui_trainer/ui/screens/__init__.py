@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 from textual.dom import DOMNode
 from textual.screen import Screen
@@ -16,12 +16,32 @@ from tui_trainer.protocol.actions import Action
 from tui_trainer.protocol.inspection import Inspected, InspectionRequest, TensorRef
 from tui_trainer.ui.widgets.lines import DrawingContext
 
+ScreenMode = Literal[
+    "dashboard",
+    "attention",
+    "parameters",
+    "samples",
+    "log",
+    "help",
+    "findings",
+    "ranks",
+    "inspect",
+    "autograd",
+    "start",
+    "learn",
+    "attention_layer",
+    "parameter_groups",
+    "compare",
+    "graph",
+]
+"""The name of a screen: for Textual a mode, except of those that are opened over others."""
+
 
 @dataclass(frozen=True)
 class ScreenEntry:
     """One screen of the app."""
 
-    mode: str
+    mode: ScreenMode
     key: str
     title: str
     target: str
@@ -126,9 +146,9 @@ class AppContext(DrawingContext, Protocol):
     on_launch: OnLaunch | None
     """Starts a run from the start screen; None where nothing can be started."""
 
-    help_for: str
+    help_for: ScreenMode
     """The screen that the help was opened from."""
-    learn_from: str
+    learn_from: ScreenMode | Literal[""]
     """The screen that the pages were opened from; "" where the app began with them."""
     lesson: str
     """The page to open when the pages are shown next; "" for the list."""
@@ -184,7 +204,7 @@ class AppContext(DrawingContext, Protocol):
     def ask_next(self) -> None:
         """Offer what can be done with a run that has ended."""
 
-    def action_go(self, mode: str) -> None:
+    def action_go(self, mode: ScreenMode) -> None:
         """Switch to the screen of `mode`."""
 
     def screen_resumed(self, screen: Screen[Any]) -> None:

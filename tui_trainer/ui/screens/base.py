@@ -23,7 +23,7 @@ from tui_trainer.ui.panels.base import Panel
 from tui_trainer.ui.panels.findings import STYLES as FINDING_STYLES
 from tui_trainer.ui.panels.findings import FindingLine, warnings_of
 from tui_trainer.ui.panels.header import HeaderLine
-from tui_trainer.ui.screens import SCREENS, AppContext, ScreenEntry, app_context
+from tui_trainer.ui.screens import SCREENS, AppContext, ScreenEntry, ScreenMode, app_context
 from tui_trainer.ui.screens.dialogs import NumberPrompt, TextPrompt
 from tui_trainer.ui.widgets.key_line import KeyLine, TooSmall
 from tui_trainer.ui.widgets.lines import Row, Span
@@ -134,7 +134,7 @@ class ScreenTabs(Panel):
 
     def __init__(self) -> None:
         super().__init__()
-        self._ranges: list[tuple[int, int, str]] = []
+        self._ranges: list[tuple[int, int, ScreenMode]] = []
         """(start, stop, mode) of the cells of each tab."""
         self._warnings: Sequence[Finding] = ()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal, cast
 
 from rich.cells import cell_len
 from textual.app import ComposeResult
@@ -88,8 +88,11 @@ class TextPrompt(ModalScreen[str | None]):
         self.dismiss(event.value.strip() or None)
 
 
-class QuitDialog(ModalScreen[str | None]):
-    """Asks what to do with a live run: `detach`, `stop`, `checkpoint` or None (stay)."""
+QuitChoice = Literal["detach", "stop", "checkpoint"]
+
+
+class QuitDialog(ModalScreen[QuitChoice | None]):
+    """Asks what to do with a live run; None: stay."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "dismiss(None)", "Stay", id="quit.stay", tooltip="Stay in the app"),
@@ -129,10 +132,10 @@ class QuitDialog(ModalScreen[str | None]):
             yield Static("[dim]enter: choose, escape: stay[/dim]")
 
     def action_default(self) -> None:
-        self.dismiss(self.choices[0][0])
+        self.dismiss(cast(QuitChoice, self.choices[0][0]))
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
-        self.dismiss(event.option.id)
+        self.dismiss(cast(QuitChoice, event.option.id))
 
 
 MAX_MATCHES = 200

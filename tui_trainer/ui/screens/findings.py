@@ -17,12 +17,13 @@ from tui_trainer.protocol.events import Evidence, Finding, newest_findings
 from tui_trainer.protocol.formatting import count, counted
 from tui_trainer.ui.panels.base import placeholder_message
 from tui_trainer.ui.panels.findings import STYLES, EvidenceChart, FindingDetail
+from tui_trainer.ui.screens import ScreenMode
 from tui_trainer.ui.screens.base import CONTROL_BINDINGS, DetailScreen, RunScreen
 from tui_trainer.ui.widgets.caption import Caption, Placeholder
 from tui_trainer.ui.widgets.lines import Span
 from tui_trainer.ui.widgets.table import Cell, TableColumn, VirtualTable
 
-SCREEN_OF_TABLE = {
+SCREEN_OF_TABLE: dict[str, ScreenMode] = {
     "grad_norm": "parameters",
     "weight_norm": "parameters",
     "update_ratio": "parameters",
