@@ -138,6 +138,52 @@ def test_the_run_stands_at_the_step_and_the_phase(
             assert stop[3] == parameter
 
 
+@pytest.mark.parametrize(
+    ("condition", "expected"),
+    [
+        ("nonfinite", [6]),
+        ("nonfinite and step > 2", [6]),
+        ('finding("non-finite")', [6, 6]),  # becomes an error after ten
+        ('finding(level="error")', [6]),
+        ("step == 6 or loss > 0", [1, 2, 3, 4, 5]),
+    ],
+)
+def test_a_nan_loss_behind_a_grad_scaler_stops_in_the_iteration_that_it_skips(
+    tmp_path: Path, condition: str, expected: list[int]
+) -> None:
+    run = Run(tmp_path, condition)
+    gradients: list[tuple[str, bool]] = []
+    changed = run.gate.hooks.changed
+
+    def look() -> None:
+        if run.gate.mode == "paused":
+            held = bool(model[0].weight.grad is not None and model[0].weight.grad.isnan().any())
+            gradients.append((run.gate.phase, held))
+        changed()
+
+    run.gate.hooks.changed = look
+    with Tracer(run.recorder, run.gate, PROBES):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.001)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+        for iteration in range(1, 19):
+            optimizer.zero_grad()
+            inputs = torch.randn(16, 4)
+            loss = (model(inputs) - inputs.sum(1, keepdim=True)).square().mean()
+            if iteration > 5:
+                loss = loss * float("nan")
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    run.recorder.close()
+    assert [step for _, step, _, _ in run.stops] == expected
+    if 6 in expected:
+        assert set(gradients) == {("backward", True)}
+        skipped = "GradScaler skipped this iteration)"
+        assert all("paused after backward at" in n and n.endswith(skipped) for n in run.notices())
+
+
 def test_hits_are_counted_ignored_and_once(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.breakpoints.add("step % 5 == 0", ignore=2)

@@ -22,13 +22,14 @@ from tui_trainer.breakpoints.quantities import (
     ObservedValues,
     PastStepContext,
     RecordedRun,
+    SkippedContext,
     choose,
     forget_old,
     levels,
     names_of,
     nothing_matches,
 )
-from tui_trainer.history.records import Floats, StepRecord
+from tui_trainer.history.records import Floats, SkipRecord, StepRecord
 from tui_trainer.protocol import Phase, schema
 from tui_trainer.protocol.errors import UserError
 from tui_trainer.protocol.events import Level, NoticeKind
@@ -89,7 +90,7 @@ class _Active:
 class Breakpoints:
     """The breakpoints of one run.
 
-    `reached`, `observe` and `logged` are called on the training thread; the controls, which raise
+    `reached`, `skipped`, `observe` and `logged` are called on the training thread; the controls, which raise
     BreakpointError, on any.
     """
 
@@ -219,6 +220,10 @@ class Breakpoints:
         """Take the record of a completed step."""
         self._values.observe(record, self._run)
 
+    def observe_skip(self, record: SkipRecord) -> None:
+        """Take the record of an iteration without a step."""
+        self._values.skip = record
+
     def logged(self, values: Mapping[str, float], table: str = schema.LOGGED) -> None:
         """Take values that the script has logged, or the results of an evaluation."""
         self._values.log(values, table)
@@ -233,10 +238,30 @@ class Breakpoints:
     def reached(self, phase: Phase, step: int) -> bool:
         """Evaluate the conditions of `phase`; returns whether the run has to pause. Never raises an
         Exception."""
+        context = LiveContext(phase, step, self._values, self.live, self._run)
+        return self._check(self._plans.get(phase, ()), context, phase, step)
+
+    def skipped(self, phase: Phase, step: int) -> bool:
+        """A GradScaler has skipped the iteration whose last phase was `phase`: evaluate the
+        conditions of the end of a step that it can meet; returns whether the run has to pause."""
+        active = [each for each in self._plans.get("step", ()) if each.expression.skips]
+        if not active:
+            return False
+        context = SkippedContext("step", step, self._values, self.live, self._run)
+        return self._check(active, context, phase, step, "GradScaler skipped this iteration")
+
+    def _check(
+        self,
+        conditions: Iterable[_Active],
+        context: LiveContext,
+        phase: Phase,
+        step: int,
+        remark: str = "",
+    ) -> bool:
+        """`remark`: follows the values that met a condition."""
         stop: BreakpointStop | None = None
         fired: list[_Active] = []
-        context = LiveContext(phase, step, self._values, self.live, self._run)
-        for active in self._plans.get(phase, ()):
+        for active in conditions:
             context.logged_before = active.logged_before
             try:
                 outcome = self._evaluate(active, context)
@@ -260,7 +285,7 @@ class Breakpoints:
                 continue
             fired.append(active)
             place = next((r for r in outcome.matched if r.parameter or r.table), MatchedValue(""))
-            hit = BreakpointStop(active.number, active.expression.text, step, phase, outcome.text,
+            hit = BreakpointStop(active.number, active.expression.text, step, phase, "; ".join(filter(None, (outcome.text, remark))),
                                  "" if active.expression.ranks else place.parameter,
                                  place.table)  # fmt: skip
             if not active.log_only:

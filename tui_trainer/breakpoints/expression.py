@@ -116,6 +116,8 @@ class Expression:
     """The tables that it reads."""
     findings: bool = False
     """Whether it reads findings."""
+    skips: bool = False
+    """Whether an iteration that a GradScaler skips, which has no step, can meet it."""
     ranks: tuple[tuple[int | None, int, int], ...] = ()
     """Each rank that it reads (None: any), with the start and end of its place in the text. It is
     then evaluated for steps that all processes have ended."""
@@ -186,6 +188,7 @@ def _compiled(text: str, condition: str, phase: Phase) -> Expression:
         phase,
         frozenset(compiler.tables),
         compiler.findings,
+        phase == "step" and (compiler.findings or compiler.nonfinite),
         tuple(compiler.ranks),
         tuple(compiler.selectors),
         compiled,
@@ -240,6 +243,7 @@ class _Compiler:
         self._phase: Phase = phase
         self.tables: set[str] = set()
         self.findings = False
+        self.nonfinite = False
         self.ranks: list[tuple[int | None, int, int]] = []
         self._not_with_ranks: tuple[str, ast.expr] | None = None
         self.selectors: list[tuple[ConditionQuantity, Selector, int, int]] = []
@@ -354,6 +358,7 @@ class _Compiler:
             self._not_with_ranks = self._not_with_ranks or (name, node)
         if name == NONFINITE:
             self._check_phase(node, NONFINITE, "loss")
+            self.nonfinite = True
             return Compiled("truth", reported(lambda context: context.nonfinite()))
         quantity = SCALARS.get(name)
         if quantity is None:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tui_trainer.breakpoints.compiled import ColumnValues, ConditionQuantity, MatchedValue, Selector
-from tui_trainer.history.records import Floats, StepRecord
+from tui_trainer.history.records import Floats, SkipRecord, StepRecord
 from tui_trainer.protocol import PHASES, Phase, schema
 from tui_trainer.protocol.absent import absent_mask, why_absent
 from tui_trainer.protocol.errors import UserError
@@ -155,6 +155,8 @@ class ObservedValues:
     """Quantities that were not finite in the newest step."""
     newly_broken: str = ""
     broken_parameter: str = ""
+    skip: SkipRecord | None = None
+    """The newest iteration that had no step."""
     broken_within: dict[Phase, bool] = field(default_factory=dict)
     """Phase → whether a value was not finite there in the last step."""
     numbers: dict[tuple[str, str], tuple[int, float]] = field(default_factory=dict)
@@ -378,6 +380,26 @@ class LiveContext:
 
     def ranks(self, column: str) -> ColumnValues | None:
         return None  # see PastStepContext
+
+
+class SkippedContext(LiveContext):
+    """The end of an iteration that a GradScaler has skipped. Of its values only a loss that is not
+    finite is known: gradients that overflow are part of the search for a loss scale."""
+
+    def number(self, name: str) -> float | None:
+        return None
+
+    def several(self, quantity: ConditionQuantity, selector: Selector) -> ColumnValues | None:
+        return None
+
+    def nonfinite(self) -> MatchedValue | None:
+        self.finish()
+        skip = self._values.skip
+        if skip is not None and skip.step == self.step:
+            for found in skip.nonfinite:
+                if found.quantity == "loss":
+                    return MatchedValue(f"loss {found.value}", table=schema.STEP)
+        return None
 
 
 class PastStepContext:

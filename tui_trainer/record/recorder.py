@@ -81,6 +81,8 @@ class Recorder:
         self._regular_calls: list[Callable[[], None]] = []
         self.on_record: Callable[[StepRecord], None] | None = None
         """Called with every step before it is queued, mostly on the training thread."""
+        self.on_skip: Callable[[SkipRecord], None] | None = None
+        """The same with every skipped iteration."""
         self.repeating_until = -1
         """Steps up to this one are recorded already: the training was rewound and repeats them.
         Set by `rewind`."""
@@ -145,6 +147,8 @@ class Recorder:
         """Record an iteration whose gradients no optimizer used."""
         if record.step <= self.repeating_until:
             return
+        if self.on_skip is not None:
+            self.on_skip(record)
         if len(self._queue) >= self._capacity:
             self._dropped += 1
             return

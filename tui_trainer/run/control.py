@@ -86,6 +86,7 @@ class RunBreakpoints:
         self._gate.break_phases = breakpoints.phases
         self._recorder.needed_tables = breakpoints.tables
         self._recorder.on_record = breakpoints.observe if breakpoints.phases else None
+        self._recorder.on_skip = breakpoints.observe_skip if breakpoints.phases else None
 
 
 if TYPE_CHECKING:

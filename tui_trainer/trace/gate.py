@@ -158,6 +158,7 @@ class Gate:
         self._hold: Boundary | None = None
         self._rate: float | None = None
         self._next_step_at = 0.0
+        self._skipped_at: Boundary | None = None
 
     # ------------------------------------------------------------ state, for any thread
 
@@ -436,6 +437,20 @@ class Gate:
             return
         if not (self._stopping or self._ended):
             self._call_hook(self.hooks.breakpoint_reached or self.pause)
+
+    def iteration_skipped(self) -> None:
+        """A GradScaler has skipped the step after the last boundary. Waits there, with the
+        gradients still in place, if a condition of the end of the step is met."""
+        phase, step = self.phase, self.step_in_progress
+        if self.breakpoints is None or "step" not in self.break_phases or self.ignores_breakpoints:
+            return
+        if phase in ("", "step") or self._skipped_at == self.boundary:
+            return  # skipped for a further optimizer
+        self._skipped_at = self.boundary
+        if self.breakpoints.skipped(phase, step) and not (self._stopping or self._ended):
+            self._call_hook(self.hooks.breakpoint_reached or self.pause)
+            if self.armed:
+                self._enter(phase, step)
 
     def _enter(self, phase: Phase, step: int) -> None:
         began = time.perf_counter()

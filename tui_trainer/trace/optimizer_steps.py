@@ -241,12 +241,14 @@ class OptimizerSteps:
 
     def step_skipped(self, optimizer: Optimizer) -> None:
         """A GradScaler did not call `optimizer.step`."""
-        self._skip_step(optimizer)
+        if self._skip_step(optimizer) and self._gate.break_phases:
+            self._phases.iteration_skipped()
         if self.faults.given_up:
             self._resume(False)
 
     @guarded
-    def _skip_step(self, optimizer: Optimizer) -> None:
+    def _skip_step(self, optimizer: Optimizer) -> bool:
+        """Returns whether gradients were waiting."""
         measurer = self._registry.measurer_for(unwrapped_optimizer(optimizer))
         self._phases.stop_clock()
         self._waiting.take_unseen()
@@ -259,6 +261,7 @@ class OptimizerSteps:
             backward.used, backward.lost = True, [knowledge]
         self._waiting.skip(passes, "scaler")
         self._phases.resume_clock()
+        return bool(passes)
 
 
 def _are_mixed(passes: Sequence[BackwardPass]) -> bool:

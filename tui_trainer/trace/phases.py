@@ -395,6 +395,21 @@ class Phases:
             if self._reporter.holds_tensors:
                 self._reporter.release()
 
+    def iteration_skipped(self) -> None:
+        """A GradScaler has skipped the step: pause if a breakpoint is met."""
+        self._clock.switch(TRACING)
+        self._in_gate = True
+        idle = self._gate.idle_s
+        try:
+            with torch.enable_grad():
+                self._gate.iteration_skipped()
+        finally:
+            self._in_gate = False
+            self._clock.discount(self._gate.idle_s - idle)
+            if self._reporter.holds_tensors:
+                self._reporter.release()
+            self.resume_clock()
+
     def stop_clock(self) -> None:
         """The time from here is ours."""
         now = self._clock.switch(TRACING)
