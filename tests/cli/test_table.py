@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from rich.console import Console
 from rich.text import Text
 
+from tui_trainer.cli.run_summary import hanging
 from tui_trainer.cli.table import columns, new_table, table_lines
 
 
@@ -31,3 +33,13 @@ def test_columns_keep_their_least_width():
     table.add_row(Text("loss"), Text("1.5"))
     (line,) = table_lines(table)
     assert line.plain == "loss       1.5"
+
+
+def test_a_line_that_is_too_long_goes_on_under_its_text():
+    line = Text.assemble(("step 61  ", "dim"), "gradient became nan in a.weight, seen at step 61")
+    rows = hanging(line, 9, Console(width=42))
+    assert [row.plain for row in rows] == [
+        "step 61  gradient became nan in a.weight,",
+        "         seen at step 61",
+    ]
+    assert hanging(line, 9, Console(width=80)) == [line]

@@ -177,3 +177,24 @@ async def test_a_key_goes_back_to_the_step_before_and_breaks_at_the_finding():
         await pilot.press("B")
         await settle(pilot)
         assert session.sent == [Back(119, break_at="step == 120 at backward")]
+
+
+@pytest.mark.parametrize("others", [0, 2])
+async def test_a_narrow_line_and_the_table_name_the_cause_and_its_place(others):
+    session = fake_gpt(300)
+    origin = "`log` (train.py:7) produced it from finite numbers; it was 0.75 at step 124"
+    finding(session, 0, level="error", title="nan or inf", rule="non-finite", onset=125,
+            text=f"the loss became nan: {origin}", parameters=(), phase="loss")  # fmt: skip
+    for number in range(1, others + 1):
+        finding(session, number)
+    app = app_on("dashboard", session)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await frame(pilot)
+        line = text_of(app).splitlines()[2]
+        assert "nan or inf, since step 125: `log` (train.py:7) produced" in line
+        assert line.rstrip().endswith("8 shows 3" if others else "8 shows it")
+        await pilot.press(FINDINGS_KEY)
+        await until(pilot, lambda: app.current_mode == "findings", "the findings")
+        await frame(pilot)
+        row = next(each for each in text_of(app).splitlines() if each.startswith(" error"))
+        assert row.split() == ["error", "125", "nan", "or", "inf", "train.py:7"]

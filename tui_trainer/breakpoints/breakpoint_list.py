@@ -90,8 +90,8 @@ class _Active:
 class Breakpoints:
     """The breakpoints of one run.
 
-    `reached`, `skipped`, `observe` and `logged` are called on the training thread; the controls, which raise
-    BreakpointError, on any.
+    `reached`, `skipped`, `observe` and `logged` are called on the training thread; the controls,
+    which raise BreakpointError, on any.
     """
 
     def __init__(self, run: BreakpointHost) -> None:
@@ -285,7 +285,8 @@ class Breakpoints:
                 continue
             fired.append(active)
             place = next((r for r in outcome.matched if r.parameter or r.table), MatchedValue(""))
-            hit = BreakpointStop(active.number, active.expression.text, step, phase, "; ".join(filter(None, (outcome.text, remark))),
+            values = "; ".join(filter(None, (outcome.text, remark)))
+            hit = BreakpointStop(active.number, active.expression.text, step, phase, values,
                                  "" if active.expression.ranks else place.parameter,
                                  place.table)  # fmt: skip
             if not active.log_only:

@@ -16,7 +16,7 @@ from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from tui_trainer.cli.commands.ls import STYLES, RunOverview, overview_of
-from tui_trainer.cli.table import columns, new_table, table_lines
+from tui_trainer.cli.table import GAP, columns, new_table, table_lines
 from tui_trainer.cli.text_chart import TextCurve, text_chart
 from tui_trainer.client.connection import RunClient
 from tui_trainer.client.replay import ReplaySession
@@ -383,17 +383,33 @@ def picture(summary: RunSummary, console: Console) -> RenderableType:
     curve = summary.loss_curve
     chart = TextCurve(curve.steps, curve.low, curve.high, marker)
     lines += map(Text, text_chart([chart], min(CHART_WIDTH, console.width), CHART_HEIGHT))
-    lines += _value_lines(values[1:], least)
+    indent = sum(least) + 2 * GAP
+    lines += [part for line in _value_lines(values[1:], least)
+              for part in hanging(line, indent, console)]  # fmt: skip
     lines += _attention_lines(summary.attention)
     lines += [_rank_line(rank) for rank in summary.ranks]
     if summary.findings:
-        lines += finding_lines(summary.findings)
+        for line in finding_lines(summary.findings):
+            lines += hanging(line, 8, console)
     elif run.step:
         lines.append(Text("no findings", "dim"))
     shown = [event for event in summary.events if not isinstance(event, Finding)]
-    lines += [_event_line(event) for event in _shown_events(shown, NEWEST_EVENTS)]
+    for event in _shown_events(shown, NEWEST_EVENTS):
+        lines += hanging(_event_line(event), len(f"step {event.step:,}  "), console)
     lines.append(Text(run.directory, "dim"))
     return Group(*lines)
+
+
+def hanging(line: Text, indent: int, console: Console) -> list[Text]:
+    """`line` in the width of `console`, its further rows indented by `indent` cells."""
+    width = console.width - indent
+    if cell_len(line.plain) <= console.width or width < 20:
+        return [line]
+    first, rest = line.divide([indent])
+    rows = list(rest.wrap(console, width))
+    for row in rows:
+        row.rstrip()
+    return [first + rows[0], *(Text(" " * indent) + row for row in rows[1:])]
 
 
 def _rank_line(rank: RankSummary) -> Text:

@@ -444,8 +444,8 @@ class Gate:
         phase, step = self.phase, self.step_in_progress
         if self.breakpoints is None or "step" not in self.break_phases or self.ignores_breakpoints:
             return
-        if phase in ("", "step") or self._skipped_at == self.boundary:
-            return  # skipped for a further optimizer
+        if phase == "" or phase == "step" or self._skipped_at == self.boundary:
+            return  # the latter for a further optimizer
         self._skipped_at = self.boundary
         if self.breakpoints.skipped(phase, step) and not (self._stopping or self._ended):
             self._call_hook(self.hooks.breakpoint_reached or self.pause)

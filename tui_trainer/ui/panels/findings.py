@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -36,6 +37,22 @@ def warnings_of(snapshot: Snapshot) -> list[Finding]:
     return [finding for finding in found if finding.cause is None and finding.level != "info"]
 
 
+PLACE = re.compile(r"[\w./\\-]+\.py:\d+")
+
+
+def place_of(finding: Finding) -> str:
+    """The line of the source that the text of a finding names, such as `train.py:7`."""
+    found = PLACE.search(finding.text)
+    return found.group() if found is not None else ""
+
+
+def cause_of(finding: Finding) -> str:
+    """The part of a finding's text that says what caused it, such as `` `log` (train.py:7)
+    produced it from finite numbers``; "" where it does not name a line of the source."""
+    what, colon, cause = finding.text.partition(": ")
+    return cause if colon and PLACE.search(cause) and not PLACE.search(what) else ""
+
+
 class FindingLine(Panel):
     """The worst finding with the key of the findings screen; hidden while nothing is wrong."""
 
@@ -59,13 +76,19 @@ class FindingLine(Panel):
             return [[]]
         worst, others = self._causes[0], len(self._causes) - 1
         style = STYLES[worst.level]
-        more = f"  and {others} more" if others else ""
-        key = f"{FINDINGS_KEY} shows it" if not others else f"{FINDINGS_KEY} shows them"
+        narrow = size.width < 100
+        more = f"  and {others} more" if others and not narrow else ""
+        key = f"{FINDINGS_KEY} shows {'them' if others else 'it'}"
+        if others and narrow:
+            key = f"{FINDINGS_KEY} shows {others + 1}"
         start = f" {self.glyphs.failed} {worst.title}, since step {worst.onset:,}"
         room = size.width - cell_len(start) - cell_len(more) - cell_len(key) - 4
         row = self.styled([(start, f"{style} bold")])
         if room > 16:
-            text = truncate(worst.text, room - 2, self.glyphs.ellipsis)
+            text = worst.text
+            if cell_len(text) > room - 2:
+                text = cause_of(worst) or text
+            text = truncate(text, room - 2, self.glyphs.ellipsis)
             row += self.styled([(f": {text}", "text")])
         row += self.styled([(more, "dim")])
         gap = size.width - sum(cell_len(segment.text) for segment in row) - cell_len(key) - 1

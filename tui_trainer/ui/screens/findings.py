@@ -16,7 +16,7 @@ from tui_trainer.protocol.actions import Back
 from tui_trainer.protocol.events import Evidence, Finding, newest_findings
 from tui_trainer.protocol.formatting import count, counted
 from tui_trainer.ui.panels.base import placeholder_message
-from tui_trainer.ui.panels.findings import STYLES, EvidenceChart, FindingDetail
+from tui_trainer.ui.panels.findings import STYLES, EvidenceChart, FindingDetail, place_of
 from tui_trainer.ui.screens import ScreenMode
 from tui_trainer.ui.screens.base import CONTROL_BINDINGS, DetailScreen, RunScreen
 from tui_trainer.ui.widgets.caption import Caption, Placeholder
@@ -95,10 +95,12 @@ class FindingsTable(VirtualTable):
 
     def _where(self, row: int) -> str:
         finding = self.findings[row]
+        place = place_of(finding)
         if not finding.parameters:
-            return finding.phase
+            return place or finding.phase
         more = len(finding.parameters) - 1
-        return finding.parameters[0] + (f" +{more}" if more else "")
+        name = finding.parameters[0] + (f" +{more}" if more else "")
+        return f"{place} {name}" if place else name
 
 
 class FindingsScreen(DetailScreen):
