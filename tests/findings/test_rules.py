@@ -856,6 +856,19 @@ def test_gradients_that_are_zeroed_now_and_then_are_not_called_never_zeroed():
     assert "not called in every step" in found.text
 
 
+def test_gradients_that_are_zeroed_in_every_second_step_are_a_note():
+    run = Run()
+    for number in range(1, 20):
+        run.step(signs=["kept_gradients"] if number % 2 == 0 else [])
+    found = run.found["gradients-kept"]
+    assert (found.level, found.onset) == ("info", 2)
+    assert "in every second step only" in found.text
+    apart = Run()
+    for number in range(1, 40):
+        apart.step(signs=["kept_gradients"] if number % 3 == 0 else [])
+    assert "gradients-kept" not in apart.found
+
+
 def test_gradients_that_were_zeroed_until_some_step_are_described_so():
     run = Run()
     for number in range(1, 20):
@@ -893,6 +906,9 @@ def test_advice_names_the_operation_that_was_found(operation):
         nonfinite=[("loss", "", "nan", 1)],
         producer=Producer("operation", "", "", operation, "train.py:7"),
     )
+    measured = run.found["non-finite"].evidence[0]
+    assert measured.text == "nan, healthy: finite"
+    assert (measured.value, measured.low, measured.high) == (None, None, None)
     advice = run.found["non-finite"].advice
     assert advice.startswith(f"look at what `{operation}` at train.py:7 is given")
     assert "learning rate" not in advice
@@ -946,6 +962,22 @@ def test_constant_inputs_explain_their_symptoms():
         run.step(gradients=[0.0] + [0.3] * 7, batch=BatchRecord((tensor,), "", 0))
     assert {"zero-gradients", "same-batch"} <= set(run.found)
     assert run.causes == ["constant-inputs"]
+
+
+@pytest.mark.parametrize(
+    ("highest", "mean", "std", "bytes_"),
+    [(254.0, 125.0, 73.0, True), (0.996, 0.49, 0.29, None), (241.5, 125.0, 73.0, False)],
+)
+def test_bytes_that_nothing_has_divided_are_named(highest, mean, std, bytes_):
+    run = Run()
+    given = BatchTensor(
+        "first layer", "Linear", (32, 64), "float", 0, 0.0, highest, mean, std, False, 1, 0
+    )
+    for _ in range(5):
+        run.step(batch=BatchRecord((given,), "", 0))
+    assert ("input-scale" in run.found) == (bytes_ is not None)
+    if bytes_ is not None:
+        assert ("bytes" in run.found["input-scale"].text) == bytes_
 
 
 @pytest.mark.parametrize(("highest", "judged"), [(0.11, False), (0.0039, True)])

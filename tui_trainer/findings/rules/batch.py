@@ -70,11 +70,16 @@ class InputScale(BatchRule):
         if not self.persists(large or small, seen.step):
             return
         whole = any(each.kind != "float" for each in batch.with_role("input"))
+        pixels = first.low == 0 and 128 <= first.high <= 255 and first.high == int(first.high)
         yield Found(
             self.streak.onset,
             f"the first layer is given numbers from {first.low:.4g} to {first.high:.4g} (mean "
             f"{first.mean:.3g}, standard deviation {first.std:.3g})"
-            + (", converted from integers" if whole else ""),
+            + (", converted from integers" if whole else "")
+            + (": bytes, such as pixels, that nothing has divided by 255" if pixels else ""),
+            advice="divide by 255 where the bytes become floats, before the mean is subtracted"
+            if pixels
+            else "",
             phase="data",
             evidence=(
                 evidence("scale of the inputs", scale, self.limits["low"], self.limits["high"]),

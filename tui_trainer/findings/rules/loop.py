@@ -21,17 +21,23 @@ class GradientsKept(Rule):
         "backward() adds to the gradients that are already there. Here the first backward of a "
         "step found the gradients that the previous step had used, unchanged: nothing zeroed, "
         "scaled or replaced them in between. Every update then follows the sum of all gradients "
-        "since they were last zeroed, like a momentum of 1."
+        "since they were last zeroed, like a momentum of 1. Where only every second step does, it "
+        "is a note: one batch of two counts twice, which is no accumulation of gradients."
     )
     advice = "call optimizer.zero_grad() once per step, before backward (or after optimizer.step())"
     source = (
         "PyTorch's optimization tutorial; missing zero_grad is a silent error of TrainCheck "
         "(Jiang et al., OSDI 2025) and DeepDiagnosis (Wardat et al., ICSE 2022)"
     )
-    thresholds = (RuleThreshold("steps", 2, "steps in a row that started with used gradients"),)
+    thresholds = (
+        RuleThreshold("steps", 2, "steps in a row that started with used gradients"),
+        RuleThreshold("alternations", 5, "times that every second step did, which is a note"),
+    )
 
     def start(self) -> None:
         self._streak = Streak()
+        self._isolated: list[int] = []
+        """Every second step, so far, which started with used gradients."""
         self._norms: list[float] = []
         self._first = 0
         self._report: Found | None = None
@@ -51,6 +57,8 @@ class GradientsKept(Rule):
             self._norms = [*self._norms[-7:], seen.gradient_norm]
         count = self._streak.add(kept, seen.step)
         if count < self.limits["steps"]:
+            if kept:
+                yield from self._alternating(seen.step)
             return
         grown = ""
         if len(self._norms) >= 3 and 0 < self._norms[0] < self._norms[-1]:
@@ -78,6 +86,29 @@ class GradientsKept(Rule):
             ),
         )
         yield self._report
+
+    def _alternating(self, step: int) -> Iterable[Found]:
+        """`step` started with used gradients; the one before did not."""
+        if self._isolated and step != self._isolated[-1] + 2:
+            self._isolated.clear()
+        self._isolated.append(step)
+        if len(self._isolated) != self.limits["alternations"]:
+            return
+        yield Found(
+            self._isolated[0],
+            f"since step {self._isolated[0]:,} every second step adds to the gradients that the "
+            "step before has already used: zero_grad is called in every second step only, and the "
+            "gradients of one batch are used twice",
+            level="info",
+            advice="call zero_grad() in every step, or, to accumulate gradients over two batches, "
+            "call step() in every second iteration as well",
+            confidence="certain",
+            phase="zero_grad",
+            evidence=(
+                evidence("alternating steps with used gradients", len(self._isolated), high=0,
+                         text=f"{len(self._isolated)}"),
+            ),
+        )  # fmt: skip
 
     def _not_always(self, report: Found, step: int) -> Found:
         """`step` began without used gradients."""

@@ -30,6 +30,8 @@ DOMAINS = {
     "pow": ": negative numbers have no fractional power, and large ones overflow",
 }
 """Operation → what it needs, as a part of a sentence."""
+HEALTHY = ", healthy: finite"
+"""The healthy range, which has no limits that could be drawn."""
 
 
 class NonFiniteRule(Rule):
@@ -220,7 +222,7 @@ class NonFiniteRule(Rule):
                     math.nan,
                     table="grad_norm",
                     column=culprits[0],
-                    text=value,
+                    text=value + HEALTHY,
                 ),
                 *_rerun(seen.producer),
             ),
@@ -241,7 +243,7 @@ class NonFiniteRule(Rule):
             parameters=(event.parameter,),
             evidence=(
                 evidence(f"norm of {event.parameter}", math.nan, table="weight_norm",
-                         column=event.parameter, text=event.value),
+                         column=event.parameter, text=event.value + HEALTHY),
             ),
         )  # fmt: skip
 
@@ -301,7 +303,7 @@ def _advice(producer: Producer | None) -> str:
 
 
 def _of_loss(value: str) -> Evidence:
-    return evidence("loss", math.nan, table="step", column="loss", text=value)
+    return evidence("loss", math.nan, table="step", column="loss", text=value + HEALTHY)
 
 
 def _origin_of_gradient(producer: Producer) -> str:
