@@ -49,7 +49,7 @@ def test_only_a_branch_from_another_step_needs_that_the_script_went_back(tmp_pat
     travel.snapshots, travel.restored = SnapshotStore(1 << 20), (-1, -1)
     state: Any = SimpleNamespace(unshared_nbytes=0, held=list)
     travel.snapshots.add(TrainingSnapshot(4, state, None))
-    gate = SimpleNamespace(mode="running", phase="", completed=8, resume=list, pause=list)
+    gate = SimpleNamespace(mode="running", within_step=False, completed=8, resume=list, pause=list)
     travel._gate = gate
 
     def call_soon(work: Callable[[], None]) -> Future[None]:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import msgspec
 
+from tui_trainer.config.atomic_file import replacing
 from tui_trainer.config.run_spec import process_identity, runs_directory
 
 LAUNCHES = ".launches"
@@ -86,10 +87,9 @@ def leave_note(
     path = _note_path(rank.launch, runs_dir)
     path.parent.mkdir(mode=0o700, exist_ok=True)
     note = LaunchNote(os.fspath(directory), os.getpid(), process_identity(os.getpid()))
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_bytes(msgspec.json.encode(note))
-    os.chmod(temporary, 0o600)
-    temporary.replace(path)
+    with replacing(path) as partial:
+        partial.write_bytes(msgspec.json.encode(note))
+        os.chmod(partial, 0o600)
     return path
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import msgspec
 import platformdirs
 
+from tui_trainer.config.atomic_file import replacing
 from tui_trainer.protocol.messages import END_STATES, Breakpoint, State
 from tui_trainer.protocol.schema import SCRIPT, Scalar, SourceInfo
 
@@ -114,9 +115,8 @@ def write_spec(spec: RunSpec) -> Path:
     directory = Path(spec.directory)
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = directory / SPEC_FILE
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_bytes(msgspec.json.format(msgspec.json.encode(spec), indent=2) + b"\n")
-    temporary.replace(path)
+    with replacing(path) as partial:
+        partial.write_bytes(msgspec.json.format(msgspec.json.encode(spec), indent=2) + b"\n")
     return path
 
 
@@ -142,9 +142,8 @@ def save_breakpoints(
     """Write them atomically; no file where there never were any. Raises OSError."""
     path = Path(directory) / BREAKPOINTS_FILE
     if breakpoints or path.exists():
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_bytes(msgspec.json.format(msgspec.json.encode(breakpoints), indent=2))
-        temporary.replace(path)
+        with replacing(path) as partial:
+            partial.write_bytes(msgspec.json.format(msgspec.json.encode(breakpoints), indent=2))
 
 
 # ---------------------------------------------------------------- directories
@@ -300,13 +299,8 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
 def write_state(directory: str | os.PathLike[str], state: RunState) -> None:
     """Write `status.json` atomically. Raises OSError."""
     path = Path(directory) / STATE_FILE
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(msgspec.json.encode(state) + b"\n")
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(path) as partial:
+        partial.write_bytes(msgspec.json.encode(state) + b"\n")
 
 
 def read_state(directory: str | os.PathLike[str]) -> RunState | None:

@@ -55,7 +55,7 @@ def check_gradient(
     """Raises InspectionError where it is not possible."""
     parameter = catalog.parameter(request.name)
     call = capture.current()
-    stepped = tracer.gate.phase in ("step", "")
+    stepped = not tracer.gate.within_step
     notes = ["with the weights as they are now, after the step"] if stepped else []
     with call_context(call) as model:
         size = _double_bytes(model)

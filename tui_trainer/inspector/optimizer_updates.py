@@ -309,7 +309,7 @@ class UpdateCapture:
         tracer, optimizer, parameter = self._tracer(), self._optimizer(), self._parameter()
         if tracer is None or optimizer is None or parameter is None:
             raise InspectionError(f"{self.request.name} or its optimizer is gone")
-        if tracer.gate.phase in ("step", ""):
+        if not tracer.gate.within_step:
             step = self._last
             if step is None or step.new is None:
                 whole = ", while the run is paused or steps" if self._place is None else ""

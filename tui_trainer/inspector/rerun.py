@@ -276,7 +276,7 @@ class StepCapture:
     def _stepped(self) -> bool:
         """Whether the weights have been updated since."""
         tracer = self._tracer()
-        return tracer is not None and tracer.gate.phase in ("step", "")
+        return tracer is not None and not tracer.gate.within_step
 
     def _loss_notes(self, call: ModelCall, loss: torch.Tensor | None) -> list[str]:
         if loss is None:

@@ -22,6 +22,7 @@ from typing import Literal
 import msgspec
 import platformdirs
 
+from tui_trainer.config.atomic_file import replacing
 from tui_trainer.learn.measurement_process import Value
 
 TEXTS = Path(__file__).parent / "pages"
@@ -203,11 +204,10 @@ def load_progress() -> ReadingProgress:
 def save_progress(progress: ReadingProgress) -> None:
     """Save it, if the directory can be written to."""
     path = _file()
-    partial = path.with_name(f".{FILE}.{os.getpid()}.partial")
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(msgspec.json.format(msgspec.json.encode(progress)) + b"\n")
-        partial.replace(path)
+        with replacing(path) as partial:
+            partial.write_bytes(msgspec.json.format(msgspec.json.encode(progress)) + b"\n")
 
 
 def _file() -> Path:

@@ -181,6 +181,11 @@ class Status(msgspec.Struct, frozen=True, array_like=True):
         """Whether the run is over."""
         return self.state in END_STATES
 
+    @property
+    def within_step(self) -> bool:
+        """Whether it is paused between two phases of a step."""
+        return self.state == "paused" and self.phase not in ("", "step")
+
 
 class Quantity(msgspec.Struct, frozen=True, array_like=True):
     """One line of a phase report, ready to show."""

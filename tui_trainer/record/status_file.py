@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from tui_trainer.config.atomic_file import replacing
 from tui_trainer.config.run_spec import (
     SOCKET_POINTER_FILE,
     SPEC_FILE,
@@ -53,9 +54,8 @@ class RunDirectory:
         os.chmod(self._directory, 0o700)
         for name, data in self._kept.items():
             path = self._directory / name
-            temporary = path.with_suffix(f".{os.getpid()}.tmp")
-            temporary.write_bytes(data)
-            temporary.replace(path)
+            with replacing(path) as partial:
+                partial.write_bytes(data)
         return True
 
 

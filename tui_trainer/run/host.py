@@ -384,7 +384,7 @@ class Host:
         from tui_trainer.settings.edits import SettingEdit
 
         travel, edits, gate = self._time_travel(), self._live_edits(), self.gate
-        if gate.mode == "paused" and gate.phase not in ("", "step"):
+        if gate.mode == "paused" and gate.within_step:
             raise Refusal(
                 f"paused after {gate.phase} of step {gate.step_in_progress:,}: a branch begins at "
                 "the end of a step",

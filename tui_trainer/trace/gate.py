@@ -172,10 +172,15 @@ class Gate:
         return "paused" if self._waiting else "running"
 
     @property
+    def within_step(self) -> bool:
+        """Whether a phase of the step in progress has ended, and the step has not."""
+        return self.phase not in ("", "step")
+
+    @property
     def current_step(self) -> int:
         """The step that something belongs to which happens now in the script: within an iteration
         the one in progress, otherwise the last completed one."""
-        return self.step_in_progress if self.phase not in ("", "step") else self.completed
+        return self.step_in_progress if self.within_step else self.completed
 
     @property
     def pause_requested(self) -> bool:

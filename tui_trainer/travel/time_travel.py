@@ -226,7 +226,7 @@ class TimeTravel:
         that was restored."""
         gate = self._gate
         if step is None:
-            within = gate.mode == "paused" and gate.phase not in ("", "step")
+            within = gate.mode == "paused" and gate.within_step
             present = self.state_step if self.task is None else gate.completed
             step = present if within else present - 1
         if step < 0:
@@ -303,7 +303,7 @@ class TimeTravel:
         require_room(self._parts())
         batches = self.task.stateful.get("batches") if self.task is not None else None
         if isinstance(drawn := getattr(batches, "position", None), int):
-            position = drawn - (gate.phase not in ("", "step"))
+            position = drawn - gate.within_step
         state = TrainingState.take(self._parts())
         return RescueCopy(gate.completed, state, self._edits.snapshot(), position)
 
@@ -330,7 +330,7 @@ class TimeTravel:
         task, gate = self.task, self._gate
         if task is None:
             return self._landscape_of_script(experiment, answered)
-        if gate.mode == "paused" and gate.phase not in ("", "step"):
+        if gate.mode == "paused" and gate.within_step:
             raise Refusal(
                 f"paused after {gate.phase} of step {gate.step_in_progress:,}: an experiment "
                 "begins at the end of a step",
@@ -617,7 +617,7 @@ class TimeTravel:
         gate.call_soon(restore).add_done_callback(
             lambda done: self._report_failure(done.exception())
         )
-        within = gate.phase not in ("", "step")
+        within = gate.within_step
         when = f"at the end of step {gate.step_in_progress:,} " if within else ""
         return f"back {when}to the state of step {snapshot.step:,}: {SCRIPT_STATE}"
 

@@ -57,6 +57,10 @@ class TuiTrainerApp(App[int]):
     """Shows one run; returns the exit code of the command."""
 
     TITLE = "tui-trainer"
+    HOME_MODE: ClassVar[ScreenMode] = "dashboard"
+    """The screen to which the others return; with one of its own an app offers only that and the
+    help."""
+
     CSS_PATH = Path(__file__).with_name("app.tcss")
     ENABLE_COMMAND_PALETTE = True
     COMMANDS = App.COMMANDS | {ActionProvider}
@@ -350,6 +354,8 @@ class TuiTrainerApp(App[int]):
 
     def action_go(self, mode: ScreenMode) -> None:
         """Switch to another screen."""
+        if mode == "dashboard":
+            mode = self.HOME_MODE
         current = cast(ScreenMode, self.current_mode)
         if mode == "help" and current != "help":
             self.help_for = current
@@ -362,6 +368,8 @@ class TuiTrainerApp(App[int]):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Offer the start screen only while no run is open."""
+        if action == "go" and self.HOME_MODE != "dashboard":
+            return parameters[0] in ("help", self.HOME_MODE)
         if action == "go" and parameters == ("start",):
             return self.on_launch is not None and self.session is None
         if action == "cure":

@@ -25,7 +25,6 @@ from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.command_palette import ActionProvider
 from tui_trainer.ui.panels.runs import DifferenceDetail, DifferencesTable, Legend, OverlayChart
 from tui_trainer.ui.reader_thread import ReaderThread
-from tui_trainer.ui.screens import ScreenMode
 from tui_trainer.ui.screens.base import MIN_SIZE, FoldingScreen, RunScreen
 from tui_trainer.ui.theme import initial_theme
 from tui_trainer.ui.widgets.key_line import KeyLine, TooSmall
@@ -231,22 +230,13 @@ class CompareScreen(FoldingScreen):
 class CompareApp(TuiTrainerApp):
     """Shows runs on top of each other."""
 
+    HOME_MODE = "compare"
     OWN_SCREENS = (("Comparing", CompareScreen),)
     """Title and class, for the help: screens that are not in `SCREENS`."""
 
     def __init__(self, runs: Sequence[ComparedRun], tolerance: float = 0.0, **options: Any) -> None:
-        super().__init__(None, start_mode="compare", **options)
-        self.add_mode("compare", lambda: CompareScreen(runs, tolerance))
-
-    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Only the help of the other screens is offered here."""
-        if action == "go" and parameters[0] not in ("help", "compare"):
-            return False
-        return super().check_action(action, parameters)
-
-    def action_go(self, mode: ScreenMode) -> None:
-        """Switch the screen; where others return to the dashboard, return to the comparison."""
-        super().action_go("compare" if mode == "dashboard" else mode)
+        super().__init__(None, start_mode=self.HOME_MODE, **options)
+        self.add_mode(self.HOME_MODE, lambda: CompareScreen(runs, tolerance))
 
 
 def run_comparison(

@@ -36,7 +36,6 @@ from tui_trainer.ui.panels.scalar_graph.graph_view import (
     graph_height,
 )
 from tui_trainer.ui.panels.scalar_graph.state import GraphState
-from tui_trainer.ui.screens import ScreenMode
 from tui_trainer.ui.screens.base import MIN_SIZE, FoldingScreen, RunScreen
 from tui_trainer.ui.theme import initial_theme
 from tui_trainer.ui.widgets.key_line import KeyLine, TooSmall
@@ -421,21 +420,12 @@ class GraphScreen(FoldingScreen):
 class GraphApp(TuiTrainerApp):
     """Shows a scalar graph."""
 
+    HOME_MODE = "graph"
     OWN_SCREENS = (("Scalar graph", GraphScreen),)
 
     def __init__(self, graph: ScalarGraph, h: float = DEFAULT_H, **options: Any) -> None:
-        super().__init__(None, start_mode="graph", **options)
-        self.add_mode("graph", lambda: GraphScreen(graph, h))
-
-    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Only the help of the other screens is offered here."""
-        if action == "go" and parameters[0] not in ("help", "graph"):
-            return False
-        return super().check_action(action, parameters)
-
-    def action_go(self, mode: ScreenMode) -> None:
-        """Switch the screen; where others return to the dashboard, return to the graph."""
-        super().action_go("graph" if mode == "dashboard" else mode)
+        super().__init__(None, start_mode=self.HOME_MODE, **options)
+        self.add_mode(self.HOME_MODE, lambda: GraphScreen(graph, h))
 
 
 def run_graph(graph: ScalarGraph, *, h: float = DEFAULT_H, ascii: bool = False) -> int:

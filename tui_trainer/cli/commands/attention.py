@@ -10,14 +10,22 @@ import msgspec
 from cyclopts import Parameter, validators
 from rich.text import Text
 
-from tui_trainer.cli.commands.common import Rank, RunsDir, cli_errors, flag, require_single_run
+from tui_trainer.cli.commands.common import (
+    Rank,
+    RunsDir,
+    cli_errors,
+    flag,
+    inspect_running,
+    require_single_run,
+    result_of,
+)
 from tui_trainer.cli.commands.inspect import (
     ask_for_pixels,
     heat_lines,
     picture_lines,
     window_of_pixels,
 )
-from tui_trainer.cli.errors import CommandError, UsageError
+from tui_trainer.cli.errors import UsageError
 from tui_trainer.cli.table import new_table, table_lines
 from tui_trainer.client.answers.attention import (
     KeyRow,
@@ -40,7 +48,6 @@ from tui_trainer.protocol.attention import (
 from tui_trainer.protocol.formatting import number, signed
 from tui_trainer.protocol.heat_map import HeatMapWindow
 from tui_trainer.protocol.inspection import NOT_CAPTURED, Inspected
-from tui_trainer.runs.errors import RunError
 
 if TYPE_CHECKING:
     from tui_trainer.ui.terminal_images import PixelSupport
@@ -48,7 +55,6 @@ if TYPE_CHECKING:
 ROWS, COLUMNS = 32, 64
 """Most cells of the map."""
 TOP = 12
-ATTEMPTS = 5
 NOT_NEGATIVE = validators.Number(gte=0)
 
 
@@ -105,10 +111,9 @@ def attention(
     with cli_errors():
         found = require_single_run(run, runs_dir)
         with RunClient.connect(found, "tui-trainer attention", rank=rank) as client:
-            answer = _examined(client, request)
-    examination = answer.result
-    if not isinstance(examination, AttentionExamination):
-        raise CommandError("the run sent an unexpected answer")
+            # It keeps its batches from the first request on.
+            answer = inspect_running(client, request, _not_captured)
+        examination = result_of(answer, AttentionExamination)
     if json:
         known: dict[str, Any] = {
             "run": found.name,
@@ -123,16 +128,8 @@ def attention(
     return 0
 
 
-def _examined(client: RunClient, request: ExamineAttention) -> Inspected:
-    """A running run keeps its batches from the first request on: ask again after one step."""
-    for _ in range(ATTEMPTS):
-        answer = client.inspect(request)
-        running = answer.message == NOT_CAPTURED and client.poll(0).status.state == "running"
-        if not running:
-            break
-    if answer.state == "failed":
-        raise RunError(answer.message, answer.hint)
-    return answer
+def _not_captured(answer: Inspected) -> bool:
+    return answer.message == NOT_CAPTURED
 
 
 def _text(

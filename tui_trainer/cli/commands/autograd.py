@@ -5,13 +5,21 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import msgspec
 from cyclopts import Parameter, validators
 from rich.text import Text
 
-from tui_trainer.cli.commands.common import Rank, RunsDir, cli_errors, flag, require_single_run
+from tui_trainer.cli.commands.common import (
+    Rank,
+    RunsDir,
+    cli_errors,
+    flag,
+    inspect_running,
+    require_single_run,
+    result_of,
+)
 from tui_trainer.cli.errors import CommandError, UsageError
 from tui_trainer.cli.table import new_table, table_lines
 from tui_trainer.client.answers.autograd import (
@@ -43,16 +51,13 @@ from tui_trainer.protocol.inspection import (
     NOT_CAPTURED,
     Inspected,
     InspectionRequest,
-    InspectionResult,
     ListTensors,
     TensorList,
 )
 from tui_trainer.runs.errors import RunError
 from tui_trainer.runs.liveness import RunEntry
 
-ATTEMPTS = 5
 MAX_FOUND = 200
-T = TypeVar("T", bound=InspectionResult)
 
 
 def autograd(
@@ -135,25 +140,12 @@ def autograd(
 def ask_for_rerun(client: RunClient, request: InspectionRequest) -> Inspected:
     """A running run keeps its batch from the first request on: ask again after a step. Raises
     RunError."""
-    for _ in range(ATTEMPTS):
-        answer = client.inspect(request)
-        waiting = answer.message == NOT_CAPTURED or _is_live(answer)
-        if not waiting or client.poll(0).status.state != "running":
-            break
-    if answer.state == "failed":
-        raise RunError(answer.message, answer.hint)
-    return answer
+    return inspect_running(client, request, _waits_for_batch)
 
 
-def _is_live(answer: Inspected) -> bool:
-    return isinstance(answer.result, AutogradGraph) and answer.result.source == "live"
-
-
-def result_of(answer: Inspected, kind: type[T]) -> T:
-    """The result of a request, which must be of type `kind`. Raises CommandError."""
-    if not isinstance(answer.result, kind):
-        raise CommandError("the run sent an unexpected answer")
-    return answer.result
+def _waits_for_batch(answer: Inspected) -> bool:
+    live = isinstance(answer.result, AutogradGraph) and answer.result.source == "live"
+    return live or answer.message == NOT_CAPTURED
 
 
 # ---------------------------------------------------------------- text

@@ -94,8 +94,7 @@ def _size(text: str) -> int:
 
 def _one_back(status: Status) -> int:
     """The step before, or from within a step the end of the last one."""
-    within = status.state == "paused" and status.phase not in ("", "step")
-    return status.step if within else status.step - 1
+    return status.step if status.within_step else status.step - 1
 
 
 def _caught_up(client: RunClient) -> Status:

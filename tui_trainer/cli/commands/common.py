@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from cyclopts import Parameter, validators
 
@@ -18,6 +19,12 @@ from tui_trainer.runs.liveness import RunEntry
 from tui_trainer.runs.registry import list_runs, newest, one_of_each_process, resolve
 from tui_trainer.store.schema import StoreError
 
+if TYPE_CHECKING:
+    from tui_trainer.client.connection import RunClient
+    from tui_trainer.protocol.inspection import Inspected, InspectionRequest, InspectionResult
+
+T = TypeVar("T", bound="InspectionResult")
+ATTEMPTS = 5
 NAMED = "the run: its name, a prefix of it, or its directory"
 RunName = Annotated[
     str | None,
@@ -68,6 +75,36 @@ def run_and_changes(
     except ConfigurationError as error:
         raise UsageError(error.message, error.hint) from error
     return (names[0] if names else None), changes, parsed
+
+
+def inspect_running(
+    client: RunClient, request: InspectionRequest, waits: Callable[[Inspected], bool]
+) -> Inspected:
+    """The answer to a request for something that a running run keeps from the first request on:
+    while the answer `waits` for that, the request is repeated. Raises RunError."""
+    for _ in range(ATTEMPTS):
+        answer = client.inspect(request)
+        if not waits(answer) or client.poll(0).status.state != "running":
+            break
+    if answer.state == "failed":
+        raise RunError(answer.message, answer.hint)
+    return answer
+
+
+def result_of(answer: Inspected, kind: type[T]) -> T:
+    """The result of a request, which must be of type `kind`. Raises CommandError."""
+    if not isinstance(answer.result, kind):
+        raise CommandError("the run sent an unexpected answer")
+    return answer.result
+
+
+def confirmed(question: str) -> bool:
+    """Ask on standard error, since standard output may be a file."""
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    try:
+        return input().strip().casefold() in ("y", "yes")
+    except EOFError:
+        return False
 
 
 @contextlib.contextmanager

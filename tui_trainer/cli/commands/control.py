@@ -204,7 +204,7 @@ def _sentence(name: str, status: Status, history: History, early: bool) -> str:
     state = "accepted" if early else status.state
     elapsed = f", {rough_duration(status.elapsed_s)}" if status.elapsed_s else ""
     reason = f" ({status.reason})" if status.reason and not early else ""
-    inside = status.state == "paused" and not early and status.phase not in ("", "step")
+    inside = status.within_step and not early
     phase = f", after {status.phase} of step {status.step + 1:,}" if inside else ""
     return f"{name} {state} at step {status.step:,}{phase}{loss}{elapsed}{reason}"
 

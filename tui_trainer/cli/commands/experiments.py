@@ -9,13 +9,15 @@ import msgspec
 from cyclopts import Parameter, validators
 from rich.text import Text
 
-from tui_trainer.cli.commands.autograd import ask_for_rerun, result_of
+from tui_trainer.cli.commands.autograd import ask_for_rerun
 from tui_trainer.cli.commands.common import (
     LiveRunName,
     RunsDir,
     cli_errors,
+    confirmed,
     flag,
     require_single_run,
+    result_of,
     run_and_changes,
 )
 from tui_trainer.cli.errors import CommandError, UsageError
@@ -143,10 +145,8 @@ def _announce(name: str, cost: ExperimentCost, yes: bool) -> None:
         print(text, file=sys.stderr, flush=True)
     elif not sys.stdin.isatty():
         raise UsageError(text, "add --yes")
-    else:
-        print(f"{text}; continue? [y/N] ", end="", file=sys.stderr, flush=True)
-        if input().strip().lower() not in ("y", "yes"):
-            raise CommandError("nothing was done")
+    elif not confirmed(f"{text}; continue?"):
+        raise CommandError("nothing was done")
 
 
 def _places(curve: Curve, x_name: str) -> list[int]:

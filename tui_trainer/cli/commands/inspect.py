@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -16,7 +13,15 @@ from cyclopts import Parameter, validators
 from rich.text import Text
 
 from tui_trainer.cli.commands.autograd import ask_for_rerun, parse_index_option
-from tui_trainer.cli.commands.common import Rank, RunsDir, cli_errors, flag, require_single_run
+from tui_trainer.cli.commands.common import (
+    Rank,
+    RunsDir,
+    cli_errors,
+    flag,
+    inspect_running,
+    require_single_run,
+    result_of,
+)
 from tui_trainer.cli.errors import CommandError, UsageError, notify
 from tui_trainer.cli.table import Alignment, columns, new_table, table_lines
 from tui_trainer.client.answers.tensors import (
@@ -30,6 +35,7 @@ from tui_trainer.client.answers.tensors import (
     write_tensor,
 )
 from tui_trainer.client.connection import RunClient
+from tui_trainer.config.atomic_file import replacing
 from tui_trainer.protocol import Phase
 from tui_trainer.protocol.formatting import bytes_, count, counted, number, percent
 from tui_trainer.protocol.heat_map import MAX_CELLS, HeatMap, HeatMapWindow, Reduction
@@ -41,8 +47,6 @@ from tui_trainer.protocol.inspection import (
     ExplainUpdate,
     Histogram,
     Inspected,
-    InspectionRequest,
-    InspectionResult,
     ListTensors,
     ParameterUse,
     Summarize,
@@ -54,7 +58,6 @@ from tui_trainer.protocol.inspection import (
     TensorSummary,
     UpdateExplanation,
 )
-from tui_trainer.runs.errors import RunError
 from tui_trainer.runs.liveness import RunEntry
 
 if TYPE_CHECKING:
@@ -66,8 +69,6 @@ BARS = " ▁▂▃▄▅▆▇█"
 ROWS, COLUMNS = 16, 64
 PICTURE_ROWS = 24
 """Rows of the terminal for a picture of real pixels."""
-ATTEMPTS = 5
-T = TypeVar("T", bound=InspectionResult)
 
 
 def inspect(
@@ -192,12 +193,12 @@ def inspect(
         found = require_single_run(run, runs_dir)
         with RunClient.connect(found, "tui-trainer inspect", rank=rank) as client:
             if groups:
-                answer = _describe_use(client)
-                use = _result(answer, ParameterUse)
+                answer = inspect_running(client, DescribeUse(), _waits_for_batch)
+                use = result_of(answer, ParameterUse)
                 print(_as_json(found, answer) if json else _use_text(use, answer), flush=True)
                 return 0
             listed = ask_for_rerun(client, ListTensors(of_modules))
-            tensors = _result(listed, TensorList)
+            tensors = result_of(listed, TensorList)
             if name is None:
                 print(_list_as_json(found, listed) if json else _list_as_text(tensors), flush=True)
                 return 0
@@ -206,12 +207,13 @@ def inspect(
                 _save(client, tensor, save)
                 return 0
             if update:
-                answer = _explain(client, ExplainUpdate(tensor.ref.name, place))
-                explained = _result(answer, UpdateExplanation)
+                request = ExplainUpdate(tensor.ref.name, place)
+                answer = inspect_running(client, request, _not_observed)
+                explained = result_of(answer, UpdateExplanation)
                 print(_as_json(found, answer) if json else _update_text(answer, explained))
                 return 0
             answer = ask_for_rerun(client, Summarize(tensor.ref, window=shown, entries=entries))
-    summary = _result(answer, TensorSummary)
+    summary = result_of(answer, TensorSummary)
     print(_as_json(found, answer) if json else _as_text(answer, summary, screen), flush=True)
     return 0
 
@@ -262,40 +264,12 @@ def _range(text: str) -> tuple[int, int | None] | None:
     return None if last is not None and last <= first else (first, last)
 
 
-def _ask(client: RunClient, request: InspectionRequest) -> Inspected:
-    """The answer of the run. Raises RunError where it cannot."""
-    answer = client.inspect(request)
-    if answer.state == "failed":
-        raise RunError(answer.message, answer.hint)
-    return answer
+def _waits_for_batch(answer: Inspected) -> bool:
+    return isinstance(answer.result, ParameterUse) and answer.result.waits_for_batch
 
 
-def _result(answer: Inspected, kind: type[T]) -> T:
-    if not isinstance(answer.result, kind):
-        raise CommandError("the run sent an unexpected answer")
-    return answer.result
-
-
-def _describe_use(client: RunClient) -> Inspected:
-    """A running run keeps its batch from the first request on: ask again after a step."""
-    for _ in range(ATTEMPTS):
-        answer = _ask(client, DescribeUse())
-        use = _result(answer, ParameterUse)
-        if not use.waits_for_batch or client.poll(0).status.state != "running":
-            break
-    return answer
-
-
-def _explain(client: RunClient, request: ExplainUpdate) -> Inspected:
-    """A running run observes its steps from the first request on: ask again after one step."""
-    for _ in range(ATTEMPTS):
-        answer = client.inspect(request)
-        running = answer.message == NOT_OBSERVED and client.poll(0).status.state == "running"
-        if not running:
-            break
-    if answer.state == "failed":
-        raise RunError(answer.message, answer.hint)
-    return answer
+def _not_observed(answer: Inspected) -> bool:
+    return answer.message == NOT_OBSERVED
 
 
 # ---------------------------------------------------------------- saving
@@ -314,22 +288,12 @@ def _check_file(save: Path | None, overwrite: bool) -> None:
 
 def _save(client: RunClient, tensor: TensorInfo, path: Path) -> None:
     info, data = fetch(client.inspect, tensor.ref)
-    with _partial(path) as partial:
-        write_tensor(partial, info, data)
-    print(f"wrote {tensor.ref.text} ({_facts(info)}) to {path}", flush=True)
-
-
-@contextlib.contextmanager
-def _partial(path: Path) -> Iterator[Path]:
-    """A temporary path that becomes `path` on success and is removed otherwise."""
-    partial = path.with_name(f".{os.getpid()}.partial{path.suffix}")
     try:
-        yield partial
-        partial.replace(path)
+        with replacing(path) as partial:
+            write_tensor(partial, info, data)
     except OSError as error:
         raise CommandError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    print(f"wrote {tensor.ref.text} ({_facts(info)}) to {path}", flush=True)
 
 
 # ---------------------------------------------------------------- text
@@ -597,7 +561,7 @@ def _names(names: tuple[str, ...], whole: int) -> str:
 
 
 def _list_as_json(run: RunEntry, answer: Inspected) -> str:
-    tensors = _result(answer, TensorList)
+    tensors = result_of(answer, TensorList)
     return _json(run, answer, {"tensors": [_plain(t) for t in tensors.tensors]})
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +17,7 @@ from tui_trainer.cli.commands.common import (
 )
 from tui_trainer.cli.errors import CommandError, notify
 from tui_trainer.client.replay import ReplaySession
+from tui_trainer.config.atomic_file import replacing
 from tui_trainer.protocol.schema import RunInfo
 
 
@@ -51,17 +51,16 @@ def report(
         if str(path) == "-":
             sys.stdout.writelines(pieces)
             return 0
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(partial, "w", encoding="utf-8", errors="replace") as file:
+            with (
+                replacing(path) as partial,
+                open(partial, "w", encoding="utf-8", errors="replace") as file,
+            ):
                 file.writelines(pieces)
-            partial.replace(path)
         except OSError as error:
             reason = error.strerror or str(error)
             raise CommandError(f"cannot write {path}: {reason}") from error
-        finally:
-            partial.unlink(missing_ok=True)
     finally:
         if session.history.store.fault:
             notify(session.history.store.fault)

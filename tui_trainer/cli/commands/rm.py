@@ -12,7 +12,7 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.text import Text
 
-from tui_trainer.cli.commands.common import RunsDir, cli_errors
+from tui_trainer.cli.commands.common import RunsDir, cli_errors, confirmed
 from tui_trainer.cli.errors import CommandError, UsageError
 from tui_trainer.cli.table import new_table, table_lines
 from tui_trainer.config.run_spec import SPEC_FILE, find_socket, read_spec, remove_run
@@ -127,10 +127,7 @@ def _confirmed(runs: list[RunEntry]) -> bool:
     for line in table_lines(table):
         console.print(line, soft_wrap=True)
     what = "it" if len(runs) == 1 else f"these {len(runs)} runs"
-    try:
-        return input(f"remove {what} permanently? [y/N] ").strip().casefold() in ("y", "yes")
-    except EOFError:
-        return False
+    return confirmed(f"remove {what} permanently?")
 
 
 def _size(directory: Path) -> int:

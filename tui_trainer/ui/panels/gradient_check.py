@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from tui_trainer.protocol.autograd import CheckedEntry, GradientCheck
 from tui_trainer.protocol.formatting import bytes_, number
-from tui_trainer.protocol.text import wrap
 from tui_trainer.ui.panels.base import title_line
 from tui_trainer.ui.widgets.lines import BuiltLines, Row
 
@@ -38,16 +37,13 @@ class GradientCheckView(BuiltLines):
             copied = f"computed on a copy of {bytes_(found.copied_bytes, 0)}"
             self._built += [self.styled([(text, "dim")]) for text in (loss, copied)]
             for note in found.notes:
-                self._built += self._wrapped(note, "warning", width)
+                self._built += self.wrapped_rows(note, "warning", width)
             for entry in found.entries:
                 self._built += self._entry(entry, found.dtype == "float64", width)
         else:
             for text, style in zip(self.message, ("text", "dim"), strict=True):
-                self._built += self._wrapped(text, style, width)
+                self._built += self.wrapped_rows(text, style, width)
         self.lines_changed()
-
-    def _wrapped(self, text: str, style: str, width: int) -> list[Row]:
-        return [self.styled([(line, style)]) for line in wrap(text, width)] if text else []
 
     def _entry(self, entry: CheckedEntry, wide: bool, width: int) -> list[Row]:
         best = entry.steps[entry.best]

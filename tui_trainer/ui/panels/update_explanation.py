@@ -36,12 +36,8 @@ class UpdateView(BuiltLines):
             styles = ("text", "dim")
             self._built = [title_line(self, width, "Update")]
             for text, style in zip(self.message, styles, strict=True):
-                self._built += self._wrapped(text, style, width)
+                self._built += self.wrapped_rows(text, style, width)
         self.lines_changed()
-
-    def _wrapped(self, text: str, style: str, width: int, indent: int = 0) -> list[Row]:
-        lines = wrap(text, width - indent) if text else []
-        return [self.styled([(" " * indent + line, style)]) for line in lines]
 
     def _head(self, found: UpdateExplanation, width: int) -> list[Row]:
         place = "whole tensor, in norms"
@@ -51,8 +47,8 @@ class UpdateView(BuiltLines):
         count = f"its step t = {found.count:,}" if found.count else ""
         rows = [title_line(self, width, "Update", figures, count)]
         group = f"{found.optimizer}, group {found.group}"
-        rows += self._wrapped(group, "accent", width)
-        return rows + self._wrapped(settings_text(found.settings), "dim", width)
+        rows += self.wrapped_rows(group, "accent", width)
+        return rows + self.wrapped_rows(settings_text(found.settings), "dim", width)
 
     def _terms(self, found: UpdateExplanation, width: int) -> list[Row]:
         rows: list[Row] = []
@@ -63,8 +59,8 @@ class UpdateView(BuiltLines):
             spans = [(f"{term.name:<5}", "accent"), (formula.ljust(room), "text")]
             rows.append(self.styled([*spans, (value, "strong")]))
             for line in more:
-                rows += self._wrapped(line, "text", width, indent=5)
-            rows += self._wrapped(term.numbers, "dim", width, indent=5)
+                rows += self.wrapped_rows(line, "text", width, indent=5)
+            rows += self.wrapped_rows(term.numbers, "dim", width, indent=5)
         return rows
 
     def _result(self, found: UpdateExplanation, width: int) -> list[Row]:
@@ -82,5 +78,5 @@ class UpdateView(BuiltLines):
             for name, value in pairs
         ]
         for note in found.notes:
-            rows += self._wrapped(note, "warning", width)
+            rows += self.wrapped_rows(note, "warning", width)
         return rows

@@ -18,7 +18,7 @@ from textual.geometry import Region, Size
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
-from tui_trainer.protocol.text import strip_escapes
+from tui_trainer.protocol.text import strip_escapes, wrap
 from tui_trainer.ui.frames import TerminalLink
 from tui_trainer.ui.glyphs import Glyphs
 from tui_trainer.ui.theme import Palette
@@ -116,6 +116,11 @@ class LineView(ScrollView, can_focus=False):
     def styled(self, spans: Iterable[Span]) -> Row:
         """A row of texts in named styles."""
         return [Segment(text, self.style(name)) for text, name in spans if text]
+
+    def wrapped_rows(self, text: str, style: str, width: int, indent: int = 0) -> list[Row]:
+        """A text on as many rows as it takes; none for an empty one."""
+        lines = wrap(text, width - indent) if text else []
+        return [self.styled([(" " * indent + line, style)]) for line in lines]
 
     def update_rows(self) -> None:
         """Build the rows and refresh what differs from those on screen."""

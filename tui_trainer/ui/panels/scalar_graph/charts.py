@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from textwrap import wrap
 
 import numpy as np
 from rich.segment import Segment
@@ -78,7 +77,7 @@ class PlotView(LineView):
 
     def wrapped(self, width: int, text: str, style: str = "text") -> list[Row]:
         """A text on as many lines as it takes."""
-        return [self.styled([(f" {line}", style)]) for line in wrap(text, max(10, width - 2))]
+        return self.wrapped_rows(text, style, max(11, width - 1), indent=1)
 
 
 class SweepChart(PlotView):
