@@ -33,6 +33,7 @@ from tui_trainer.record.recorder import Recorder
 from tui_trainer.run import server as connections
 from tui_trainer.run.control import CommandHandler
 from tui_trainer.run.server import Server
+from tui_trainer.runs.security import connect_unix
 from tui_trainer.trace.gate import Gate
 
 
@@ -112,6 +113,25 @@ def test_socket_is_private_and_removed(rig):
     assert stat.S_IMODE(rig.path.stat().st_mode) == 0o600
     rig.server.close()
     assert not rig.path.exists()
+
+
+def test_a_socket_that_exists_listens(tmp_path, monkeypatch):
+    """A viewer that finds it may connect at once."""
+    seen = []
+
+    class Watched(socket.socket):
+        def listen(self, *arguments):
+            seen.append([each.name for each in tmp_path.iterdir()])
+            super().listen(*arguments)
+
+    monkeypatch.setattr("tui_trainer.run.server.socket.socket", Watched)
+    listening = connections._listen(tmp_path / "run.sock")
+    try:
+        assert seen == [["run.new"]]
+        assert [each.name for each in tmp_path.iterdir()] == ["run.sock"]
+        connect_unix(tmp_path / "run.sock").close()
+    finally:
+        listening.close()
 
 
 def test_greeting_and_poll(rig):

@@ -420,17 +420,20 @@ class Server:
 
 
 def _listen(path: Path) -> socket.socket:
-    path.unlink(missing_ok=True)
+    """Appears at `path` once it listens, so that no viewer finds a socket that refuses it. The
+    umask is left alone: it belongs to all threads of the process."""
+    starting = path.with_suffix(".new")
+    starting.unlink(missing_ok=True)
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    umask = os.umask(0o177)
     try:
-        listening.bind(os.fspath(path))
+        listening.bind(os.fspath(starting))
+        starting.chmod(0o600)
+        listening.listen(16)
+        starting.replace(path)
     except OSError:
         listening.close()
+        starting.unlink(missing_ok=True)
         raise
-    finally:
-        os.umask(umask)
-    listening.listen(16)
     listening.settimeout(CHECK_SOCKET_EVERY_S)
     return listening
 
