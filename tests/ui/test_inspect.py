@@ -419,6 +419,15 @@ async def test_choosing_what_a_module_returns():
         await until(pilot, lambda: app.inspected == chosen, "the output")
 
 
+async def test_groups_that_get_their_width_after_the_layout_take_the_rows_they_need(monkeypatch):
+    monkeypatch.setattr(ParameterGroupsScreen, "call_after_refresh", lambda self, call: call())
+    app, _ = paused_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: app.screen.summary is not None, "an answer")
+        await pilot.press("G")
+        await until(pilot, lambda: "adamw, group 0" in text_of(app), "the rows of a group")
+
+
 @pytest.mark.parametrize("size", SIZES, ids=str)
 async def test_groups_memory_and_what_is_unusual_about_parameters(size):
     app, session = paused_app()

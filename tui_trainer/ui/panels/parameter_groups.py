@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from rich.cells import cell_len
+from textual.message import Message
 
 from tui_trainer.client.answers.tensors import KIND_NAMES, QUIET_SETTINGS
 from tui_trainer.protocol.formatting import bytes_, count, counted, scalar
@@ -26,6 +27,9 @@ class GroupsView(BuiltLines):
 
     lessons = ("param-groups",)
 
+    class Rebuilt(Message):
+        """The lines were built again, for another subject or width."""
+
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self.use: ParameterUse | None = None
@@ -41,6 +45,7 @@ class GroupsView(BuiltLines):
         use = self.use
         self._built = [*self._groups(use, width), *self._memory(use, width)] if use else []
         self.lines_changed()
+        self.post_message(self.Rebuilt())
 
     def _groups(self, use: ParameterUse, width: int) -> list[Row]:
         rows = [title_line(self, width, "Groups")]

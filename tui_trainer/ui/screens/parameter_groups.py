@@ -128,6 +128,10 @@ class ParameterGroupsScreen(DetailScreen):
         room = max(4, self.app.size.height - ROWS_KEPT)
         view.styles.height = None if beside else min(max(1, view.line_count()), room)
 
+    def on_groups_view_rebuilt(self) -> None:
+        """The groups had no width before, or have another one, and need other rows."""
+        self._lay_out()
+
     # ------------------------------------------------------------ actions
 
     def action_read(self) -> None:
