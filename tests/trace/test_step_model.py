@@ -145,7 +145,8 @@ def test_a_loop_without_an_optimizer_has_steps():
     }
 
 
-def test_updates_by_hand_that_are_too_small_to_be_seen():
+@pytest.mark.parametrize("clips", [False, True])
+def test_updates_by_hand_that_are_too_small_to_be_seen(clips):
     model, losses = torch.nn.Linear(4, 1), []
 
     def loop():
@@ -156,12 +157,15 @@ def test_updates_by_hand_that_are_too_small_to_be_seen():
             loss = model(torch.randn(8, 4)).square().mean() * scale
             losses.append(float(loss.detach()))
             loss.backward()
+            if clips:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for parameter in model.parameters():
                 parameter.data.add_(parameter.grad, alpha=-0.1)
         model.zero_grad()
 
     recorder, _ = trace(loop)
     close(recorder.series("step", "loss"), losses)
+    assert not recorder.notices_of("clip_after_step")
 
 
 def test_an_optimizer_that_is_given_a_group_goes_on():

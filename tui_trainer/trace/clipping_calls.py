@@ -66,7 +66,10 @@ class Clippings:
         self._measurers, self._used, careful = [], [], False
         for measurer in waiting.registry.measurers_of(parameters):
             if not measurer.passes:
-                self._used.append(measurer)
+                # Updates by hand that change no weight, as of zero gradients, look like a step that
+                # ended here: whether they are still to come is not known.
+                if measurer is not waiting.registry.by_hand:
+                    self._used.append(measurer)
             elif waiting.waits(measurer):
                 self._measurers.append(measurer)
                 if measurer.reading is None:
