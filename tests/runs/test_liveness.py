@@ -32,6 +32,7 @@ def test_states_of_all_kinds(runs):
     until(lambda: runs.reported("gpt-sigterm").ended, "SIGTERM is handled")
     until(lambda: runs.reported("gpt-finished").ended, "three steps are made")
     until(lambda: runs.reported("gpt-paused").state in ("paused", "starting"), "it waits")
+    until(lambda: runs.reported("gpt-running").steps_per_second, "the speed has been measured")
     seen = runs.ls()
     states = {name: run["state"] for name, run in seen.items()}
     assert states.pop("gpt-paused") in ("paused", "live")
