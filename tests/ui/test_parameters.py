@@ -16,6 +16,7 @@ from tests.ui.fake_run import describe, synthesise
 from tests.ui.screens import app_on, frame, settle, text_of
 from tui_trainer.protocol import schema
 from tui_trainer.ui.panels.parameters import ParameterTable, ParameterValues
+from tui_trainer.ui.widgets.table import RowIds
 
 
 def values_of(session: object) -> ParameterValues:
@@ -235,3 +236,34 @@ async def test_other_sizes_are_drawn_without_fault() -> None:
             await pilot.resize_terminal(*size)
             await settle(pilot)
         assert "Parameters" in text_of(app)
+
+
+async def test_a_key_that_moves_the_cursor_draws_what_a_whole_build_would() -> None:
+    app = app_on("parameters", fake_gpt())
+    async with app.run_test(size=(120, 24)) as pilot:
+        await settle(pilot)
+        table = app.screen.query_one(ParameterTable)
+        built = 0
+        prepare = table.prepare
+
+        def counted(visible: RowIds) -> None:
+            nonlocal built
+            built += 1
+            prepare(visible)
+
+        table.prepare = counted  # type: ignore[method-assign]
+        for key in ("down", "down", "up", "o", "down", "r", "down", *["down"] * 30, "up", "home"):
+            table.action_move({"down": 1, "up": -1}.get(key, 0))
+            if key in ("o", "r", "home"):
+                await pilot.press(key)
+                await settle(pilot)
+            drawn = list(table._rows)
+            table.update_rows()
+            assert drawn == table._rows, key
+        built = 0
+        table.action_move(1)
+        assert built == 0, "a cursor that stays in view needs no cells"
+        app.theme = "textual-light"
+        await settle(pilot)
+        table.action_move(1)
+        assert built

@@ -115,6 +115,12 @@ class VirtualTable(LineView, can_focus=True, inherit_bindings=False):
         self.sorted_by = ""
         self._reordering = False
         """Whether the order is about to be drawn by what has changed it."""
+        self._cells: list[Row] = []
+        """The cells of the visible rows as last built, without the cursor's color."""
+        self._cells_place: tuple[object, ...] = ()
+        """Where they were built: the first row, the number of rows, the columns' widths."""
+        self._only_cursor_moved = False
+        """Whether rows are being built for the cursor alone, so that cells are as they were."""
         self.descending = True
         self.header_height = 0
         """Rows that a subclass draws above the column titles."""
@@ -156,6 +162,7 @@ class VirtualTable(LineView, can_focus=True, inherit_bindings=False):
         goes to the first row."""
         current = None if to_top else self.current_row
         self.order = order
+        self._cells = []
         found = np.flatnonzero(order == current) if current is not None else order[:0]
         last = 0 if to_top else max(0, len(order) - 1)
         self.cursor = int(found[0]) if len(found) else min(self.cursor, last)
@@ -209,14 +216,22 @@ class VirtualTable(LineView, can_focus=True, inherit_bindings=False):
         visible = self.order[self.top : self.top + self.page]
         if not len(visible):
             return [*rows, [Segment(" " + self.placeholder, self.palette.dim)]]
-        self.prepare(visible)
-        gap, focused = Segment(" ", self.palette.text), self.has_focus
-        for index, row in enumerate(visible.tolist(), self.top):
-            cells = _spaced(self.cells(row, columns, widths), gap)
-            if focused and index == self.cursor:
-                cells = [Segment(text, self._highlighted(style)) for text, style, _ in cells]
-            rows.append(cells)
+        place = (self.top, len(visible), [column.key for column in columns], widths)
+        if not (self._only_cursor_moved and self._cells and self._cells_place == place):
+            self.prepare(visible)
+            gap = Segment(" ", self.palette.text)
+            built = (self.cells(row, columns, widths) for row in visible.tolist())
+            self._cells = [_spaced(cells, gap) for cells in built]
+            self._cells_place = place
+        rows += self._cells
+        if self.has_focus and 0 <= (y := self.cursor - self.top) < len(visible):
+            y -= len(visible)
+            rows[y] = [Segment(text, self._highlighted(style)) for text, style, _ in rows[y]]
         return rows
+
+    def discard_drawn(self) -> None:
+        """Build the cells in the colors of the new theme."""
+        self._cells = []
 
     def _highlighted(self, style: Style | None) -> Style:
         """The style of a cell under the cursor. Grey is hard to read on the cursor's color."""
@@ -266,7 +281,12 @@ class VirtualTable(LineView, can_focus=True, inherit_bindings=False):
 
     def action_move(self, rows: int) -> None:
         """Move the cursor by some rows."""
-        self.move_cursor(self.cursor + rows)
+        # Only the two rows are drawn: the frame that a key asks for brings the newest values.
+        self._only_cursor_moved = True
+        try:
+            self.move_cursor(self.cursor + rows)
+        finally:
+            self._only_cursor_moved = False
 
     def action_page(self, pages: int) -> None:
         """Move the cursor by some pages."""
