@@ -127,6 +127,17 @@ def test_a_module_knows_that_it_is_compiled():
     assert torch_private.is_compiled(model)
 
 
+def test_a_scheduler_knows_those_inside_it():
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    parts = [torch.optim.lr_scheduler.ConstantLR(optimizer) for _ in range(2)]
+    for outer in (
+        torch.optim.lr_scheduler.ChainedScheduler(parts),
+        torch.optim.lr_scheduler.SequentialLR(optimizer, parts, milestones=[3]),
+    ):
+        assert torch_private.inner_schedulers(outer) == parts
+    assert torch_private.inner_schedulers(parts[0]) == []
+
+
 def test_in_place_operations_raise_the_version_of_a_tensor():
     tensor = torch.zeros(4)
     before = torch_private.version_of(tensor)
@@ -286,10 +297,13 @@ def test_another_loss_is_no_cross_entropy():
 
 
 def private_names_of_torch() -> set[str]:
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    constant = torch.optim.lr_scheduler.ConstantLR(optimizer)
     holders = [
+        torch.optim.lr_scheduler.ChainedScheduler([constant]),
         torch.zeros(1),
         nn.Linear(1, 1),
-        torch.optim.SGD([torch.zeros(1)], lr=0.1),
+        optimizer,
         torch.amp.GradScaler("cpu"),
         torch.utils.data.DataLoader([1]),
         torch.ones(2, requires_grad=True).softmax(0).grad_fn,
@@ -317,7 +331,15 @@ def uses_of_private_names(path: Path, private: set[str]) -> Iterator[str]:
 
 def test_private_names_stand_in_one_module():
     private = private_names_of_torch()
-    assert {"_version", "_values", "_parameters", "_modules", "_scale", "_saved_dim"} <= private
+    assert {
+        "_schedulers",
+        "_version",
+        "_values",
+        "_parameters",
+        "_modules",
+        "_scale",
+        "_saved_dim",
+    } <= private
     package = Path(tui_trainer.__file__).parent
     found = [
         use

@@ -23,6 +23,7 @@ from tui_trainer.record.recorder import Recorder
 from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.optimizer_registry import unwrapped_optimizer
 from tui_trainer.trace.script_frames import objects_of_script
+from tui_trainer.trace.torch_private import inner_schedulers
 from tui_trainer.trace.tracer import Tracer
 
 Group = dict[str, Any]
@@ -93,7 +94,7 @@ class LearningRates:
     def schedulers(optimizers: Sequence[Optimizer]) -> list[str]:
         """The classes of the schedulers that set the rate, without those inside others."""
         found = [each for optimizer in optimizers for each in schedulers_of(optimizer)]
-        inner = {id(part) for each in found for part in getattr(each, "_schedulers", ())}
+        inner = {id(part) for each in found for part in inner_schedulers(each)}
         return list(dict.fromkeys(type(each).__name__ for each in found if id(each) not in inner))
 
     # ------------------------------------------------------------ a script that sets it itself
@@ -240,7 +241,7 @@ def _with_inner(schedulers: Sequence[Any]) -> Iterator[Any]:
     """Includes the schedulers inside SequentialLR and ChainedScheduler."""
     for scheduler in schedulers:
         yield scheduler
-        yield from _with_inner(list(getattr(scheduler, "_schedulers", ())))
+        yield from _with_inner(inner_schedulers(scheduler))
 
 
 def _rates_of(scheduler: Any, optimizer: Optimizer, group: Group) -> Iterator[tuple[Any, Any]]:

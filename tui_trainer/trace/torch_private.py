@@ -159,6 +159,14 @@ def skip_flag(optimizer: torch.optim.Optimizer) -> torch.Tensor | None:
     return getattr(optimizer, "found_inf", None)
 
 
+# ---------------------------------------------------------------- schedulers
+
+
+def inner_schedulers(scheduler: Any) -> list[Any]:
+    """The schedulers inside a SequentialLR or a ChainedScheduler."""
+    return list(getattr(scheduler, "_schedulers", ()))
+
+
 # ---------------------------------------------------------------- modules and tensors
 
 

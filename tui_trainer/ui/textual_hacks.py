@@ -1,8 +1,8 @@
 """Everything that relies on Textual's private names, last checked with Textual 8.2.8.
 
 1. A compositor that sends the terminal only the cells that changed. Textual sends each changed part
-   of a line from the left edge of its widget on, and both colours with every segment: 9 KB a frame
-   for the 300 cells that change on the dashboard at 120×40. This one sends 1.2 KB.
+   of a line from the left edge of its widget on, and both colours with every segment: 15 KB a frame
+   for the few hundred cells that change on the dashboard at 120×40. This one sends 1.2 KB.
    Uses `textual._compositor.Compositor` and `ChopsUpdate`, `Screen._compositor`,
    `Console._color_system` and `Style._make_ansi_codes`.
 2. A driver that counts its output and can be closed while the terminal reads nothing.
