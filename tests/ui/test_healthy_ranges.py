@@ -12,7 +12,7 @@ from tests.ui.screens import app_on, frame, text_of
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.messages import PhaseReport, Quantity
 from tui_trainer.ui.app import TuiTrainerApp
-from tui_trainer.ui.healthy_ranges import UPDATE_RATIO, HealthyRange, short
+from tui_trainer.ui.healthy_ranges import UPDATE_RATIO, HealthyRange, limit_text
 
 LARGE, SMALL = 3, 5
 """Parameters whose updates are too large and too small."""
@@ -163,7 +163,7 @@ async def test_a_norm_and_a_scale_that_are_not_healthy_say_so() -> None:
     app = app_on("dashboard", session)
     async with app.run_test(size=(200, 60)) as pilot:
         await frame(pilot)
-        assert f"healthy up to {short(100 * first)}" in text_of(app)
+        assert f"healthy up to {limit_text(100 * first)}" in text_of(app)
         session.advance(1)
         await frame(pilot)
         assert "healthy up to" not in text_of(app)

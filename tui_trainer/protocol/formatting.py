@@ -44,10 +44,20 @@ def number(value: float | None, width: int = 8, digits: int = 4) -> str:
     return _fit(shown, width)
 
 
+def short(value: float | None, digits: int = 5) -> str:
+    """At most `digits` significant digits, without zeros at the end: `0.25`, `1e-07`."""
+    return MISSING if value is None else f"{value:.{digits}g}"
+
+
+def trim_exponent(text: str) -> str:
+    """`1e-4` for `1e-04`, `1e5` for `1e+05`."""
+    mantissa, separator, exponent = text.partition("e")
+    return f"{mantissa}e{int(exponent)}" if separator else text
+
+
 def _bare(value: float) -> str:
     """One digit and the exponent: `1e30`."""
-    mantissa, exponent = f"{value:.0e}".split("e")
-    return f"{mantissa}e{int(exponent)}"
+    return trim_exponent(f"{value:.0e}")
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -63,8 +73,7 @@ def _number(value: float | None, digits: int) -> str:
         return f"{value:.{decimals}f}"
     if 10**digits <= size < 1e6:
         return f"{value:.0f}"
-    mantissa, exponent = f"{value:.{max(0, digits - 2)}e}".split("e")
-    return f"{mantissa}e{int(exponent)}"
+    return trim_exponent(f"{value:.{max(0, digits - 2)}e}")
 
 
 def loss(value: float | None, width: int = 8) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tui_trainer.history.series import SeriesReader
-from tui_trainer.protocol import schema
+from tui_trainer.protocol import formatting, schema
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class HealthyRange:
     @property
     def words(self) -> str:
         """`healthy 1e-4 to 0.1`"""
-        low, high = (None if x is None else short(x) for x in (self.low, self.high))
+        low, high = (None if x is None else limit_text(x) for x in (self.low, self.high))
         if low is not None and high is not None:
             return f"healthy {low} to {high}"
         return f"healthy up to {high}" if high is not None else f"healthy from {low}"
@@ -48,11 +48,11 @@ class HealthyRange:
         return f"{side} the {self.words}"
 
 
-def short(value: float) -> str:
+def limit_text(value: float) -> str:
     """`0.1`, `1e-4`"""
-    return (
-        f"{value:.3g}" if value == 0 or abs(value) >= 0.01 else f"{value:.0e}".replace("e-0", "e-")
-    )
+    if value == 0 or abs(value) >= 0.01:
+        return formatting.short(value, 3)
+    return formatting.trim_exponent(f"{value:.0e}")
 
 
 UPDATE_RATIO = HealthyRange(*schema.HEALTHY_UPDATE_RATIO)

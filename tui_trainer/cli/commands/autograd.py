@@ -28,11 +28,11 @@ from tui_trainer.client.answers.autograd import (
     dot,
     find_leaf,
     fold,
+    gradient_text,
     lines,
     matches,
     path_to_loss,
     shape_text,
-    short,
     svg,
 )
 from tui_trainer.client.answers.tensors import find_tensor, parse_index
@@ -193,7 +193,9 @@ def cells_of(row: Fold) -> tuple[str, str, str]:
     shape = shape_text(row.shape) if own else ""
     saved = bytes_(row.saved_bytes, 0) if row.saved_bytes else ""
     several = row.kind == "repeat" and small < large
-    gradient = f"{short(small)} … {short(large)}" if several else short(large)
+    gradient = (
+        f"{gradient_text(small)} … {gradient_text(large)}" if several else gradient_text(large)
+    )
     return shape, saved, gradient
 
 
@@ -205,7 +207,10 @@ def _path_lines(graph: AutogradGraph, name: str) -> list[str]:
         node = graph.nodes[index]
         module = graph.modules[node.module].path
         table.add_row(
-            Text(node.leaf or node.operation), Text(module), shape_text(node.shape), short(gradient)
+            Text(node.leaf or node.operation),
+            Text(module),
+            shape_text(node.shape),
+            gradient_text(gradient),
         )
     steps = counted(len(found.gradients), "edge")
     heading = f"{graph.nodes[found.nodes[0]].leaf} to the loss: {steps}, {several}"
@@ -222,7 +227,9 @@ def _found_lines(graph: AutogradGraph, text: str) -> list[str]:
         saved = bytes_(node.saved_bytes, 0) if node.saved_bytes else ""
         module = graph.modules[node.module].path
         name = Text(node.leaf or node.operation)
-        table.add_row(name, Text(module), shape_text(node.shape), saved, short(node.gradient))
+        table.add_row(
+            name, Text(module), shape_text(node.shape), saved, gradient_text(node.gradient)
+        )
     heading = f"{len(found):,} of {counted(len(graph.nodes), 'node')} match {text}"
     return [heading, "", *(line.plain for line in table_lines(table))] if found else [heading]
 

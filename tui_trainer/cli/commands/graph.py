@@ -27,8 +27,9 @@ from tui_trainer.learn.scalar.graph import (
 )
 from tui_trainer.learn.scalar.graph import sweep as sweep_of
 from tui_trainer.learn.scalar.parser import EXAMPLES, GraphError, parse, parse_values
-from tui_trainer.learn.scalar.steps import short, steps_of, update_line
+from tui_trainer.learn.scalar.steps import steps_of, update_line
 from tui_trainer.learn.scalar.torch_process import TorchGradients, TorchProcess
+from tui_trainer.protocol.formatting import short
 
 CHART_WIDTH, CHART_HEIGHT = 78, 12
 CHART_STEPS = 5

@@ -288,7 +288,7 @@ def shape_text(shape: Sequence[int]) -> str:
     return "×".join(map(str, shape)) or "0-d"
 
 
-def short(gradient: float) -> str:
+def gradient_text(gradient: float) -> str:
     """Three digits; "" where it is unknown."""
     return "" if math.isnan(gradient) else f"{gradient:.3g}"
 
@@ -399,7 +399,7 @@ def _row(index: int, depth: int, row: Fold, right: list[int]) -> list[str]:
     if row.saved_bytes:
         found.append(_text(right[1], y, bytes_(row.saved_bytes, 0), "quiet", "end"))
     if not math.isnan(row.gradient):
-        found.append(_text(right[2], y, short(row.gradient), "", "end"))
+        found.append(_text(right[2], y, gradient_text(row.gradient), "", "end"))
     return found
 
 
@@ -462,7 +462,7 @@ def dot(graph: AutogradGraph, title: str) -> str:
         waiting += [(each, depth + 1, False) for each in reversed(below.get(path, []))]
     for index, node in enumerate(graph.nodes):
         for before, gradient in zip(node.inputs, node.gradients, strict=True):
-            known = "" if math.isnan(gradient) else f" [label={_quoted(short(gradient))}]"
+            known = "" if math.isnan(gradient) else f" [label={_quoted(gradient_text(gradient))}]"
             out.append(f"  n{index} -> n{before}{known};")
     return "\n".join([*out, "}", ""])
 

@@ -8,11 +8,7 @@ from tui_trainer.learn.scalar.graph import BackwardStep, Descent, GradientContri
 from tui_trainer.learn.scalar.operations import OPERATIONS
 from tui_trainer.learn.scalar.parser import FUNCTIONS
 from tui_trainer.learn.scalar.translation import say
-
-
-def short(value: float | None) -> str:
-    """The value with at most five significant digits."""
-    return "–" if value is None else f"{value:.5g}"
+from tui_trainer.protocol.formatting import short
 
 
 def factor(value: float) -> str:

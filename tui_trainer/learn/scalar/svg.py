@@ -7,7 +7,8 @@ from html import escape
 
 from tui_trainer.learn.scalar.graph import ScalarGraph
 from tui_trainer.learn.scalar.layout import layout
-from tui_trainer.learn.scalar.steps import local_text, short
+from tui_trainer.learn.scalar.steps import local_text
+from tui_trainer.protocol.formatting import short
 
 NODE_WIDTH, NODE_HEIGHT = 132, 66
 COLUMN, ROW = 280, 86

@@ -12,11 +12,11 @@ from textual.binding import Binding, BindingType
 from tui_trainer.client.answers.autograd import (
     Fold,
     fold,
+    gradient_text,
     lines,
     matches,
     path_to_loss,
     shape_text,
-    short,
 )
 from tui_trainer.protocol.autograd import AutogradGraph
 from tui_trainer.protocol.formatting import bytes_, count, counted
@@ -163,7 +163,7 @@ class GraphTable(VirtualTable):
         return Cell(f"{'  ' * depth}{mark}{each.label}{times}{detail}", STYLES[each.kind])
 
     def _gradient_of(self, row: int) -> str | None:
-        return short(self.row_at(row).gradient) or None
+        return gradient_text(self.row_at(row).gradient) or None
 
     def _shape_of(self, row: int) -> str:
         each = self.row_at(row)
@@ -177,7 +177,11 @@ class GraphTable(VirtualTable):
     def _range_of(self, row: int) -> str:
         each = self.row_at(row)
         small, large = each.gradients
-        return f"{short(small)} … {short(large)}" if each.count > 1 and small < large else ""
+        return (
+            f"{gradient_text(small)} … {gradient_text(large)}"
+            if each.count > 1 and small < large
+            else ""
+        )
 
 
 def _matching(root: Fold, found: set[int]) -> list[tuple[int, Fold]]:
@@ -253,7 +257,7 @@ class NodeDetails(BuiltLines):
         if row.saved_bytes:
             rows.append(self._pair("saves", f"{bytes_(row.saved_bytes, 0)} for backward"))
         if not math.isnan(row.gradient):
-            rows.append(self._pair("gradient", f"{short(row.gradient)} arrives (2-norm)"))
+            rows.append(self._pair("gradient", f"{gradient_text(row.gradient)} arrives (2-norm)"))
         return rows
 
     def _notes(self, graph: AutogradGraph, width: int) -> list[Row]:
@@ -267,7 +271,7 @@ class NodeDetails(BuiltLines):
 
     def _edge(self, graph: AutogradGraph, node: int, gradient: float, width: int) -> Row:
         each = graph.nodes[node]
-        value = f"{short(gradient):>9} "
+        value = f"{gradient_text(gradient):>9} "
         name = each.leaf or each.operation
         module = graph.modules[each.module].path
         room = max(4, width - 10)

@@ -297,7 +297,7 @@ def _tick_texts(ticks: Sequence[float], log: bool) -> list[str]:
     room = AXIS_WIDTH - 1
     largest = max((abs(tick) for tick in ticks), default=0.0)
     if log:  # `0.1`, `1`, `1e-30`
-        return [f"{tick:.3g}".replace("e+", "e").replace("e-0", "e-") for tick in ticks]
+        return [formatting.trim_exponent(formatting.short(tick, 3)) for tick in ticks]
     if len(ticks) < 2 or not 1e-5 < largest < 1e6:
         return [formatting.number(tick, room, 3).strip() if tick else "0" for tick in ticks]
     for decimals in range(7):

@@ -19,7 +19,8 @@ from tui_trainer.learn.scalar.graph import (
     sweep_summary,
     three_rates,
 )
-from tui_trainer.learn.scalar.steps import short, update_line
+from tui_trainer.learn.scalar.steps import update_line
+from tui_trainer.protocol.formatting import short
 from tui_trainer.ui.panels.scalar_graph.graph_view import joined_spans
 from tui_trainer.ui.panels.scalar_graph.state import GraphState
 from tui_trainer.ui.widgets.axes import AXIS_WIDTH, Scale, fit_scale, value_labels
