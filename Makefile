@@ -35,7 +35,7 @@ run: $(INSTALLED)
 help:
 	@sed -n 's/^# make /make /p' Makefile
 
-# The checks run beside the tests: alone they leave a core idle for half a minute.
+# The checks run while the tests do: alone they leave a core idle for half a minute.
 test: $(DEVELOPED)
 	@mkdir -p build
 	@{ $(MAKE) --no-print-directory check >build/check.txt 2>&1 || { cat build/check.txt; false; }; } & checks=$$!; \

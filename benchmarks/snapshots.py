@@ -37,7 +37,7 @@ from tui_trainer.travel.time_travel import TimeTravel
 
 
 def trained(parameters: float) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """A model of about so many parameters, and an Adam that has made a step."""
+    """A model with about `parameters` parameters, and an Adam that has made a step."""
     width = max(16, int((parameters / 8) ** 0.5))
     torch.manual_seed(0)
     model = torch.nn.Sequential(*(torch.nn.Linear(width, width) for _ in range(8)))

@@ -315,7 +315,7 @@ async def pause_after(pilot: Pilot[int], app: TuiTrainerApp, phase: str) -> None
 
 
 def write(name: str, svg: str) -> None:
-    """Write the SVG, and the PNG beside it where it can be made."""
+    """Write the SVG, and the PNG next to it where it can be made."""
     path = HERE / f"{name}.svg"
     # Without it rsvg-convert, and with it what is aligned, loses the spaces at the left.
     path.write_text(redraw(svg), encoding="utf-8")

@@ -1,4 +1,5 @@
 """The closures that conditions are compiled to, and the values that they work on.
+`breakpoint_list.py` calls them at the boundaries of the training.
 
 An `Evaluate` returns a Number or a Truth in the state of the run; an absent value is None.
 """

@@ -25,7 +25,7 @@ Flags = NDArray[np.uint8]
 
 
 class Buckets(NamedTuple):
-    """n buckets of some columns. Without a finite value `low` is +Inf and `high` is -Inf."""
+    """n buckets of some columns. Without a finite value `low` is inf and `high` is -inf."""
 
     first: Steps
     """Step of the first row of each, (n,)."""

@@ -150,10 +150,10 @@ class MeasurementProcess:
     def _why_silent(self, process: subprocess.Popen[bytes]) -> MeasurementError:
         _end(process)
         self._process = None
-        said = single_line(self._last_line(), 200)
+        printed = single_line(self._last_line(), 200)
         return MeasurementError(
             "the measurement ended without an answer",
-            said
+            printed
             or "python -m tui_trainer.learn.measurements --list shows whether it can be started",
         )
 

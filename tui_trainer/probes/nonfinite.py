@@ -89,7 +89,7 @@ FIRST_STEPS = 3
 ARMED_STEPS = 500
 """Steps that are watched after something was not finite."""
 ARMED_BY_GROWTH = 100
-"""The same after the loss or the gradient norm grew: what does not go on to grow, and arms it
+"""The same after the loss or the gradient norm grew: what does not keep growing, and arms it
 again, was a single spike."""
 GROWTH = 10.0
 """Times its usual value at which a loss or gradient norm arms the probe."""

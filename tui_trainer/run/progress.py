@@ -1,5 +1,6 @@
 """The length of a script's run: total steps, steps of an epoch and items of a step, determined in
-its first steps or reported by its framework; and its evaluations."""
+its first steps or reported by its framework; and its evaluations. `record/throughput.py` estimates
+the time left."""
 
 from __future__ import annotations
 

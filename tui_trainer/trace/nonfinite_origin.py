@@ -306,11 +306,13 @@ class NonFiniteOrigins:
         places |= {place_of_operation(operation, module) for module in kinds.values()}
         places.discard("")
         if not places and frame is not None:
-            # A module without parameters beside the model, if no other line of the file may be it.
-            beside = {
+            # A module without parameters, not in the model, if no other line of the file may be it.
+            outside = {
                 type(m): m for root in objects_of_script(torch.nn.Module) for m in root.modules()
             }
-            places = {place_of_operation(operation, beside[kind]) for kind in beside.keys() - kinds}
+            places = {
+                place_of_operation(operation, outside[kind]) for kind in outside.keys() - kinds
+            }
             places.discard("")
             places &= {place_in_file(operation, frame)}
         return places.pop() if len(places) == 1 else ""

@@ -67,10 +67,10 @@ MAX_REASON = 200
 """Characters of the reason of a failure."""
 SCRIPT_STATE = (
     "weights, buffers, optimizers, schedulers, GradScaler, random generators and changed settings; "
-    "not the script's own variables, data order, DataLoader workers and threads, which go on"
+    "not the script's own variables, data order, DataLoader workers and threads, which continue"
 )
 NOT_FOR_SCRIPTS = (
-    "the steps of a script cannot be made twice: its variables and its place in the data go on",
+    "the steps of a script cannot be made twice: its variables and its place in the data continue",
     "landscape is possible; back, set and compare try other settings in a branch of its own",
 )
 RECENT_STEPS = 50

@@ -54,12 +54,12 @@ class ActionProvider(Provider):
             for name, help, action in COMMANDS_WITHOUT_KEY:
                 yield name, help, partial(context.command, action)
         if context.session is not None and (replayed or context.snapshot.status.ended):
-            yield "What next", "Replay, compare, report, or start again", context.ask_next
+            yield "What next", "Replay, compare, report, or start again", context.leaving.ask_next
         for page, title in titles(context.language).items():
             yield f"{PAGE}{title}", "A page to learn from", partial(context.show_lesson, page)
-        for demo, said in demo_texts(context.language).items():
+        for demo, texts in demo_texts(context.language).items():
             start = partial(context.start_demo, demo)
-            yield f"{DEMO}{demo}", f"{said.title}: a guided run", start
+            yield f"{DEMO}{demo}", f"{texts.title}: a guided run", start
         for name in sorted(self.app.available_themes):
             yield f"{THEME}{name}", "Colours of the screen", partial(self._set_theme, name)
 

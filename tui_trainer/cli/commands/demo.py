@@ -92,14 +92,14 @@ def _list(json: bool) -> int:
 
 
 def _object(chosen: Demo) -> dict[str, Any]:
-    said = demo_texts("en")[chosen.name]
+    texts = demo_texts("en")[chosen.name]
     return {
         "name": chosen.name,
-        "happens": said.happens,
+        "happens": texts.happens,
         "screen": chosen.screen,
         "rule": chosen.rule,
         "breakpoint": chosen.breakpoint,
-        "cure": said.cure,
+        "cure": texts.cure,
         "set": chosen.live,
         "script": str(chosen.script),
     }
@@ -201,13 +201,13 @@ def _run_to_end(specs: list[RunSpec]) -> None:
 
 
 def _report(chosen: Demo, specs: list[RunSpec], summaries: list[RunSummary]) -> list[Text]:
-    said = demo_texts("en")[chosen.name]
-    happens = f"{said.happens[:1].upper()}{said.happens[1:]}."
+    texts = demo_texts("en")[chosen.name]
+    happens = f"{texts.happens[:1].upper()}{texts.happens[1:]}."
     lines = [Text(line) for line in fill(happens, WIDTH).splitlines()]
     for title, spec, summary in zip(("the fault", "cured"), specs, summaries, strict=True):
         lines += [Text(), Text(f"{title}: {spec.name}", "bold")]
         lines += finding_lines(summary.findings) or [Text("no findings", "dim")]
-    cure = fill(f"the cure: {said.cure}", WIDTH)
+    cure = fill(f"the cure: {texts.cure}", WIDTH)
     return [*lines, Text(), *(Text(line) for line in cure.splitlines()), Text()]
 
 

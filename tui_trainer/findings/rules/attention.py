@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 from tui_trainer.findings.observation import Observation, TableRow
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence
@@ -87,7 +88,12 @@ class AttentionLogits(_PerLayer):
                 yield self._found(seen, over, "growth", "growth of ‖Wq‖‖Wk‖/‖Wv‖", "growth")
 
     def _found(
-        self, seen: Observation, over: dict[str, float], statistic: str, words: str, limit: str
+        self,
+        seen: Observation,
+        over: dict[str, float],
+        statistic: str,
+        words: str,
+        limit: Literal["logit", "growth"],
     ) -> Found:
         self._reported = True
         layers = sorted(over, key=lambda layer: -over[layer])

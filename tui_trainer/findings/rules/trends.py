@@ -120,7 +120,7 @@ class OverflowAhead(Rule):
     needs = "the loss or the gradient norm of ten steps in a row"
     explanation = (
         "The loss or the gradient norm multiplies from step to step, by about the same factor or "
-        "more each time. If it goes on like this it exceeds the largest number within a few "
+        "more each time. If this continues, it exceeds the largest number within a few "
         "steps (in float32 a sum of squares does so beyond 1.8e19), and everything becomes inf "
         "and then nan. It is reported while the values are still finite and a checkpoint is still "
         "worth something."

@@ -386,8 +386,10 @@ class HelpScreen(DetailScreen):
             )
             if entries:
                 found.append(HelpBlock(block.title, entries, block.style))
-        said = words(context.language)
-        nothing = HelpBlock(said["help_nothing"], (("", said["help_no_entry"].format(text=text)),))
+        texts = words(context.language)
+        nothing = HelpBlock(
+            texts["help_nothing"], (("", texts["help_no_entry"].format(text=text)),)
+        )
         self.query_one(HelpView).show_blocks(found or [nothing])
 
     def action_lesson(self) -> None:

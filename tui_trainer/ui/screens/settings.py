@@ -87,7 +87,7 @@ class SettingsDialog(SnapshotDialog):
                 tooltip="Make 50 steps with the present settings and 50 with the changed ones, "
                 "compare their losses, and put everything back"),
         Binding("ctrl+b", "branch", "Branch", priority=True, id="settings.branch",
-                tooltip="Start a new run that goes on from here with the change; this one stays"),
+                tooltip="Start a new run that continues from here with the change; this one stays"),
     ]  # fmt: skip
 
     def __init__(self) -> None:

@@ -1,4 +1,5 @@
-"""The dialog of the timeline: what is kept of earlier steps, and going to any of them."""
+"""The dialog of the timeline: what is kept of earlier steps, and going to any of them. Its key, as
+those of all commands to the run, is bound in `base.py`."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ KEYS = "left, right: one step, enter: go there, tab: step or memory, escape: clo
 NOTHING = "nothing is kept yet: enter an amount of memory for snapshots, such as 512MB"
 SCRIPT = (
     "a script gets the state of a snapshot, and what follows is a branch; its own data order and "
-    "counters go on"
+    "counters continue"
 )
 
 
