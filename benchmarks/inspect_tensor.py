@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from tui_trainer.inspector.heat_map import heat_map
-from tui_trainer.inspector.statistics import statistics_of
+from tui_trainer.inspector.tensor_statistics import statistics_of
 from tui_trainer.protocol.heat_map import HeatMapWindow
 
 SHAPES = ((1000, 1000), (1_000_000,), (4096, 4096), (10_000, 10_000))

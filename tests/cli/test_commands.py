@@ -22,7 +22,8 @@ from tui_trainer.client.connection import RunClient
 from tui_trainer.config.run_spec import LOG_FILE, write_state
 from tui_trainer.protocol.actions import Mark, Pause
 from tui_trainer.protocol.events import Notice
-from tui_trainer.runs.liveness import BOOT_LOG, inspect_run
+from tui_trainer.runs.boot_log import BOOT_LOG
+from tui_trainer.runs.liveness import inspect_run
 
 
 def test_pause_step_resume_stop(runs):

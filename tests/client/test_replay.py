@@ -17,7 +17,7 @@ from tui_trainer.protocol.actions import (
 )
 from tui_trainer.protocol.events import Clip, LogLine, TextSample
 from tui_trainer.protocol.messages import Status
-from tui_trainer.record.events import InfoChanged, RunEnded
+from tui_trainer.record.sink_items import InfoChanged, RunEnded
 from tui_trainer.store.schema import StoreError
 from tui_trainer.store.writer import StoreWriter
 

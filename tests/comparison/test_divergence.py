@@ -15,7 +15,7 @@ from tui_trainer.protocol import PHASES, schema
 from tui_trainer.protocol.absent import Absent, absent
 from tui_trainer.protocol.messages import Status
 from tui_trainer.protocol.schema import Column, RunInfo, Table
-from tui_trainer.record.events import InfoChanged, StepRecorded
+from tui_trainer.record.sink_items import InfoChanged, StepRecorded
 from tui_trainer.store.reader import StoredHistory
 from tui_trainer.store.series import StoredLevel
 from tui_trainer.store.writer import StoreWriter

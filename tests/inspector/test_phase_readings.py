@@ -12,7 +12,7 @@ from torch import nn
 from tests.inspector.test_inspector import Traced, train
 from tui_trainer.inspector import phase_readings
 from tui_trainer.inspector.inspector import Inspector
-from tui_trainer.inspector.statistics import moments_of, statistics_of
+from tui_trainer.inspector.tensor_statistics import moments_of, statistics_of
 from tui_trainer.protocol.inspection import BeforePhase, Summarize, TensorRef
 
 WEIGHT, BIAS = TensorRef("0.weight"), TensorRef("1.bias")

@@ -22,7 +22,7 @@ from tui_trainer.protocol.messages import Status
 from tui_trainer.protocol.schema import RunInfo, Table
 from tui_trainer.record import alerts
 from tui_trainer.record.alerts import MAX_PER_MINUTE, Alert, AlertError, AlertSink, Sender
-from tui_trainer.record.events import RunEnded, StepRecorded
+from tui_trainer.record.sink_items import RunEnded, StepRecorded
 
 DEADLINE_S = 120.0
 INFO = RunInfo("quiet-otter", "gpt", tables=(Table(0, schema.STEP, schema.STEP_COLUMNS),))

@@ -13,8 +13,8 @@ from tui_trainer.history.records import ClipRecord, StepRecord
 from tui_trainer.protocol.events import Clip, LogLine, NonFinite, Notice, TextSample
 from tui_trainer.protocol.messages import PhaseReport, Poll, Status
 from tui_trainer.protocol.schema import CLIP_COLUMNS, STEP_COLUMNS, Column, RunInfo, Table
-from tui_trainer.record.events import InfoChanged, ItemsDropped, RunEnded, StepRecorded
 from tui_trainer.record.recorder import Recorder
+from tui_trainer.record.sink_items import InfoChanged, ItemsDropped, RunEnded, StepRecorded
 from tui_trainer.run.sinks.jsonlines import event_object
 from tui_trainer.store.codec import decode_event, encode
 from tui_trainer.ui.panels.log import entry_of_event

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from tui_trainer.record.events import BoundedLog
+from tui_trainer.record.event_log import BoundedLog
 from tui_trainer.record.throughput import RECENT_STEPS, Throughput
 
 

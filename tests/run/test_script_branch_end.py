@@ -14,7 +14,7 @@ import msgspec
 from tui_trainer.config.run_spec import RunSpec, read_state
 from tui_trainer.protocol.actions import Branch
 from tui_trainer.protocol.messages import Status
-from tui_trainer.record.events import InfoChanged
+from tui_trainer.record.sink_items import InfoChanged
 from tui_trainer.run.environment import initial_info
 from tui_trainer.run.host import Host
 from tui_trainer.run.script_branches import BranchRecording, Segment

@@ -12,9 +12,9 @@ from tui_trainer.client.connection import connector
 from tui_trainer.client.live import LiveSession
 from tui_trainer.config.run_spec import RunSpec, create_run_directory, new_socket_path
 from tui_trainer.runs import launch as launching
+from tui_trainer.runs.boot_log import BOOT_LOG
 from tui_trainer.runs.errors import NotListening, RunError, RunGone
 from tui_trainer.runs.launch import launch
-from tui_trainer.runs.liveness import BOOT_LOG
 from tui_trainer.runs.registry import connect_run
 from tui_trainer.runs.security import connect_unix
 

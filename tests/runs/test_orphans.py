@@ -24,7 +24,7 @@ from tui_trainer.config.run_spec import (
 )
 from tui_trainer.protocol.messages import Status
 from tui_trainer.protocol.schema import RunInfo
-from tui_trainer.record.events import RunEnded
+from tui_trainer.record.sink_items import RunEnded
 from tui_trainer.record.status_file import StatusFile
 from tui_trainer.runs.errors import RunError
 from tui_trainer.runs.liveness import inspect_run

@@ -10,11 +10,11 @@ import pytest
 from tests.store.test_store import INFO, stepped
 from tui_trainer.protocol.events import LogLine, Notice, TextSample
 from tui_trainer.protocol.messages import Status
-from tui_trainer.record.events import InfoChanged, ItemsDropped, RowRecorded, StepRecorded
+from tui_trainer.record.sink_items import InfoChanged, ItemsDropped, RowRecorded, StepRecorded
 from tui_trainer.store import step_times
 from tui_trainer.store.codec import StepTimes, pack_step_times, unpack_step_times
 from tui_trainer.store.reader import StoredHistory
-from tui_trainer.store.replay import replay_items
+from tui_trainer.store.recorded_items import replay_items
 from tui_trainer.store.writer import StoreWriter
 
 THREE = np.ones(3, np.float32)

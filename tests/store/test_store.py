@@ -23,7 +23,13 @@ from tui_trainer.history.sync import apply_rows, rows_since
 from tui_trainer.protocol.events import Clip, LogLine, Notice, TextSample
 from tui_trainer.protocol.messages import Status
 from tui_trainer.protocol.schema import Column, RunInfo, Table
-from tui_trainer.record.events import InfoChanged, ItemsDropped, RowRecorded, RunEnded, StepRecorded
+from tui_trainer.record.sink_items import (
+    InfoChanged,
+    ItemsDropped,
+    RowRecorded,
+    RunEnded,
+    StepRecorded,
+)
 from tui_trainer.store.events import StoredEvents
 from tui_trainer.store.reader import StoredHistory
 from tui_trainer.store.schema import STORE_FILE, StoreError, open_for_writing
@@ -429,7 +435,7 @@ def test_a_store_damaged_while_written_is_replaced_with_the_recent_items(
     assert table.rows > 1500  # more than what came after
     kept = slice(3000 - table.rows, None)
     check_window(table, steps[kept], values[kept], table.first_step, int(steps[-1]) + 1, 20)
-    from tui_trainer.store.replay import replay_items
+    from tui_trainer.store.recorded_items import replay_items
 
     replayed = [item.record.step for item in replay_items(held) if isinstance(item, StepRecorded)]
     assert replayed == [int(step) for step in steps[kept]]
@@ -493,7 +499,7 @@ import numpy as np
 from tests.store.test_store import INFO, stepped, wide
 from tui_trainer.protocol.messages import Status
 from tui_trainer.record.sink_thread import SinkThread
-from tui_trainer.record.events import InfoChanged, StepRecorded
+from tui_trainer.record.sink_items import InfoChanged, StepRecorded
 from tui_trainer.store.writer import StoreWriter
 
 class ReportingWriter(StoreWriter):

@@ -30,6 +30,7 @@ def policy():
 def test_rollouts_without_gradients_are_data(monkeypatch, in_eval_mode, every):
     now = [1.0]
     monkeypatch.setattr("tui_trainer.trace.phases.perf_counter", lambda: now[0])
+    monkeypatch.setattr("tui_trainer.trace.phase_clocks.perf_counter", lambda: now[0])
     model = policy()
     optimizer = torch.optim.Adam(model.parameters())
 

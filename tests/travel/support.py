@@ -23,7 +23,7 @@ from tui_trainer.protocol.messages import Poll
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.run.checkpoints import load_checkpoint
 from tui_trainer.run.environment import initial_info
-from tui_trainer.run.training import (
+from tui_trainer.run.task_training import (
     editable,
     let_be_changed,
     restore_checkpoint,

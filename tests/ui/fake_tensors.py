@@ -138,8 +138,8 @@ class FakeTensors:
 
     def answer(self, request: InspectionRequest, status: Status) -> Inspected:
         from tui_trainer.inspector.heat_map import heat_map
-        from tui_trainer.inspector.statistics import statistics_of
         from tui_trainer.inspector.tensor_catalog import info_of
+        from tui_trainer.inspector.tensor_statistics import statistics_of
 
         def done(result: InspectionResult) -> Inspected:
             return Inspected(1, "done", result, status.step, status.phase, 3.2)

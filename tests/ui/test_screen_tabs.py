@@ -8,7 +8,7 @@ from tests.ui.fake import fake_gpt
 from tests.ui.screens import app_on, frame, text_of
 from tests.ui.test_findings import finding
 from tui_trainer.ui.screens import SCREENS
-from tui_trainer.ui.screens.base import ScreenTabs
+from tui_trainer.ui.screens.screen_tabs import ScreenTabs
 
 
 def line_of(app: object) -> str:

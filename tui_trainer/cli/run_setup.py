@@ -30,9 +30,9 @@ from tui_trainer.config.run_spec import (
 )
 from tui_trainer.protocol.messages import Breakpoint
 from tui_trainer.protocol.schema import Scalar, SourceInfo
+from tui_trainer.runs.boot_log import BOOT_LOG
 from tui_trainer.runs.checkpoints import ResumePoint
 from tui_trainer.runs.errors import RunError
-from tui_trainer.runs.liveness import BOOT_LOG
 from tui_trainer.runs.security import check_directory
 
 

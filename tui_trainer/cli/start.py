@@ -33,7 +33,7 @@ from tui_trainer.tasks.definition import TaskDefinition
 DEMO_SNAPSHOTS = "64MB"
 
 if TYPE_CHECKING:
-    from tui_trainer.record.events import Sink
+    from tui_trainer.record.sink_items import Sink
     from tui_trainer.run.rank_client import Connect
     from tui_trainer.runs.launch import LaunchRequest, RunProcess
 

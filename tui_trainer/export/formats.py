@@ -16,11 +16,11 @@ from tui_trainer.protocol import schema
 from tui_trainer.protocol.absent import absent_mask, why_absent
 from tui_trainer.protocol.events import Clip, Finding, NonFinite, Notice, Skipped
 from tui_trainer.protocol.messages import Status
-from tui_trainer.record.events import InfoChanged
+from tui_trainer.record.sink_items import InfoChanged
 from tui_trainer.run.sinks import Output
 from tui_trainer.run.sinks.jsonlines import JsonLines
 from tui_trainer.store.reader import StoredHistory
-from tui_trainer.store.replay import replay_items
+from tui_trainer.store.recorded_items import replay_items
 from tui_trainer.store.series import StoredSeries
 
 

@@ -173,7 +173,7 @@ class Inspector:
 
 def _summary(request: Summarize, found: torch.Tensor, note: str = "") -> TensorSummary:
     from tui_trainer.inspector.heat_map import heat_map
-    from tui_trainer.inspector.statistics import statistics_of
+    from tui_trainer.inspector.tensor_statistics import statistics_of
 
     tensor = readable(found)
     entries = min(max(request.entries, 0), MAX_ENTRIES)

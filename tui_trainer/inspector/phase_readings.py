@@ -9,8 +9,8 @@ import torch
 from msgspec import structs
 
 from tui_trainer.inspector.errors import InspectionError
-from tui_trainer.inspector.statistics import moments_of
 from tui_trainer.inspector.tensor_catalog import TensorCatalog, readable
+from tui_trainer.inspector.tensor_statistics import moments_of
 from tui_trainer.protocol.inspection import BeforePhase, TensorMoments, TensorRef
 from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.tracer import Tracer

@@ -30,7 +30,7 @@ from tui_trainer.protocol.events import LEVEL_ORDER, Finding, Level, Notice, fin
 from tui_trainer.protocol.formatting import nonfinite, number
 from tui_trainer.protocol.messages import EndState, Status
 from tui_trainer.protocol.schema import RunInfo
-from tui_trainer.record.events import InfoChanged, Item, RunEnded, StepRecorded
+from tui_trainer.record.sink_items import InfoChanged, Item, RunEnded, StepRecorded
 
 LOG_FILE = "alerts.log"
 MAX_PER_MINUTE = 10

@@ -38,8 +38,8 @@ from tui_trainer.protocol.events import (
 from tui_trainer.protocol.messages import EndState, PhaseReport, Poll, Status, Update
 from tui_trainer.protocol.schema import Column, RunInfo, Table
 from tui_trainer.protocol.text import sanitize, sanitize_message
-from tui_trainer.record.events import (
-    EventLog,
+from tui_trainer.record.event_log import EventLog
+from tui_trainer.record.sink_items import (
     InfoChanged,
     Item,
     ItemsDropped,

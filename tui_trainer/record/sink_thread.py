@@ -16,7 +16,7 @@ from tui_trainer.protocol.events import (
     TextSample,
 )
 from tui_trainer.protocol.messages import Status
-from tui_trainer.record.events import (
+from tui_trainer.record.sink_items import (
     InfoChanged,
     Item,
     ItemsDropped,

@@ -23,7 +23,7 @@ from tui_trainer.protocol import schema
 from tui_trainer.protocol.formatting import nonfinite
 from tui_trainer.protocol.messages import Status
 from tui_trainer.protocol.schema import RunInfo
-from tui_trainer.record.events import InfoChanged, Item, RunEnded, StepRecorded
+from tui_trainer.record.sink_items import InfoChanged, Item, RunEnded, StepRecorded
 
 WRITE_EVERY_S = 1.0
 LOSSES_KEPT = 10_000

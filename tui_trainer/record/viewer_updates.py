@@ -14,7 +14,8 @@ from tui_trainer.protocol import schema
 from tui_trainer.protocol.events import LogLine
 from tui_trainer.protocol.messages import PhaseReport, Poll, Rows, Status, Update
 from tui_trainer.protocol.schema import RunInfo
-from tui_trainer.record.events import EventLog, artifact_bytes, event_bytes, line_bytes
+from tui_trainer.record.event_log import EventLog
+from tui_trainer.record.sink_items import artifact_bytes, event_bytes, line_bytes
 
 BACKLOG_BYTES = 512 * 1024
 """Printed lines from before it connected that a new viewer is sent."""

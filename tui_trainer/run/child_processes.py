@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from tui_trainer.config.run_spec import RunSpec, read_spec
 from tui_trainer.protocol.messages import Status
-from tui_trainer.record.events import Item, StepRecorded
 from tui_trainer.record.recorder import Recorder
+from tui_trainer.record.sink_items import Item, StepRecorded
 from tui_trainer.run.context import RunContext, create_tracer
 from tui_trainer.run.environment import initial_info
 from tui_trainer.run.import_hook import around_torch_import

@@ -32,8 +32,8 @@ from tui_trainer.protocol import Phase, schema
 from tui_trainer.protocol.actions import Branch
 from tui_trainer.protocol.formatting import nonfinite
 from tui_trainer.protocol.messages import Join, ProcessAt
-from tui_trainer.record.events import Sink
 from tui_trainer.record.recorder import Recorder
+from tui_trainer.record.sink_items import Sink
 from tui_trainer.record.status_file import StatusFile
 from tui_trainer.run.control import CommandHandler, RunBreakpoints
 from tui_trainer.run.environment import initial_info, limit_openmp_spinning
@@ -202,7 +202,7 @@ class Host:
                 from tui_trainer.run.script import train_script
 
                 return train_script(self)
-            from tui_trainer.run.training import train_task
+            from tui_trainer.run.task_training import train_task
 
             return train_task(self)
 

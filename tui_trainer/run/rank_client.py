@@ -42,7 +42,7 @@ from tui_trainer.protocol.ranks import (
     to_rank,
 )
 from tui_trainer.protocol.schema import Table
-from tui_trainer.record.events import InfoChanged, Item, StepRecorded
+from tui_trainer.record.sink_items import InfoChanged, Item, StepRecorded
 from tui_trainer.runs.errors import RunError
 from tui_trainer.runs.security import connect_unix
 

@@ -15,7 +15,7 @@ from tui_trainer.config.ranks import Rank
 from tui_trainer.config.run_spec import RunSpec
 from tui_trainer.protocol.messages import Status
 from tui_trainer.protocol.ranks import StopWanted
-from tui_trainer.record.events import Sink
+from tui_trainer.record.sink_items import Sink
 from tui_trainer.run.host import Host, run_to_end
 from tui_trainer.run.inspection import answer_rank_zero
 from tui_trainer.run.outcome import Outcome

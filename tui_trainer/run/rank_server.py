@@ -47,8 +47,8 @@ from tui_trainer.protocol.ranks import (
 )
 from tui_trainer.protocol.schema import ProcessInfo, ProcessState, Table
 from tui_trainer.protocol.text import single_line
-from tui_trainer.record.events import InfoChanged, Item, StepRecorded
 from tui_trainer.record.recorder import Recorder
+from tui_trainer.record.sink_items import InfoChanged, Item, StepRecorded
 
 MAX_PROCESSES = 1024
 SEND_TIMEOUT_S = 10.0

@@ -35,7 +35,8 @@ from tui_trainer.protocol.events import (
 )
 from tui_trainer.protocol.messages import Status
 from tui_trainer.protocol.schema import RunInfo
-from tui_trainer.record.events import (
+from tui_trainer.record.recorder import Recorder
+from tui_trainer.record.sink_items import (
     InfoChanged,
     Item,
     ItemsDropped,
@@ -44,7 +45,6 @@ from tui_trainer.record.events import (
     Sink,
     StepRecorded,
 )
-from tui_trainer.record.recorder import Recorder
 from tui_trainer.record.sink_thread import SinkThread
 from tui_trainer.record.status_file import StatusFile
 from tui_trainer.runs.launch import free_name
@@ -53,7 +53,7 @@ from tui_trainer.trace.gate import Refusal
 
 NOT_RESTORED = (
     "in the same process: the script's own variables and its place in the data are not restored, "
-    "they go on"
+    "they continue"
 )
 
 
@@ -183,7 +183,6 @@ class BranchRecording(Sink):
         self._end = msgspec.structs.replace(self._recorder.status, reason=reason)
 
     def take(self, items: Sequence[Item], status: Status) -> None:
-        """See `record.events.Sink`."""
         moved = [found for item in items for found in self._moved(item)]
         if not self.begun and any(isinstance(item, StepRecorded) for item in moved):
             self.begin()
@@ -203,7 +202,6 @@ class BranchRecording(Sink):
             sink.take(moved, status)
 
     def close(self) -> None:
-        """See `record.events.Sink`."""
         if self._sinks is None:
             return
         if not self._ended:

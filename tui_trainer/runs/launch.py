@@ -17,8 +17,8 @@ from tui_trainer.config.run_spec import RunSpec, find_socket, read_state, write_
 from tui_trainer.protocol.errors import UserError
 from tui_trainer.protocol.messages import END_STATES
 from tui_trainer.protocol.schema import Scalar
+from tui_trainer.runs.boot_log import BOOT_LOG, last_output
 from tui_trainer.runs.errors import NotListening, RunError, RunGone, Unreachable
-from tui_trainer.runs.liveness import BOOT_LOG, last_output
 from tui_trainer.runs.security import connect_unix
 
 _OUT_OF_MEMORY = (

@@ -22,7 +22,7 @@ from tui_trainer.history.records import Floats
 from tui_trainer.protocol.formatting import counted
 from tui_trainer.protocol.messages import Status
 from tui_trainer.protocol.schema import RunInfo
-from tui_trainer.record.events import (
+from tui_trainer.record.sink_items import (
     InfoChanged,
     Item,
     ItemsDropped,
@@ -137,7 +137,7 @@ class RecentItems:
 
 
 class StoreWriter:
-    """Implements `record.events.Sink`. `report(text)` is called with each problem, and with "" once
+    """The sink that writes the store. `report(text)` is called with each problem, and with "" once
     it is over, for `Status.recording`."""
 
     def __init__(

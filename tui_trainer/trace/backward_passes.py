@@ -19,7 +19,8 @@ from tui_trainer.trace.module_calls import depends_on_mode
 from tui_trainer.trace.nonfinite_origin import NonFiniteOrigins
 from tui_trainer.trace.optimizer_registry import OptimizerRegistry
 from tui_trainer.trace.optimizer_steps import OptimizerSteps
-from tui_trainer.trace.phases import BACKWARD, LOSS, OTHER, Phases
+from tui_trainer.trace.phase_clocks import BACKWARD, LOSS, OTHER
+from tui_trainer.trace.phases import Phases
 from tui_trainer.trace.probe import Observers
 from tui_trainer.trace.script_changes import WeightWatch
 from tui_trainer.trace.step import BackwardPass, GradScaling, scalar

@@ -1,4 +1,4 @@
-"""Calls that clip gradients, from their begin to the step that they belong to.
+"""Calls that clip gradients, from their beginning to the step that they belong to.
 
 The norms and the limit are kept here; `probes/clipping.py` computes the scale from them.
 """
@@ -14,7 +14,8 @@ from tui_trainer.trace.faults import Faults, guarded
 from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.norms import total_norm
 from tui_trainer.trace.optimizer_steps import OptimizerSteps
-from tui_trainer.trace.phases import CLIP, OTHER, Phases
+from tui_trainer.trace.phase_clocks import CLIP, OTHER
+from tui_trainer.trace.phases import Phases
 from tui_trainer.trace.probe import Reading, RecorderLike
 from tui_trainer.trace.reports import PhaseReporter
 from tui_trainer.trace.step import Clipping

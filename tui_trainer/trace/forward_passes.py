@@ -15,7 +15,8 @@ from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.module_calls import depends_on_mode
 from tui_trainer.trace.optimizer_registry import OptimizerRegistry
 from tui_trainer.trace.optimizer_steps import OptimizerSteps
-from tui_trainer.trace.phases import BACKWARD, DATA, EVAL, FORWARD, LOSS, Phases
+from tui_trainer.trace.phase_clocks import BACKWARD, DATA, EVAL, FORWARD, LOSS
+from tui_trainer.trace.phases import Phases
 from tui_trainer.trace.probe import Observers
 from tui_trainer.trace.reports import PhaseReporter
 from tui_trainer.trace.step_measurer import StepMeasurer

@@ -16,7 +16,8 @@ from tui_trainer.trace.faults import Faults, guarded
 from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.nonfinite_origin import NonFiniteOrigins
 from tui_trainer.trace.optimizer_registry import OptimizerRegistry, unwrapped_optimizer
-from tui_trainer.trace.phases import STEP, Phases
+from tui_trainer.trace.phase_clocks import STEP
+from tui_trainer.trace.phases import Phases
 from tui_trainer.trace.probe import Observers
 from tui_trainer.trace.step import BackwardPass, GradScaling, StepOutcome
 from tui_trainer.trace.step_measurer import StepMeasurer

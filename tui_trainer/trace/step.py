@@ -39,7 +39,7 @@ from tui_trainer.protocol.events import ClipKind, SkipReason
 from tui_trainer.trace import torch_private
 from tui_trainer.trace.governor import ActiveProbe
 from tui_trainer.trace.nonfinite_origin import merged
-from tui_trainer.trace.phases import PhaseTimes
+from tui_trainer.trace.phase_clocks import PhaseTimes
 from tui_trainer.trace.probe import (
     ClipMeasurement,
     Reading,

@@ -43,7 +43,8 @@ from tui_trainer.trace.module_calls import Patches, RootModules
 from tui_trainer.trace.nonfinite_origin import NonFiniteOrigins
 from tui_trainer.trace.optimizer_registry import OptimizerRegistry, unwrapped_optimizer
 from tui_trainer.trace.optimizer_steps import OptimizerSteps
-from tui_trainer.trace.phases import CLIP, ZERO_GRAD, Phases
+from tui_trainer.trace.phase_clocks import CLIP, ZERO_GRAD
+from tui_trainer.trace.phases import Phases
 from tui_trainer.trace.probe import (
     Observers,
     Probe,

@@ -472,18 +472,6 @@ class TuiTrainerApp(App[int]):
 
     # ------------------------------------------------------------ leaving
 
-    def ask_next(self) -> None:
-        """Offer what can be done with a run that has ended; what is chosen is run on leaving."""
-        self.leaving.ask_next()
-
-    def leave_for(self, command: tuple[str, ...] | None) -> None:
-        """Leave, and run another command of `tui-trainer` then."""
-        self.leaving.leave_for(command)
-
-    def leave_run_for(self, command: tuple[str, ...]) -> None:
-        """Leave for another command, once the user has chosen what happens to the open run."""
-        self.leaving.leave_run_for(command)
-
     async def action_quit(self) -> None:
         """Ask whether to detach or stop; leave at once where there is nothing to decide."""
         self.leaving.quit()

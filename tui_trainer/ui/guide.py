@@ -65,17 +65,17 @@ def screen_named(mode: ScreenMode) -> str:
 
 def introduction(demo: Demo, language: str) -> str:
     """What a guided run shows, and how, as Markdown."""
-    text, said = words(language), demo_texts(language)[demo.name]
+    text, about = words(language), demo_texts(language)[demo.name]
     cure = text[f"demo_cure_{_kind(demo)}"].format(set=demo.live)
     points = (
         text["demo_screen"].format(screen=screen_named(demo.screen)),
         text["demo_breakpoint"].format(condition=f"`{demo.breakpoint}`"),
         text["demo_finding"].format(rule=f"`{demo.rule}`"),
-        f"{text['demo_cure'].format(cure=said.cure)} {cure}",
+        f"{text['demo_cure'].format(cure=about.cure)} {cure}",
         text["demo_curves"],
     )
     listed = "\n".join(f"- {point}" for point in points)
-    return f"{_sentence(said.happens)}\n\n{listed}"
+    return f"{_sentence(about.happens)}\n\n{listed}"
 
 
 def guidance(
@@ -83,17 +83,17 @@ def guidance(
 ) -> str:
     """What to look at, and what to do, at this moment. `finishing`: the run continues to its end
     for the two curves."""
-    text, said = words(language), demo_texts(language)[demo.name]
+    text, about = words(language), demo_texts(language)[demo.name]
     if finishing:
         return text["demo_finishing"]
     stage = stage_of(snapshot, demo, cured)
     if stage == "paused":
         cure = text[f"demo_cure_{_kind(demo)}"].format(set=demo.live)
         return " ".join(
-            (*_pause(snapshot, demo, text), text["demo_cure"].format(cure=said.cure), cure)
+            (*_pause(snapshot, demo, text), text["demo_cure"].format(cure=about.cure), cure)
         )
     return text[f"demo_{stage}"].format(
-        happens=_sentence(said.happens), condition=demo.breakpoint, cure=said.cure
+        happens=_sentence(about.happens), condition=demo.breakpoint, cure=about.cure
     )
 
 
@@ -265,7 +265,7 @@ class GuidedRuns:
                 thread=True, group="demo", exclusive=True,
             )  # fmt: skip
         else:
-            self.context.leave_run_for(("demo", name, *self._options()))
+            self.context.leaving.leave_run_for(("demo", name, *self._options()))
 
     def _launch(
         self, launch: OnLaunch, request: LaunchRequest, demo: Demo, introduced: bool
@@ -349,7 +349,7 @@ class GuidedRuns:
             self.context.command(actions.Resume())
 
     def drawn(self) -> None:
-        """A snapshot was drawn: show the curves of a run that was to go on to its end."""
+        """A snapshot was drawn: show the curves of a run that continued to its end."""
         if self.finishing and self.context.snapshot.status.ended:
             self.finishing = False
             self.show_curves()
@@ -364,4 +364,6 @@ class GuidedRuns:
             self.app.notify("the recording of this run is on another machine", severity="warning")
             return
         demo, _ = found
-        self.context.leave_for(("demo", demo.name, "--against", info.directory, *self._options()))
+        self.context.leaving.leave_for(
+            ("demo", demo.name, "--against", info.directory, *self._options())
+        )

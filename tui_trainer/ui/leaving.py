@@ -123,7 +123,7 @@ class EndedDialog(ModalScreen[tuple[str, ...] | None]):
 
 
 class Leaving:
-    """Asks what is to become of the run, and leaves."""
+    """Leaves the app, and asks what happens to the run then."""
 
     next_command: tuple[str, ...] = ()
     """The command that the user has chosen to run after the app has closed."""
@@ -149,7 +149,7 @@ class Leaving:
             self.leave_run_for(())
 
     def leave_run_for(self, command: tuple[str, ...]) -> None:
-        """Leave and run another command, once the user has said what is to become of the run."""
+        """Leave for another command, once the user has chosen what happens to the run."""
         if self._decides_nothing:
             self.leave_for(command)
         else:

@@ -23,7 +23,7 @@ from tui_trainer.protocol.events import Finding, finding_object, newest_findings
 from tui_trainer.protocol.formatting import counted
 from tui_trainer.protocol.messages import Status
 from tui_trainer.protocol.schema import SCRIPT, Scalar
-from tui_trainer.record.events import Item, RunEnded
+from tui_trainer.record.sink_items import Item, RunEnded
 from tui_trainer.run.output import redirect_stdout_to_stderr
 from tui_trainer.tasks.definition import TaskDefinition
 

@@ -14,7 +14,8 @@ from tui_trainer.cli.commands.common import RunName, RunsDir, choose_run_by_name
 from tui_trainer.cli.errors import CommandError
 from tui_trainer.config.run_spec import LOG_FILE
 from tui_trainer.protocol.text import keep_colors_only
-from tui_trainer.runs.liveness import BOOT_LOG, RunEntry, fatal_traceback, inspect_run
+from tui_trainer.runs.boot_log import BOOT_LOG, fatal_traceback
+from tui_trainer.runs.liveness import RunEntry, inspect_run
 
 POLL_EVERY_S = 0.2
 _BLOCK = 1 << 16

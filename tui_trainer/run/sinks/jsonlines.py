@@ -29,7 +29,7 @@ from tui_trainer.protocol.events import (
 from tui_trainer.protocol.formatting import nonfinite as nonfinite_word
 from tui_trainer.protocol.messages import Status
 from tui_trainer.protocol.schema import Column, RunInfo, Table
-from tui_trainer.record.events import (
+from tui_trainer.record.sink_items import (
     InfoChanged,
     Item,
     ItemsDropped,

@@ -13,7 +13,7 @@ from tui_trainer.protocol.events import Finding, NonFinite, Notice, NoticeKind, 
 from tui_trainer.protocol.formatting import count, counted, duration, number, percent, scalar
 from tui_trainer.protocol.messages import Status
 from tui_trainer.protocol.schema import RunInfo
-from tui_trainer.record.events import (
+from tui_trainer.record.sink_items import (
     InfoChanged,
     Item,
     ItemsDropped,

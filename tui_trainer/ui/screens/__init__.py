@@ -133,6 +133,19 @@ FURTHER_SCREENS = (
 """Screens that are opened from others, over them."""
 
 
+class LeavingContext(Protocol):
+    """Leaving the app, as far as its screens know it."""
+
+    def leave_for(self, command: tuple[str, ...] | None) -> None:
+        """Leave, and run another command of `tui-trainer` then; None: stay."""
+
+    def leave_run_for(self, command: tuple[str, ...]) -> None:
+        """Leave for another command, once the user has chosen what happens to the open run."""
+
+    def ask_next(self) -> None:
+        """Offer what can be done with a run that has ended."""
+
+
 class AppContext(DrawingContext, Protocol):
     """The app, as far as its screens know it."""
 
@@ -189,20 +202,15 @@ class AppContext(DrawingContext, Protocol):
     def attach(self, session: Session) -> None:
         """Show the run of another session."""
 
-    def leave_for(self, command: tuple[str, ...] | None) -> None:
-        """Leave, and run another command of `tui-trainer` then."""
-
-    def leave_run_for(self, command: tuple[str, ...]) -> None:
-        """Leave for another command, once the user has chosen what happens to the open run."""
+    @property
+    def leaving(self) -> LeavingContext:
+        """Leaves the app."""
 
     def schedule(self, callback: Callable[..., object], *arguments: object) -> None:
         """Call on the event loop, from any thread, without waiting for it."""
 
     def redraw(self) -> None:
         """Draw the same snapshot again."""
-
-    def ask_next(self) -> None:
-        """Offer what can be done with a run that has ended."""
 
     def action_go(self, mode: ScreenMode) -> None:
         """Switch to the screen of `mode`."""

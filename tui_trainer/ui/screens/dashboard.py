@@ -28,9 +28,9 @@ from tui_trainer.ui.screens.base import (
     MIN_SIZE,
     ControlScreen,
     FoldingScreen,
-    ScreenTabs,
     pause_label,
 )
+from tui_trainer.ui.screens.screen_tabs import ScreenTabs
 from tui_trainer.ui.widgets.key_line import KeyLine, TooSmall
 from tui_trainer.ui.widgets.search import SearchInput
 from tui_trainer.ui.widgets.table import VirtualTable

@@ -314,7 +314,7 @@ class LearnScreen(RunScreen):
     def _show_all(self) -> None:
         text = words(self.language)
         pages = self.query_one(PageList)
-        demos = {name: said.title for name, said in demo_texts(self.language).items()}
+        demos = {name: about.title for name, about in demo_texts(self.language).items()}
         pages.titles = titles(self.language) | demos | {HEADING: text["demos"]}
         pages.states = {name: self._progress.state(name) for name in ENTRIES}
         pages.update_rows()
@@ -364,9 +364,9 @@ class LearnScreen(RunScreen):
 
     def _show_demo(self, demo: Demo) -> None:
         """What a guided run shows, and that enter starts it."""
-        text, said = words(self.language), demo_texts(self.language)[demo.name]
+        text, about = words(self.language), demo_texts(self.language)[demo.name]
         self.query_one("#page-title", Caption).update(
-            [(self.context.glyphs.current, "accent"), (said.title, "title")]
+            [(self.context.glyphs.current, "accent"), (about.title, "title")]
         )
         self.query_one("#page-state", Caption).update(
             [(text["demo_start"], "accent")], f"tui-trainer demo {demo.name}",
@@ -456,7 +456,7 @@ class LearnScreen(RunScreen):
     def action_try(self) -> None:
         """Run the command that the page proposes in place of this app, and then this page again."""
         if self._page is not None and command_to_try(self._page):
-            self.context.leave_run_for(("learn", self._page.name, "--try"))
+            self.context.leaving.leave_run_for(("learn", self._page.name, "--try"))
 
     def action_start(self) -> None:
         """Start the guided run that was read about."""

@@ -15,8 +15,8 @@ from tests.examples import examples
 from tui_trainer.inspector import statistics, tensor_catalog
 from tui_trainer.inspector.errors import InspectionError
 from tui_trainer.inspector.heat_map import heat_map
-from tui_trainer.inspector.statistics import statistics_of
 from tui_trainer.inspector.tensor_catalog import evenly_spaced, readable
+from tui_trainer.inspector.tensor_statistics import statistics_of
 from tui_trainer.protocol.heat_map import HeatMap, HeatMapWindow
 from tui_trainer.protocol.inspection import TensorStatistics
 

@@ -13,12 +13,12 @@ from tui_trainer.protocol import schema
 from tui_trainer.protocol.events import TextSample
 from tui_trainer.protocol.messages import Status
 from tui_trainer.protocol.schema import Column, ParameterInfo, RunInfo
-from tui_trainer.record.events import InfoChanged, StepRecorded
 from tui_trainer.record.recorder import Recorder
+from tui_trainer.record.sink_items import InfoChanged, StepRecorded
 from tui_trainer.run.sinks import Output
 from tui_trainer.run.sinks.jsonlines import JsonLines
 from tui_trainer.store.reader import StoredHistory
-from tui_trainer.store.replay import replay_items
+from tui_trainer.store.recorded_items import replay_items
 from tui_trainer.store.schema import STORE_FILE
 from tui_trainer.store.writer import StoreWriter
 

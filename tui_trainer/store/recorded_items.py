@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from tui_trainer.history.records import ClipRecord, Floats, StepRecord
 from tui_trainer.protocol.events import Clip
 from tui_trainer.protocol.schema import RunInfo
-from tui_trainer.record.events import (
+from tui_trainer.record.sink_items import (
     InfoChanged,
     Item,
     ItemsDropped,
