@@ -64,7 +64,7 @@ def test_a_live_run_is_taken_back_and_goes_on(tmp_path: Path) -> None:
         shown = call("lr-finder", "one", "--steps", "8", cwd=tmp_path)
         assert "learning rate" in shown.stdout, shown
         shown = call("landscape", "one", "--points", "5", cwd=tmp_path)
-        assert shown.stdout.splitlines()[-1] == "the run is as it was, and paused", shown
+        assert shown.stdout.splitlines()[-1] == "the run is unchanged, and paused", shown
         call("resume", "one", cwd=tmp_path)
         printed = run.wait()
     whole = losses(tmp_path / "runs" / "one", tmp_path)

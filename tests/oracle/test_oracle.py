@@ -275,7 +275,7 @@ WRONG_BEFORE = (
         clips=(Clip("data", when="after"),),
     ),
 )
-"""One loop of each kind that was told wrongly once."""
+"""One loop of each kind that was recorded wrongly once."""
 
 
 @pytest.mark.parametrize("loop", WRONG_BEFORE, ids=repr)

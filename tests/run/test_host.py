@@ -56,7 +56,7 @@ LOOP = """
 """
 
 
-class Place:
+class RunFolder:
     def __init__(self, folder):
         self.folder = folder
         self.run = folder / "run"
@@ -170,7 +170,7 @@ def of(kind, objects):
 
 @pytest.fixture
 def place(tmp_path):
-    return Place(tmp_path)
+    return RunFolder(tmp_path)
 
 
 # ---------------------------------------------------------------- off a terminal
@@ -218,7 +218,7 @@ def test_sixty_and_forty_are_a_hundred(place, tmp_path):
     weights = place.run / "checkpoints" / "step-00000050" / "weights.safetensors"
     expected = weights.read_bytes()
 
-    again = Place(tmp_path / "again" if (tmp_path / "again").mkdir() is None else None)
+    again = RunFolder(tmp_path / "again" if (tmp_path / "again").mkdir() is None else None)
     again.gpt(steps=50, checkpoint_every=30)
     process = again.start()
     for line in process.stdout:

@@ -97,7 +97,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
-class Place:
+class LaunchFolder:
     def __init__(self, path):
         self.path = path
         self.runs = path / "runs"
@@ -157,7 +157,7 @@ class Place:
 
 @pytest.fixture
 def place(tmp_path):
-    found = Place(tmp_path)
+    found = LaunchFolder(tmp_path)
     yield found
     for process in found.started:
         process.kill()

@@ -99,7 +99,7 @@ def test_a_run_outlives_its_terminals_and_its_links(host, runs, terminal, tmp_pa
         again.press("E")
         again.wait_for("ctrl+o: what if")
         again.press(*"lr=0.1", "ctrl+o")
-        again.find(r"after 50 steps the loss is [\d.]+ instead of [\d.]+; the run is as it was")
+        again.find(r"after 50 steps the loss is [\d.]+ instead of [\d.]+; the run is unchanged")
         again.press("escape")
         again.wait_for("ctrl+o: what if")
         again.press("escape")

@@ -1,4 +1,4 @@
-"""Evaluations in a row are told apart where it can be known that they are several."""
+"""Evaluations in a row are distinguished where it can be known that they are several."""
 
 from __future__ import annotations
 

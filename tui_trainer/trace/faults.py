@@ -49,13 +49,13 @@ class Faults:
             self._recorder.notice("fault", f"{where}: {text}", "error")
 
 
-class Guarded(Protocol):
+class HasFaults(Protocol):
     """An object with guarded methods."""
 
     faults: Faults
 
 
-S = TypeVar("S", bound=Guarded)
+S = TypeVar("S", bound=HasFaults)
 Ts = TypeVarTuple("Ts")
 R = TypeVar("R")
 

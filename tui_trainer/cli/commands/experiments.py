@@ -1,4 +1,4 @@
-"""`what-if`, `lr-finder` and `landscape`: experiments with a live run that leave it as it was."""
+"""`what-if`, `lr-finder` and `landscape`: experiments with a live run, which is restored afterwards."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def lr_finder(
     json: Json = False,
     runs_dir: RunsDir = None,
 ) -> int:
-    """measure the loss while the learning rate grows, then restore the run as it was"""
+    """measure the loss while the learning rate grows, then restore the run"""
     return _experiment("lr-finder", run, FindLearningRate(low, high, steps), yes, json, runs_dir)
 
 
@@ -172,4 +172,4 @@ def _lines(result: ExperimentResult) -> list[str]:
         ]
         table.add_row(f"{longest.x[position]:.4g}", *map(Text, losses))
     rows = [line.plain.rstrip() for line in table_lines(table)]
-    return [*text_chart(curves, *CHART), *rows, result.text, "the run is as it was, and paused"]
+    return [*text_chart(curves, *CHART), *rows, result.text, "the run is unchanged, and paused"]

@@ -19,7 +19,7 @@ class PartNotUpdated(UpdateRatios):
     needs = "five update ratios, and the gradient norms of their steps"
     explanation = (
         "These weights are in the optimizer and get a gradient, and a step leaves every one of "
-        "them as it was, while it changes the others. Usually the learning rate of their parameter "
+        "them unchanged, while it changes the others. Usually the learning rate of their parameter "
         "group is zero or so small that the update is lost when it is added, or a schedule was "
         "written for one group only."
     )

@@ -48,7 +48,7 @@ CONTROL_BINDINGS = (
             tooltip="Snapshots, checkpoints and changes of settings: go to any step"),
     Binding("X", "experiments", "Experiments", key_display="X", show=False, id="run.experiments",
             tooltip="What if a setting were another, which learning rate, the loss along a "
-            "direction; the run is afterwards as it was"),
+            "direction; the run is restored afterwards"),
     Binding("t", "throttle", "Throttle", id="run.throttle",
             tooltip="Limit the steps per second, to watch them"),
     Binding("ctrl+t", "take_control", "Take control", show=False, id="run.take_control",

@@ -1,5 +1,5 @@
 """The dialog of the experiments: what if a setting were another, which learning rate, and the loss
-along a direction, each as a chart. The run is afterwards as it was."""
+along a direction, each as a chart. The run is restored afterwards."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ class ExperimentsDialog(SnapshotDialog):
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog"):
-            yield Static("Experiment: the run is afterwards as it was", markup=False)
+            yield Static("Experiment: the run is restored afterwards", markup=False)
             yield TabLine(KINDS)
             yield Input(self._texts[0], compact=True, select_on_focus=False)
             yield Static("", classes="error", markup=False)
@@ -268,7 +268,7 @@ class ExperimentsDialog(SnapshotDialog):
 
     def _interrupted(self) -> None:
         self._at_work = False
-        self._say("interrupted by another request; the run is as it was, and paused")
+        self._say("interrupted by another request; the run is unchanged, and paused")
 
     def _answered(self, answer: Inspected) -> None:
         if not self._at_work:
@@ -283,14 +283,14 @@ class ExperimentsDialog(SnapshotDialog):
             self._say(f"{answer.message}\n{answer.hint}".strip())
             return
         self.query_one(CurvesChart).set_result(answer.result)
-        self._say(f"{answer.result.text}; the run is as it was, and paused")
+        self._say(f"{answer.result.text}; the run is unchanged, and paused")
 
     def action_close(self) -> None:
         """End the experiment that is under way: another request takes its place. Else close."""
         if self._at_work:
             self._at_work = False
             self.requests.send(ReadTimeline(), lambda _: None)
-            self._say("ended; the run is as it was, and paused")
+            self._say("ended; the run is unchanged, and paused")
         else:
             self.dismiss(None)
 
