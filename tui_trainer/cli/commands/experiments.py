@@ -1,4 +1,4 @@
-"""`what-if`, `lr-finder` and `landscape`: experiments with a live run, which is restored afterwards."""
+"""`what-if`, `lr-finder` and `landscape`: experiments with a live run, which restore it."""
 
 from __future__ import annotations
 
