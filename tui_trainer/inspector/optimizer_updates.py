@@ -316,8 +316,8 @@ class UpdateCapture:
                 raise InspectionError(NOT_OBSERVED, f"from now on it is{whole}: step and ask again")
             done = tracer.gate.completed
             other = step.number != done
-            notes = (f"of step {step.number:,}, the last one of {self._name}",) if other else ()
-            return self._explanation(optimizer, parameter, step.inputs, step.new, notes)
+            origin = (f"of step {step.number:,}, the last one of {self._name}",) if other else ()
+            return self._explanation(optimizer, parameter, step.inputs, step.new, origin)
         if parameter.grad is None:
             hint = "pause after backward: break RUN 'step > 0 at backward'"
             raise InspectionError(f"{self.request.name} has no gradient yet", hint)

@@ -60,7 +60,6 @@ class ConfusionView(ScrollingLines):
         self._column_width = 0
 
     def show_matrix(self, matrix: ConfusionMatrix | None) -> None:
-        """Show a matrix."""
         if matrix == self.matrix:
             return
         self.matrix = matrix
@@ -283,7 +282,6 @@ class ImageGrid(ScrollingLines):
         self._thumbnails: dict[int, list[Row]] = {}
 
     def show_sample(self, sample: ImageSample | None, wrong_first: bool) -> None:
-        """Show a sample."""
         if (sample, wrong_first) == (self.sample, self.wrong_first):
             return
         self.sample, self.wrong_first = sample, wrong_first
