@@ -15,7 +15,7 @@ import pytest
 
 from tests.cli.calling import assert_refused, call
 from tests.recorded_runs import STEPS, directory, fingerprint, home
-from tests.store.test_replay import train
+from tests.store.test_recorded_items import train
 from tui_trainer.export.formats import joined, measured, per_step, write_csv, write_jsonl
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.recorder import Recorder

@@ -13,7 +13,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from tests.store.test_replay import train
+from tests.store.test_recorded_items import train
 from tui_trainer.cli.commands.compare import compare
 from tui_trainer.cli.commands.export import export
 from tui_trainer.cli.commands.report import report
