@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.examples import examples
-from tui_trainer.inspector import statistics, tensor_catalog
+from tui_trainer.inspector import tensor_catalog, tensor_statistics
 from tui_trainer.inspector.errors import InspectionError
 from tui_trainer.inspector.heat_map import heat_map
 from tui_trainer.inspector.tensor_catalog import evenly_spaced, readable
@@ -134,7 +134,7 @@ def test_an_empty_tensor_has_no_statistics():
 
 
 def test_a_large_tensor_is_sampled_evenly(monkeypatch):
-    monkeypatch.setattr(statistics, "SAMPLED", 1000)
+    monkeypatch.setattr(tensor_statistics, "SAMPLED", 1000)
     generator = torch.Generator().manual_seed(4)
     # The columns differ, and their number is a multiple of every small stride.
     tensor = torch.randn(500, 60, generator=generator) + torch.arange(60) / 10

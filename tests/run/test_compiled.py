@@ -7,7 +7,7 @@ import textwrap
 
 import pytest
 
-from tests.run.test_ranks import RUN, Place
+from tests.run.test_ranks import RUN, LaunchFolder
 from tui_trainer.protocol import schema
 from tui_trainer.store.reader import StoredHistory
 
@@ -83,7 +83,7 @@ SCRIPT = """
 def test_graphs_breaks_and_compilations_are_the_same(tmp_path, backend, how, ranks):
     if backend == "inductor" and shutil.which("g++") is None:
         pytest.skip("inductor needs a C++ compiler")
-    place = Place(tmp_path)
+    place = LaunchFolder(tmp_path)
     (tmp_path / "compiled.py").write_text(textwrap.dedent(SCRIPT))
     variables = {
         "BACKEND": backend,

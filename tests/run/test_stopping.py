@@ -143,7 +143,7 @@ def test_an_ended_run_is_not_interrupted(script):
 
 IMPATIENT = """
 import os, signal, time
-from tui_trainer.run import signals, training
+from tui_trainer.run import signals, task_training
 from tui_trainer.tasks import optimizers as schedules
 signals.GRACE_S = 0.1
 
@@ -156,7 +156,7 @@ def slow(owner, name, at):
         return original(self, given, step)
     setattr(owner, name, method)
 """
-SLOW_EVALUATION = IMPATIENT + "slow(training.Evaluations, '_run', 10)\n"
+SLOW_EVALUATION = IMPATIENT + "slow(task_training.Evaluations, '_run', 10)\n"
 SLOW_STEP = IMPATIENT + "slow(schedules.LearningRate, 'set', 9)\n"
 
 

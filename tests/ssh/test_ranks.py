@@ -8,7 +8,7 @@ import signal
 import numpy as np
 import pytest
 
-from tests.run.test_ranks import RUN, Place, column
+from tests.run.test_ranks import RUN, LaunchFolder, column
 from tests.runs.starting import until
 from tests.ssh.sshd import PATH_WITH_US, Sshd
 from tui_trainer.client.connection import RunClient
@@ -18,7 +18,7 @@ from tui_trainer.store.reader import StoredHistory
 
 @pytest.fixture
 def place(tmp_path):
-    found = Place(tmp_path)
+    found = LaunchFolder(tmp_path)
     yield found
     for process in found.started:
         process.kill()
