@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
 from tests.findings.test_trainings import Net, all_findings_of, batch, train
+from tui_trainer.findings.rules.batch import BadBatchRule
+from tui_trainer.trace.bad_batch import FACTOR
 
 Finding = tuple[str, int]
 
@@ -188,6 +190,11 @@ def test_bad_batch_is_described_with_its_rows():
     (found,) = [f for f in run({"loss": loss}) if f.rule == "bad-batch"]
     assert (found.onset, found.level) == (50, "info")
     assert "rows by their share of the loss: 5 (" in found.text
+
+
+def test_batches_that_the_rule_may_report_are_looked_at():
+    (threshold,) = BadBatchRule.thresholds
+    assert threshold.default == FACTOR
 
 
 def test_rows_that_are_not_finite_are_named():

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tests.findings.test_trainings import Net, batch, findings_of, train
+from tests.findings.test_trainings import Net, batch, findings_of, nan_at_20, train
 from tests.trace.support import KeepingRecorder
 from tui_trainer.history.records import Producer
 from tui_trainer.probes import PROBES
@@ -227,6 +227,35 @@ def test_the_first_layer_is_named_whether_tensors_are_kept_or_summed(bad, held, 
     monkeypatch.setattr("tui_trainer.probes.nonfinite.MAX_HELD_BYTES", held)
     found = first_producer(lambda: train(net=Branches(bad), rate=0.0, steps=BAD_STEP + 1))
     assert (found.source, found.name, found.kind) == ("module", bad, "Linear")
+
+
+def far_from_zero(net, scale):
+    return 0.01 * torch.sqrt((net.first.weight[0] * scale).square().sum())
+
+
+def test_operation_outside_of_the_model_is_named_by_its_backward():
+    def run():
+        net = Net()
+        optimizer = torch.optim.SGD(net.parameters(), 1e-3)
+        for step in range(1, BAD_STEP + 1):
+            optimizer.zero_grad()
+            x, y = batch()
+            scale = 0.0 if step == BAD_STEP else 1.0
+            (F.cross_entropy(net(x), y) + far_from_zero(net, scale)).backward()
+            optimizer.step()
+
+    place = f"test_producer.py:{line_of(far_from_zero, 'return ')}"
+    found = first_producer(run, options=UNWATCHED)
+    assert found == Producer("operation", "", "", "sqrt", place, backward=True)
+
+
+def test_nothing_is_kept_of_the_loss_after_the_step():
+    torch.manual_seed(0)
+    with Tracer(KeepingRecorder(), Gate(), PROBES, UNWATCHED) as tracer:
+        train(loss=nan_at_20, steps=BAD_STEP - 1)
+        outside = tracer.origins.outside
+        assert not outside._kept
+        assert not outside._handles
 
 
 def test_further_forwards_of_a_step_are_watched():

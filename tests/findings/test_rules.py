@@ -672,7 +672,8 @@ def test_bug_is_named_with_its_onset(rule):
     assert onset <= finding.onset <= onset + NEAR.get(rule, 0)
     assert finding.text
     assert finding.advice
-    assert finding.evidence
+    bands = [each.low is not None or each.high is not None for each in finding.evidence]
+    assert any(bands) or finding.evidence[0].text.endswith("healthy: finite")
     assert not run.faults
 
 
@@ -825,16 +826,30 @@ def test_loss_that_is_nan_is_named_where_a_scaler_skips():
     origin = Producer("operation", "head", "", "div", "train.py:7")
     scales = [2.0**-number * 1024 for number in range(10)]
     run.skip("scaler", scales[0], nan, origin)
-    assert run.found["non-finite"].level == "warning"
+    assert run.found["non-finite"].level == "error"
     for scale in scales[1:]:
         run.skip("scaler", scale, nan, origin)
     cause = run.found["non-finite"]
     assert (cause.level, cause.onset, cause.parameters) == ("error", 31, ("head",))
     assert "`div` (train.py:7) after head" in cause.text
+    assert cause.text.endswith("nothing was trained")
     assert run.causes == ["non-finite"]
     effect = run.found["loss-scale"]
     assert "the loss itself is not finite" in effect.text
     assert "bfloat16" not in effect.advice
+
+
+@pytest.mark.parametrize(("skips", "level"), [(1, "warning"), (10, "error")])
+def test_nan_loss_that_a_scaler_skipped_is_a_warning_once_training_goes_on(skips, level):
+    run = Run()
+    for _ in range(30):
+        run.step()
+    for _ in range(skips):
+        run.skip("scaler", 1024.0, nan)
+    run.step(rate=1e-3)
+    found = run.found["non-finite"]
+    assert (found.level, found.onset) == (level, 31)
+    assert ("step 31 was made with a finite loss" in found.text) == (level == "warning")
 
 
 @pytest.mark.parametrize("reason", ["scaler", "hand"])
@@ -914,6 +929,35 @@ def test_advice_names_the_operation_that_was_found(operation):
     assert "learning rate" not in advice
 
 
+def test_backward_that_makes_gradients_not_finite_is_named_with_what_it_needs():
+    run = Run()
+    run.step()
+    run.step(
+        gradients=[nan, *[0.3] * 7],
+        nonfinite=[("gradient", NAMES[0], "nan", 1)],
+        producer=Producer("operation", "", "", "sqrt", "train.py:7", backward=True),
+    )
+    found = run.found["non-finite"]
+    assert (found.onset, found.phase, found.parameters) == (2, "backward", NAMES[:1])
+    assert "the backward of `sqrt` (train.py:7) makes it of finite gradients" in found.text
+    assert found.advice.startswith("look at what `sqrt` at train.py:7 is given: its slope")
+
+
+def converging(noise, lowest):
+    """A run whose loss falls to `lowest`, with updates that become as small as its slope."""
+    run = Run()
+    for number in range(1, 700):
+        left = 2.3 * 0.95**number
+        loss = lowest + left + noise * math.sin(number)
+        run.step(loss, updates=[max(1e-3 * left, 1e-9)] * 8 if number % 10 == 1 else None)
+    return run
+
+
+@pytest.mark.parametrize(("noise", "lowest"), [(0.0, 0.0), (0.0, 0.7), (0.02, 0.7)])
+def test_small_updates_of_a_training_that_has_converged_are_not_reported(noise, lowest):
+    assert not [f for f in converging(noise, lowest).engine.findings if f.level != "info"]
+
+
 def tensor_of(role, name, shape, kind, classes):
     """All its numbers are 0."""
     return BatchTensor(role, name, shape, kind, classes, 0.0, 0.0, 0.0, 0.0, True, 1, 0)
@@ -937,7 +981,7 @@ def test_batches_of_a_jump_of_the_learning_rate_are_its_effect():
     for number in range(1, 130):
         high = number > 100
         loss = 2.0**number / 2.0**100 if high else None
-        bad = BadBatch(loss, 2.5, -1.0, 1.0, (), ()) if 102 <= number <= 104 else None
+        bad = BadBatch(loss, 0.9, -1.0, 1.0, (), ()) if 102 <= number <= 104 else None
         run.step(loss, rate=5.0 if high else 1e-3, bad_batch=bad)
     assert [f.rule for f in run.engine.findings].count("bad-batch") == 1
     assert run.causes == ["learning-rate-jump"]

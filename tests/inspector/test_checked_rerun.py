@@ -109,7 +109,7 @@ def test_operation_of_the_forward_is_named_with_its_line(middle, operation, text
 def test_operation_whose_backward_is_at_fault_is_named_before_the_gradients_are_used():
     found = producers_of(lambda: train(Net(Spread())))[0]
     line = place(Spread, ".sqrt()")
-    assert found == Producer("operation", "middle", "Spread", "sqrt", line, True)
+    assert found == Producer("operation", "middle", "Spread", "sqrt", line, True, True)
 
 
 def test_batch_that_is_not_finite_is_not_taken_for_an_operation():

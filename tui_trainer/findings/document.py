@@ -28,10 +28,11 @@ with `--json` as one object with `findings`, each with `rule`, `level`, `onset`,
 data). The exit status is 1 if there is a warning or an error.
 
 A rule reports nothing until it has the data that it needs, and prefers a missed problem to a false
-alarm. Rules run on the recorder's thread. Most use what is measured anyway; for the others, probes
-look at the modes of dropout layers in every step, at the batch in the first six steps and every
-tenth, at activations every 25th step, and at the initial weights once, within the same budget. A
-rule that raises an exception is switched off, with a line in the log.
+alarm. Rules without thresholds report facts that hold or do not, such as how a loss is computed.
+Rules run on the recorder's thread. Most use what is measured anyway; for the others, probes look
+at the modes of dropout layers in every step, at the batch in the first six steps and every tenth,
+at activations every 25th step, and at the initial weights once, within the same budget. A rule that
+raises an exception is switched off, with a line in the log.
 
 [How much the rules find](findings-measured.md) was measured with planted faults and with programs
 that train well.

@@ -247,6 +247,7 @@ class FindingsEngine:
             phase=found.phase,
             optimizer=optimizer,
             evidence=found.evidence,
+            ranks=found.ranks,
         )
         if number == len(self.findings):
             return finding

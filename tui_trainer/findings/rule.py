@@ -42,6 +42,7 @@ class Found:
     phase: Phase | Literal[""] = ""
     evidence: tuple[Evidence, ...] = ()
     key: str = ""
+    ranks: tuple[int, ...] = ()
 
 
 class Rule:

@@ -55,6 +55,8 @@ class Producer(NamedTuple):
     """`file.py:12`, the call in the script's own code; "" where it is unknown."""
     rerun: bool = False
     """Whether it was found by running the step again with every operation checked."""
+    backward: bool = False
+    """Whether it is the backward of the operation that is given finite values only."""
 
 
 class NonFiniteRecord(NamedTuple):

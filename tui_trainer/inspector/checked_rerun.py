@@ -66,6 +66,7 @@ class TorchCall:
             name or self.name,
             self.place,
             rerun=True,
+            backward=bool(name),
         )
 
 

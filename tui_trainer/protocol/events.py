@@ -170,6 +170,8 @@ class Finding(msgspec.Struct, tag="finding", frozen=True, array_like=True):
     evidence: tuple[Evidence, ...] = ()
     cause: int | None = None
     """Number of the finding that explains this one."""
+    ranks: tuple[int, ...] = ()
+    """Where: processes of a distributed training that differ from the others."""
 
 
 Event = Clip | NonFinite | Skipped | Finding | Notice
@@ -284,6 +286,7 @@ def finding_object(finding: Finding) -> dict[str, Any]:
             "optimizer": finding.optimizer or None,
             "parameters": list(finding.parameters),
             "phase": finding.phase or None,
+            "ranks": list(finding.ranks),
         },
         "title": finding.title,
         "text": finding.text,

@@ -86,6 +86,10 @@ class BackwardPasses:
         elif trained and depends_on_mode(module):
             self._in_eval_mode.add(trained)
 
+    def model_returned(self) -> None:
+        """A model was called for training."""
+        self._origins.outside.model_returned()
+
     # ------------------------------------------------------------ calls
 
     @guarded
@@ -240,7 +244,10 @@ class BackwardPasses:
             if not loss.is_cpu:  # its value is not known without waiting for it
                 continue
             value = loss.item()
-            if not (searched or math.isfinite(abs(value))):
+            if math.isfinite(abs(value)):
+                if loss is scalars[0]:
+                    self._origins.outside.watch(loss)
+            elif not searched:
                 searched = True
                 backward.producer = self._origins.producer_of(loss)
             if len(scalars) == 1 and isinstance(value, (int, float)):
@@ -253,6 +260,7 @@ class BackwardPasses:
 
     def _end(self, reached: list[StepMeasurer]) -> None:
         """Put the pass to those that wait for the steps of the optimizers that it `reached`."""
+        self._origins.outside.backward_ended()
         evaluated = self._open_step.evaluated
         backward, self.open = self.open, None
         if backward is None:

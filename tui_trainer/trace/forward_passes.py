@@ -143,6 +143,7 @@ class ForwardPasses:
             self._observers.forwards.forward_ended(result)
         if self._gate.armed or "forward" in self._gate.break_phases:
             self._reporter.keep_output(result)
+        self._backwards.model_returned()
         self._phases.leave(LOSS)
 
     def end_sampling(self) -> None:

@@ -7,6 +7,7 @@ graph is left as it is. Only for tensors on the CPU, where reading a value does 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,9 +25,17 @@ from tui_trainer.trace.script_frames import (
     place_in_file,
     place_in_frame,
     place_of_operation,
+    places_in_called,
     script_frames,
 )
-from tui_trainer.trace.torch_private import has_saved, node_name, saved, saved_tensors
+from tui_trainer.trace.torch_private import (
+    has_saved,
+    next_sequence_number,
+    node_name,
+    saved,
+    saved_tensors,
+    sequence_number,
+)
 
 MAX_SEARCHES = 10
 """Losses that are not finite whose graphs are searched, in a run."""
@@ -179,6 +188,90 @@ def _computed(name: str, inputs: dict[str, torch.Tensor], node: Any) -> bool | N
     return None
 
 
+# ---------------------------------------------------------------- between the model and the loss
+
+MAX_OUTSIDE = 64
+"""Nodes between a loss and the model that are looked at."""
+MAX_WATCHED = 24
+"""Those of them whose gradients are kept."""
+MAX_KEPT = 1 << 20
+"""Numbers in the gradients that are kept."""
+FINITE_BACKWARD = PASSING | {
+    *("AccumulateGrad", "Add", "Sub", "Sum", "Mean", "MseLoss", "SmoothL1Loss", "HuberLoss"),
+    "BinaryCrossEntropyWithLogits",
+}
+"""Operations whose backward makes finite gradients of finite ones."""
+
+
+class LossOperations:
+    """Keeps the gradients of the operations between the model and the loss until it is known that
+    those of the parameters are finite. Of these operations the graph is gone after backward, and
+    running the model again does not run them. Nothing is computed."""
+
+    def __init__(self) -> None:
+        self._since: int | None = None
+        """Sequence number of the first node that was made after the model returned."""
+        self._handles: list[Any] = []
+        self._kept: list[tuple[str, tuple[Any, ...], tuple[Any, ...]]] = []
+        """(operation, gradients of its inputs, of its result), in the order of backward."""
+        self._room = 0
+
+    def model_returned(self) -> None:
+        self._since = next_sequence_number()
+
+    def watch(self, loss: torch.Tensor) -> None:
+        """Backward of a finite loss begins."""
+        self.backward_ended()
+        self._kept, self._room = [], MAX_KEPT
+        if self._since is None or loss.grad_fn is None:
+            return
+        waiting = [loss.grad_fn]
+        seen = {loss.grad_fn}
+        for node in waiting:  # grows
+            if sequence_number(node) < self._since:
+                continue
+            operation = node_name(node)
+            if operation not in FINITE_BACKWARD:
+                self._handles.append(node.register_hook(self._keep(operation.lower())))
+                if len(self._handles) == MAX_WATCHED:
+                    return
+            for before, _ in node.next_functions:
+                if before is not None and before not in seen and len(seen) < MAX_OUTSIDE:
+                    seen.add(before)
+                    waiting.append(before)
+
+    def _keep(self, operation: str) -> Any:
+        def keep(results: tuple[Any, ...], given: tuple[Any, ...]) -> None:
+            size = sum(tensor.numel() for tensor in (*results, *given) if tensor is not None)
+            if size <= self._room:
+                self._room -= size
+                self._kept.append((operation, results, given))
+
+        return keep
+
+    def backward_ended(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def origin(self) -> str:
+        """The operation whose backward was given finite gradients and made others; "" where it is
+        none of these."""
+        with contextlib.suppress(Exception):  # such as a layout that cannot be compared
+            for operation, results, given in self._kept:
+                if _any_wrong(results) and not _any_wrong(given):
+                    return operation
+        return ""
+
+    def stepped(self) -> None:
+        """The gradients have been used."""
+        self._kept, self._since = [], None
+
+
+def _any_wrong(gradients: Sequence[torch.Tensor | None]) -> bool:
+    return any(each is not None and _is_finite(each) is False for each in gradients)
+
+
 # ---------------------------------------------------------------- in the course of a training
 
 
@@ -232,6 +325,7 @@ class NonFiniteOrigins:
         self._patches = patches
         self._left = MAX_SEARCHES
         self.rerun: NonFiniteSearch | None = None
+        self.outside = LossOperations()
 
     def install(self) -> None:
         """Notice when saved tensors are packed by hooks (activation checkpointing, offloading):
@@ -260,8 +354,6 @@ class NonFiniteOrigins:
 
     def before_step(self, measurer: _Measurer, norms: Readings | None) -> None:
         """The gradients with these norms are about to be used: what made them not finite."""
-        if self.rerun is None:
-            return
         usual = measurer.float32_exact and not measurer.changed_by_hand  # then each is finite
         if measurer.passes and not usual:
             known = [norm for norm in norms or () if isinstance(norm, float)]
@@ -269,8 +361,20 @@ class NonFiniteOrigins:
                 last = measurer.passes[-1]
                 losses_finite = all(bool(torch.isfinite(loss).all()) for loss in last.losses)
                 if last.producer is None and losses_finite:
-                    last.producer = self.rerun.origin_of_gradients()
-        self.rerun.stepped()
+                    last.producer = self._origin_of_gradients()
+
+    def stepped(self) -> None:
+        """The weights are about to change."""
+        self.outside.stepped()
+        if self.rerun is not None:
+            self.rerun.stepped()
+
+    def _origin_of_gradients(self) -> Producer | None:
+        operation = self.outside.origin()
+        if operation:
+            place = self._place_of(operation, inside=False)
+            return Producer("operation", "", "", operation, place, backward=True)
+        return self.rerun.origin_of_gradients() if self.rerun is not None else None
 
     def _named(self, origin: Origin) -> Producer:
         parameter, owner = self._parameter(origin.parameters)
@@ -298,12 +402,16 @@ class NonFiniteOrigins:
                     return name, module
         return name, None
 
-    def _place_of(self, operation: str) -> str:
-        """The only line of the loop, or of the forward of a module, that computes it."""
+    def _place_of(self, operation: str, inside: bool = True) -> str:
+        """The only line of the loop, or of the forward of a module, that computes it; if it is not
+        `inside` of a model, of the loop or of a function that the loop calls."""
         frame = next(script_frames(), None)
         places = {place_in_frame(operation, frame)} if frame is not None else set()
         kinds = {type(module): module for root in self._roots.modules for module in root.modules()}
-        places |= {place_of_operation(operation, module) for module in kinds.values()}
+        if inside:
+            places |= {place_of_operation(operation, module) for module in kinds.values()}
+        elif frame is not None:
+            places |= places_in_called(operation, frame)
         places.discard("")
         if not places and frame is not None:
             # A module without parameters, not in the model, if no other line of the file may be it.
@@ -322,6 +430,8 @@ def merged(by_sum: Producer | None, by_graph: Producer | None) -> Producer | Non
     """Combines the origins found by the outputs of modules and by the graph of the loss."""
     if by_sum is None or by_graph is None:
         return by_sum or by_graph
+    if by_graph.backward:
+        return by_graph
     if by_graph.source == "input":  # of the graph: what the model was given, or a detached tensor
         return by_sum
     if by_graph.source == "weight" or by_sum.source != "module":

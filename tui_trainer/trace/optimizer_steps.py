@@ -95,8 +95,9 @@ class OptimizerSteps:
             self._follow_gradients()
             if measurer.reading is None:
                 self._waiting.read(measurer)
-            if self._origins.rerun is not None and measurer.reading is not None:
+            if measurer.reading is not None:
                 self._origins.before_step(measurer, measurer.reading.norms)
+        self._origins.stepped()
         skip_flag = torch_private.skip_flag(optimizer)
         measurer.skip = None if skip_flag is None else (skip_flag, self._scaling.loss_scale())
         measurer.probes.before_update()

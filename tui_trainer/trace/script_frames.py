@@ -231,6 +231,16 @@ def place_in_frame(operation: str, frame: FrameType) -> str:
     )
 
 
+def places_in_called(operation: str, frame: FrameType) -> set[str]:
+    """Where the functions of the script that the code of `frame` names compute an operation."""
+    code = frame.f_code
+    variables = {**frame.f_globals, **frame.f_locals}
+    forget_variables(frame)
+    named = (variables.get(name) for name in (*code.co_names, *code.co_varnames, *code.co_freevars))
+    functions = [each for each in named if type(each) is FunctionType and _is_script(each)]
+    return {_line_in(each, lambda node: _computes(node, operation)) for each in functions} - {""}
+
+
 def place_in_file(operation: str, frame: FrameType) -> str:
     """The only line of the whole file of `frame` that computes an operation."""
     file = frame.f_code.co_filename

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from operator import attrgetter, is_
 from typing import Any
 
@@ -299,7 +299,11 @@ def graph_is_marked(loss: torch.Tensor) -> bool:
 
 def node_name(node: Any) -> str:
     """The operation of a node of the graph: `Log` for `LogBackward0`."""
-    name: str = node.name()
+    return _operation_name(node.name())
+
+
+@cache
+def _operation_name(name: str) -> str:
     return re.sub(r"Backward\d*$", "", name.rpartition("::")[2])
 
 

@@ -42,7 +42,9 @@ class InputScale(BatchRule):
         "about 1. Its outputs and gradients have that scale too: a learning rate that suits the "
         "other layers does not suit it, and the loss starts high or hardly moves. A first layer "
         "that normalises its input, or an embedding, is not checked, and neither is what the model "
-        "itself divides before its first layer."
+        "itself divides before its first layer. Integers that were cast to float without being "
+        "divided, such as pixels from 0 to 255, are found so; integers of a scale of about 1, such "
+        "as features that were rounded to 0 and 1, look like features that are meant so."
     )
     advice = (
         "subtract the mean and divide by the standard deviation of the training data (for images: "
@@ -181,7 +183,9 @@ class SameBatch(BatchRule):
             level=level,
             confidence="certain",
             phase="data",
-            evidence=(evidence("steps with the same inputs", self._count, text=str(self._count)),),
+            evidence=(
+                evidence("steps with the same inputs", self._count, high=1, text=str(self._count)),
+            ),
         )
 
 
@@ -287,6 +291,9 @@ class BadBatchRule(Rule):
         "Chowdhery et al., PaLM (2022), section 5.1: batches at loss spikes; Koh & Liang, "
         "Understanding Black-box Predictions via Influence Functions (ICML 2017)"
     )
+    thresholds = (
+        RuleThreshold("factor", 4, "times the highest loss of the 32 steps before, at least 4"),
+    )
     explained_by = ("non-finite", "learning-rate-jump", "update-ratio-high")
     slack = 0
 
@@ -303,6 +310,8 @@ class BadBatchRule(Rule):
             return  # the loss continues to rise: not one batch
         if not math.isfinite(bad.loss) and not bad.broken_rows:
             return  # reported by `non-finite`, and nothing to add
+        if bad.loss < self.limits["factor"] * bad.usual:
+            return
         self._reports += 1
         yield Found(
             seen.step,

@@ -215,8 +215,8 @@ class NeverReached(Rule):
             phase="backward",
             parameters=tuple(before[:16]),
             evidence=(
-                evidence("step at which backward reached them", step, text=f"{step:,}",
-                         table="grad_norm", column=before[0]),
+                evidence("step at which backward reached them", step, high=self._first,
+                         text=f"{step:,}", table="grad_norm", column=before[0]),
             ),
         )  # fmt: skip
 

@@ -137,11 +137,12 @@ class UntiedWeights(Rule):
                     key=each.name,
                     evidence=(
                         evidence(
-                            "difference from the embedding",
-                            0.0,
+                            "parameters with these weights",
+                            2,
+                            high=1,
                             table="weight_norm",
                             column=each.name,
-                            text="0",
+                            text="2",
                         ),
                     ),
                 )

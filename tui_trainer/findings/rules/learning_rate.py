@@ -60,7 +60,8 @@ class LearningRateZero(Rule):
             phase="step",
             evidence=(
                 evidence("learning rate", 0.0, low=self._highest or None, table="step",
-                         column="learning_rate"),
+                         column="learning_rate",
+                         text="" if self._highest else "0, healthy: above 0"),
             ),
         )  # fmt: skip
 

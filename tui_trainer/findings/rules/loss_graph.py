@@ -50,7 +50,7 @@ class SoftmaxOverBatch(_OfFirstGraph):
                 f"the softmax of the loss is taken over the {graph.rows:,} examples of a batch, "
                 f"not over the {graph.classes:,} outputs of each",
                 phase="loss",
-                evidence=(evidence("dimension of the softmax", 0, text="0"),),
+                evidence=(evidence("dimension of the softmax", 0, low=1, text="0"),),
             )
 
 
@@ -81,7 +81,7 @@ class ClassesMixed(_OfFirstGraph):
                 "their classes are in dimension 1",
                 confidence="certain",
                 phase="loss",
-                evidence=(evidence("dimension of the classes", 1, text="1"),),
+                evidence=(evidence("rows that mix positions", 1, high=0, text="all"),),
             )
 
 
@@ -162,7 +162,7 @@ class SquaredSoftmax(_OfFirstGraph):
                 seen.step,
                 f"the loss is the squared error of a softmax over {graph.classes:,} classes",
                 phase="loss",
-                evidence=(evidence("classes", graph.classes, text=f"{graph.classes:,}"),),
+                evidence=(evidence("softmax before the squared error", 1, high=0, text="yes"),),
             )
 
 

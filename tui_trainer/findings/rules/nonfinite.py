@@ -30,6 +30,19 @@ DOMAINS = {
     "pow": ": negative numbers have no fractional power, and large ones overflow",
 }
 """Operation → what it needs, as a part of a sentence."""
+SLOPES = {
+    **dict.fromkeys(
+        ("sqrt", "log", "log2", "log10"),
+        ": its slope is infinite at zero (add a small number to what it is given)",
+    ),
+    "pow": ": a power below 1 has an infinite slope at zero (add a small number to its base)",
+    "rsqrt": ": it and its slope are infinite at zero (add a small number to what it is given)",
+    "div": ": its divisor must not be zero, nor too small (add a small number to it)",
+    **dict.fromkeys(
+        ("acos", "asin"), ": its slope is infinite at −1 and 1 (clamp what it is given)"
+    ),
+}
+"""The same for its backward."""
 HEALTHY = ", healthy: finite"
 """The healthy range, which has no limits that could be drawn."""
 
@@ -54,7 +67,9 @@ class NonFiniteRule(Rule):
         "its inputs are. On the CPU the forward pass is then run again, with the same batch, "
         "weights and random numbers and with every operation checked, which names the operation "
         "and the line of the source that calls it; where only gradients are not finite, so is "
-        "backward, before the optimizer uses them."
+        "backward, before the optimizer uses them. What the loss computes outside of the model, "
+        "such as a penalty, is not run again: of its gradients the first is known that is not "
+        "finite, and the line, if only one line of the loop computes that operation."
     )
     advice = (
         "look for log, sqrt, exp and divisions at zero near this place, and for a learning rate "
@@ -66,7 +81,10 @@ class NonFiniteRule(Rule):
             "reruns", 3, "times that a step is run again with every operation checked, at most"
         ),
         RuleThreshold(
-            "skips", 10, "iterations that a GradScaler skips in a row, from which it is an error"
+            "skips",
+            10,
+            "iterations that a GradScaler skips in a row for such a loss, from which it remains an "
+            "error when later ones are finite",
         ),
     )
     explained_by = (
@@ -109,7 +127,6 @@ class NonFiniteRule(Rule):
                 skipped.step,
                 f"the loss became {value}: {origin}{self._before()}. The GradScaler skipped the "
                 "iteration",
-                level="warning",
                 advice=_advice(producer),
                 confidence="certain",
                 phase=phase,
@@ -118,14 +135,16 @@ class NonFiniteRule(Rule):
             )
             yield self._skipped
         elif self._skips == self.limits["skips"]:
-            yield replace(
+            self._skipped = replace(
                 self._skipped,
                 text=f"{self._skipped.text}, and {self._skips} in a row like it: nothing was "
                 "trained",
-                level="error",
             )
+            yield self._skipped
 
     def step(self, seen: Observation) -> Iterable[Found]:
+        if self._skips and seen.loss is not None and math.isfinite(seen.loss):
+            yield from self._recovered(seen.step)
         self._skips = 0
         if seen.nonfinite and not self._found:
             self._found = True
@@ -141,6 +160,12 @@ class NonFiniteRule(Rule):
             self._unplaced = None
         if seen.loss is not None and abs(seen.loss) < float("inf"):
             self._finite_loss = seen.step, seen.loss
+
+    def _recovered(self, step: int) -> Iterable[Found]:
+        """The first step after iterations that a GradScaler has skipped."""
+        if self._skipped is not None and self._skips < self.limits["skips"]:
+            text = f"{self._skipped.text}; step {step:,} was made with a finite loss"
+            yield replace(self._skipped, text=text, level="warning")
 
     def _report(self, seen: Observation) -> Found:
         events = {event.quantity: event for event in seen.nonfinite}
@@ -201,7 +226,7 @@ class NonFiniteRule(Rule):
         loss = f" ({seen.loss:.4g})" if seen.loss is not None else ""
         origin = (
             f"{_origin_of_gradient(seen.producer)}"
-            if seen.producer is not None and seen.producer.rerun
+            if seen.producer is not None and seen.producer.backward
             else "backward produced it at or just after this parameter"
         )
         others = (
@@ -213,6 +238,7 @@ class NonFiniteRule(Rule):
             _onset(seen.step, event.finite_at),
             f"the gradient of {culprits[0]} is {value} at step {seen.step:,} although the loss is "
             f"finite{loss}: {origin}{others}",
+            advice=_advice(seen.producer) if seen.producer and seen.producer.backward else "",
             confidence="certain",
             phase="backward",
             parameters=culprits[:8],
@@ -297,7 +323,8 @@ def _advice(producer: Producer | None) -> str:
             return f"look at what has changed {producer.name}: the last update, or the script"
         case "module" if not producer.operation:
             return "step into this module: print the largest values of its inputs and its weights"
-    domain = DOMAINS.get(producer.operation.lower(), "")
+    needs = SLOPES if producer.backward else DOMAINS
+    domain = needs.get(producer.operation.lower(), "")
     where = f"`{producer.operation}`" + (f" at {producer.place}" if producer.place else "")
     return f"look at what {where} is given{domain}"
 

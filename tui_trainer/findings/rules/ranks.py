@@ -70,7 +70,16 @@ class ClipsAlone(Rule):
             f"{_listed(rest)} does not",
             confidence="certain",
             phase="clip",
-            evidence=(evidence("ranks that clip", len(clip), text=f"{len(clip)} of {len(rows)}"),),
+            evidence=(
+                evidence(
+                    "ranks that clip",
+                    len(clip),
+                    len(rows),
+                    len(rows),
+                    text=f"{len(clip)} of {len(rows)}",
+                ),
+            ),
+            ranks=tuple(sorted(clip)),
         )
 
 
@@ -137,6 +146,7 @@ class RanksDiverge(Rule):
                 evidence("different models", len(set(sums.values())), high=1,
                          text=str(len(set(sums.values())))),
             ),
+            ranks=tuple(sorted(others)),
         )  # fmt: skip
 
 
@@ -253,4 +263,5 @@ class Straggler(Rule):
                 evidence(f"time of rank {slowest} until backward", usual[slowest],
                          high=self.limits["factor"] * others, unit=" ms"),
             ),
+            ranks=(slowest,),
         )  # fmt: skip

@@ -162,7 +162,9 @@ class UpdateRatioLow(UpdateRatios):
     explanation = (
         "Each step changes the weights so little that even thousands of steps hardly move them, "
         "while the learning rate is near its highest value so far and the loss does not fall. The "
-        "learning rate is too low, the gradients vanish, or clipping cuts them to almost nothing."
+        "learning rate is too low, the gradients vanish, or clipping cuts them to almost nothing. "
+        "Where the loss has fallen before and stays at its lowest, updates are small since the "
+        "training has converged, which is not reported."
     )
     advice = "raise the learning rate tenfold or more; check the gradient norms and the clipping"
     source = SOURCE
@@ -210,8 +212,8 @@ class UpdateRatioLow(UpdateRatios):
         if count < 3 or seen.step - self._streak.onset < self.limits["steps"]:
             return
         fall = max(2 * self.trend.noise, 0.005 * abs(self._loss_at_onset))
-        if self.trend.slow < self._loss_at_onset - fall:
-            return  # the loss falls nevertheless
+        if self.trend.slow < self._loss_at_onset - fall or self._converged():
+            return  # the loss falls nevertheless, or has nowhere to fall to
         self._reported = True
         yield Found(
             self._streak.onset,
@@ -224,6 +226,13 @@ class UpdateRatioLow(UpdateRatios):
                          table="update_ratio", column=names[0]),
             ),
         )  # fmt: skip
+
+    def _converged(self) -> bool:
+        """Whether the loss has fallen, and is as low as it ever was."""
+        trend = self.trend
+        gain = trend.start - trend.best
+        near = trend.fast - trend.best < 0.05 * gain + 2 * trend.noise
+        return near and gain > max(0.1 * abs(trend.start), 4 * trend.noise)
 
 
 class UpdatesSmall(UpdateRatios):

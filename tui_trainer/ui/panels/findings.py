@@ -141,8 +141,9 @@ class FindingDetail(LineView):
             self._add(rows, "an effect of", text, width)
         for effect in self._effects:
             self._add(rows, "explains", f"{effect.title}, since step {effect.onset:,}", width)
-        if found.parameters:
-            self._add(rows, "where", ", ".join(found.parameters), width)
+        where = [*found.parameters, *(f"rank {rank}" for rank in found.ranks)]
+        if where:
+            self._add(rows, "where", ", ".join(where), width)
         for each in found.evidence:
             self._add(rows, "measured", f"{each.quantity} {each.text}{band(each)}", width)
         self._add(rows, "try", found.advice, width)

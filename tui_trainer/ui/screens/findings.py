@@ -97,7 +97,7 @@ class FindingsTable(VirtualTable):
         finding = self.findings[row]
         place = place_of(finding)
         if not finding.parameters:
-            return place or finding.phase
+            return place or ", ".join(f"rank {rank}" for rank in finding.ranks) or finding.phase
         more = len(finding.parameters) - 1
         name = finding.parameters[0] + (f" +{more}" if more else "")
         return f"{place} {name}" if place else name
