@@ -144,7 +144,7 @@ class Run:
             )
         )
 
-    def skip(self, reason="hand", loss_scale=None, loss=None, producer=None):
+    def skip(self, reason="hand", loss_scale=None, loss=None, producer=None, **further):
         row = np.full(len(schema.STEP_COLUMNS), absent(Absent.NOT_MEASURED), np.float32)
         row[schema.STEP_INDEX["loss"]] = NO_LOSS if loss is None else loss
         self.engine.skipped(
@@ -157,6 +157,7 @@ class Run:
                 rows=((0, row),),
                 loss_scale=loss_scale,
                 producer=producer,
+                **further,
             )
         )
 

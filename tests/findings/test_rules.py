@@ -958,6 +958,38 @@ def test_small_updates_of_a_training_that_has_converged_are_not_reported(noise, 
     assert not [f for f in converging(noise, lowest).engine.findings if f.level != "info"]
 
 
+def test_growth_of_small_numbers_is_no_overflow():
+    """The first step solves the task, and its momentum lets the loss rise a little."""
+    run = Run()
+    for number in range(1, 60):
+        small = 1e-7 * 2.5 ** min(number, 14)
+        run.step(
+            2.3 if number == 1 else small, norm=4.0 if number == 1 else small, updates=[1e-9] * 8
+        )
+    assert not [f for f in run.engine.findings if f.rule in ("overflow-ahead", "loss-diverges")]
+    assert not {"no-progress", "updates-small"} & run.found.keys()
+
+
+@pytest.mark.parametrize("producer", [None, Producer("input", "", "", "mul")])
+@pytest.mark.parametrize(("low", "rows"), [(-1.0, ()), (nan, (3,)), (nan, ())])
+def test_what_is_not_finite_is_said_to_be_the_batch_only_where_that_was_seen(producer, low, rows):
+    texts = []
+    for skips in (False, True):
+        run = Run()
+        run.step()
+        bad = BadBatch(nan, 2.3, low, -low, rows, ())
+        if skips:
+            run.skip("scaler", 1024.0, nan, producer, bad_batch=bad)
+        else:
+            run.step(nan, nonfinite=[("loss", "", "nan", 1)], producer=producer, bad_batch=bad)
+        texts.append(run.found["non-finite"].text)
+    assert texts[1].startswith(texts[0])
+    if producer is not None:
+        assert ("in row 3" in texts[0]) == bool(rows)
+        assert ("the batch has" in texts[0]) == bool(rows)
+        assert ("a constant or a detached tensor" in texts[0]) == (not rows)
+
+
 def tensor_of(role, name, shape, kind, classes):
     """All its numbers are 0."""
     return BatchTensor(role, name, shape, kind, classes, 0.0, 0.0, 0.0, 0.0, True, 1, 0)

@@ -137,6 +137,17 @@ def test_bug_is_the_first_finding_at_its_step(rule):
     assert not others
 
 
+def test_layer_that_is_replaced_after_the_optimizer_was_created_is_one_finding():
+    def replace(net):
+        net.first = nn.Linear(8, 32)
+        return net
+
+    (found,) = findings_of(lambda: train(replace=replace))
+    assert (found.rule, found.onset) == ("not-in-optimizer", 1)
+    assert found.parameters == ("first.weight", "first.bias")
+    assert "created before they were replaced" in found.text
+
+
 def test_gradient_that_is_not_finite_names_the_parameter_nearest_to_the_loss():
     (finding,) = findings_of(lambda: train(loss=nan_at_20))
     assert finding.parameters[0] == "head.bias"

@@ -139,6 +139,8 @@ class SkippedStep:
     loss: float | None = None
     """None where it is not known; a measured nan stays nan."""
     producer: Producer | None = None
+    bad_batch: BadBatch | None = None
+    nonfinite: tuple[NonFiniteRecord, ...] = ()
 
 
 class RunFacts:
@@ -216,6 +218,12 @@ class LossTrend:
     best_step: int = 0
     lowest: float = math.inf
     """Lowest loss of a single step."""
+
+    @property
+    def beginning(self) -> float:
+        """The first loss, if it is higher than `start`: a loss may fall by most of its value in the
+        first step."""
+        return max(self.start, self.first[0]) if self.first else math.nan
 
     def add(self, step: int, loss: float) -> None:
         if not math.isfinite(loss):
@@ -317,7 +325,14 @@ class Reader:
                 value = dict(zip(columns, values.tolist(), strict=False))["loss"]
                 loss = value if why_absent(value) is None else None
         return SkippedStep(
-            record.step, record.optimizer, record.reason, record.loss_scale, loss, record.producer
+            record.step,
+            record.optimizer,
+            record.reason,
+            record.loss_scale,
+            loss,
+            record.producer,
+            record.bad_batch,
+            record.nonfinite,
         )
 
 

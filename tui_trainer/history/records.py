@@ -284,3 +284,4 @@ class SkipRecord:
     """The scale at which a GradScaler skipped."""
     producer: Producer | None = None
     """Where its loss stopped being finite, where that was seen."""
+    bad_batch: BadBatch | None = None

@@ -431,6 +431,7 @@ class SkippedIteration:
         loss_scale: float | None,
         parts: list[tuple[Any, CompletedStep]],
         producer: Producer | None = None,
+        bad_batch: BadBatch | None = None,
     ) -> None:
         """`parts`: (measurer, what it knew) for each optimizer that the gradients were for.
         `loss_scale`: at which a GradScaler skipped. `producer`: what made a loss not finite."""
@@ -438,6 +439,7 @@ class SkippedIteration:
         self.loss_scale = loss_scale
         self.parts = parts
         self.producer = producer
+        self.bad_batch = bad_batch
         self.transfer = Transfers([step.transfer for _, step in parts])
 
 
@@ -472,6 +474,7 @@ class SkipRecorder:
                 nonfinite=tuple(found for record in records for found in record.nonfinite),
                 loss_scale=skipped.loss_scale,
                 producer=skipped.producer,
+                bad_batch=skipped.bad_batch,
             )
         )
         return spent

@@ -261,7 +261,8 @@ class WaitingGradients:
             parts.append((knowledge.measurer, knowledge.measurer.skipped(outcome, knowledge)))
         scale = self._scaling.read_loss_scale() if reason == "scaler" else None
         producers = (backward.producer for backward in lost if backward.producer is not None)
-        skipped = SkippedIteration(reason, scale, parts, next(producers, None))
+        batches = (backward.bad_batch for backward in lost if backward.bad_batch is not None)
+        skipped = SkippedIteration(reason, scale, parts, next(producers, None), next(batches, None))
         self._on_skip(skipped)
 
     def between_passes(self, measurer: StepMeasurer) -> None:

@@ -102,10 +102,10 @@ class AttentionLogits(_PerLayer):
         table = "attention" if limit == "growth" else "attention_health"
         return Found(
             onset,
-            f"in {worst} the {words} is {over[worst]:,.3g} ({len(layers)} "
+            f"in {worst or 'the model'} the {words} is {over[worst]:,.3g} ({len(layers)} "
             f"{'layers are' if len(layers) > 1 else 'layer is'} above {self.limits[limit]:g})",
             phase="forward",
-            parameters=tuple(layers[:8]),
+            parameters=tuple(filter(None, layers[:8])),
             evidence=(
                 evidence(words, over[worst], high=self.limits[limit], table=table,
                          column=f"{worst}.{statistic}"),
@@ -161,10 +161,10 @@ class AttentionEntropy(_PerLayer):
         worst = layers[0]
         yield Found(
             self._streak.onset,
-            f"the attention of {worst} has an entropy of {low[worst]:.2g} nats; it started at "
-            f"{self._first[worst]:.2g}",
+            f"the attention of {worst or 'the model'} has an entropy of {low[worst]:.2g} nats; it "
+            f"started at {self._first[worst]:.2g}",
             phase="forward",
-            parameters=tuple(layers[:8]),
+            parameters=tuple(filter(None, layers[:8])),
             evidence=(
                 evidence("entropy of attention", low[worst], low=self.limits["entropy"],
                          unit=" nats", table="attention_health", column=f"{worst}.entropy"),

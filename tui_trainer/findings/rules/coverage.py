@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from tui_trainer.findings.observation import Observation, TableRow
+from tui_trainer.findings.observation import Observation, RunFacts, TableRow
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, SignRule, Streak, evidence, named
 from tui_trainer.protocol.absent import Absent
 from tui_trainer.protocol.formatting import counted, percent
 
+NO_MODEL = re.compile(r"param_\d+|.* \(replaced\)")
+"""Names of parameters of an optimizer that no model has."""
 MAX_CHANGES = 4
 """Changes of a report of `never-reached` before the last one."""
+
+
+def _replaced(facts: RunFacts) -> list[str]:
+    """Parameters of an optimizer that no model has, while one has others of the same shape that no
+    optimizer holds."""
+    shapes = {info.shape for info in facts.parameters.values() if not info.optimizer}
+    return [
+        name
+        for name, info in facts.parameters.items()
+        if info.optimizer and info.shape in shapes and NO_MODEL.fullmatch(name)
+    ]
 
 
 class NotInOptimizer(Rule):
@@ -25,8 +39,8 @@ class NotInOptimizer(Rule):
     explanation = (
         "These parameters require a gradient, backward computes one, and no optimizer holds them: "
         "they keep their initial values, unless the script itself changes them. It happens when a "
-        "layer is added after the optimizer was created, or when the optimizer is given the "
-        "parameters of only a part of the model. If they are meant to stay fixed, "
+        "layer is added or replaced after the optimizer was created, or when the optimizer is "
+        "given the parameters of only a part of the model. If they are meant to stay fixed, "
         "requires_grad_(False) also saves computing their gradients."
     )
     advice = (
@@ -72,11 +86,16 @@ class NotInOptimizer(Rule):
         names.sort(key=lambda name: self.facts.order.get(name, 0))
         first = min(self._seen[name][0] for name in names)
         numel = sum(self.facts.parameters[name].numel for name in names)
+        why = "they keep their initial values, unless the script itself changes them"
+        if _replaced(self.facts):
+            why = (
+                "it holds others of the same shape, which the model no longer has: it was created "
+                "before they were replaced"
+            )
         yield Found(
             first,
             f"{named(names)} ({counted(numel, 'number')}) got a gradient at every step, but no "
-            "optimizer updates them: they keep their initial values, unless the script itself "
-            "changes them",
+            f"optimizer updates them: {why}",
             confidence="certain",
             phase="step",
             parameters=tuple(names[:16]),
@@ -157,6 +176,7 @@ class NeverReached(Rule):
             return
         self._done = True
         never = np.flatnonzero(self._counts == self._rows).tolist()
+        replaced = _replaced(self.facts)  # reported by `not-in-optimizer`
         names = [
             self._names[index]
             for index in never
@@ -164,6 +184,7 @@ class NeverReached(Rule):
             and info.optimizer
             and info.trainable
             and info.numel
+            and info.name not in replaced
         ]
         own = [
             name
@@ -211,6 +232,7 @@ class NeverReached(Rule):
             f"backward did not reach {named(before)} before step {step:,}, and does now: layers "
             "that take turns are used so",
             level="info",
+            advice="leave it so if they are to take turns; otherwise see what used them first",
             confidence="certain",
             phase="backward",
             parameters=tuple(before[:16]),

@@ -79,7 +79,14 @@ class GradientsVanish(_Depth):
         RuleThreshold("ratio", 1e-4, "gradient norm of the first quarter over that of the last"),
     )
 
-    explained_by = ("saturated-units", "dead-units", "initial-scale", "constant-inputs")
+    explained_by = (
+        "saturated-units",
+        "dead-units",
+        "initial-scale",
+        "constant-inputs",
+        "attention-logits",
+        "attention-entropy",
+    )
 
     def start(self) -> None:
         super().start()

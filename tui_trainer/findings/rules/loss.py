@@ -176,7 +176,11 @@ class NoProgress(Rule):
         recent = np.array([loss for _, loss in trend.recent])
         fall = float(first.mean() - recent.mean())
         error = math.sqrt(float(first.var()) / len(first) + float(recent.var()) / len(recent))
-        if fall >= self.limits["fall"] * abs(float(first.mean())) and fall > 2 * error:
+        least = self.limits["fall"] * abs(float(first.mean()))
+        highest = float(recent.max())
+        # Where it has fallen within the first steps.
+        below = trend.start - highest >= least or highest < 0.5 * trend.beginning
+        if below or (fall >= least and fall > 2 * error):
             self._reported = True  # it has learnt something: not checked again
             return
         if abs(float(first.mean())) < 1e-12 or trend.fast > 2 * abs(trend.start):
@@ -347,27 +351,28 @@ class LossDiverges(Rule):
             return
         if self._varied > trend.count / 2:
             return
-        gain = trend.start - trend.best
+        start = trend.beginning
+        gain = start - trend.best
         lost = self.limits["loss_of_gain"] * max(gain, 0.0)
         if not self._above_best.count:
             self._noise = trend.noise
         bar = trend.best + lost + 4 * self._noise
-        enough_gain = gain > 0.1 * trend.start and gain > 3 * self._noise
+        enough_gain = gain > 0.1 * start and gain > 3 * self._noise
         lost_gain = self._above_best.add(enough_gain and trend.fast > bar, seen.step)
-        above = self._above_start.add(trend.fast > self.limits["rise"] * trend.start, seen.step)
+        above = self._above_start.add(trend.fast > self.limits["rise"] * start, seen.step)
         if above < self.limits["steps"] / 3 and lost_gain < self.limits["steps"]:
             return
         self._reported = True
         over_start = above >= self.limits["steps"] / 3
-        limit = self.limits["rise"] * trend.start if over_start else bar
+        limit = self.limits["rise"] * start if over_start else bar
         onset = self._onset(min(limit, trend.best + max(gain, 0.0) / 2 + 2 * self._noise)
                             if gain > 0 else limit)  # fmt: skip
         onset = min(onset, (self._above_start if over_start else self._above_best).onset)
         yield Found(
             onset,
             f"the loss has been rising since step {onset:,}: {trend.fast:.4g} now, "
-            f"{trend.best:.4g} at best (step {trend.best_step:,}), {trend.start:.4g} at the start",
-            level="error" if trend.fast > 10 * trend.start else None,
+            f"{trend.best:.4g} at best (step {trend.best_step:,}), {start:.4g} at the start",
+            level="error" if trend.fast > 10 * start else None,
             phase="loss",
             evidence=(
                 evidence("loss, smoothed", trend.fast, high=limit, table="step", column="loss"),

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from tui_trainer.findings.observation import Observation, SkippedStep
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, evidence
-from tui_trainer.history.records import NonFiniteRecord, Producer
+from tui_trainer.history.records import BadBatch, NonFiniteRecord, Producer
 from tui_trainer.protocol import Phase
 from tui_trainer.protocol.events import Evidence
 from tui_trainer.protocol.formatting import nonfinite
@@ -121,13 +121,12 @@ class NonFiniteRule(Rule):
         self._skips += 1
         if self._skipped is None:
             value, producer = nonfinite(loss), skipped.producer
-            phase: Phase = "loss" if producer is None else PHASES[producer.source]
-            origin = origin_text(producer) if producer is not None else self._unknown_origin(value)
+            origin, advice, phase = _origin_of_loss(value, producer, skipped.bad_batch)
             self._skipped = Found(
                 skipped.step,
                 f"the loss became {value}: {origin}{self._before()}. The GradScaler skipped the "
                 "iteration",
-                advice=_advice(producer),
+                advice=advice,
                 confidence="certain",
                 phase=phase,
                 parameters=(producer and _named_place(producer)) or (),
@@ -180,30 +179,8 @@ class NonFiniteRule(Rule):
             return ""
         return f"; it was {self._finite_loss[1]:.4g} at step {self._finite_loss[0]:,}"
 
-    def _unknown_origin(self, value: str) -> str:
-        what = "log of zero, a division or an overflow" if value != "nan" else "0/0, inf − inf"
-        return (
-            f"the forward pass or the loss function produced it ({what}), or the weights were "
-            "already too large"
-        )
-
     def _loss(self, seen: Observation, event: NonFiniteRecord) -> Found:
-        origin = (
-            self._unknown_origin(event.value)
-            if seen.producer is None
-            else origin_text(seen.producer)
-        )
-        advice = _advice(seen.producer)
-        phase = "loss" if seen.producer is None else PHASES[seen.producer.source]
-        outside = seen.producer is not None and seen.producer.source == "input"
-        if outside and seen.bad_batch is not None and not seen.bad_batch.broken_rows:
-            phase, origin = "loss", "a constant or a detached tensor that is not finite enters it"
-            advice = ""
-        elif outside:
-            rows = seen.bad_batch.broken_rows if seen.bad_batch is not None else ()
-            if rows:
-                origin += f", in {'row' if len(rows) == 1 else 'rows'} {', '.join(map(str, rows))}"
-                advice = advice.replace("the values of this batch", "these rows of the batch")
+        origin, advice, phase = _origin_of_loss(event.value, seen.producer, seen.bad_batch)
         parameters = self._culprits(seen)[:1] if self._partial(seen) else ()
         return Found(
             seen.step,
@@ -288,10 +265,46 @@ class NonFiniteRule(Rule):
         return row is not None and len(self._culprits(seen)) < int((~row.absent).sum())
 
 
+def _origin_of_loss(
+    value: str, producer: Producer | None, bad: BadBatch | None
+) -> tuple[str, str, Phase]:
+    """(where a loss that is not finite came from, what to do, the phase); "" for the advice of the
+    rule. `bad`: the batch, if it was looked at."""
+    if producer is None:
+        what = "log of zero, a division or an overflow" if value != "nan" else "0/0, inf − inf"
+        unknown = (
+            f"the forward pass or the loss function produced it ({what}), or the weights were "
+            "already too large"
+        )
+        return unknown, "", "loss"
+    origin, advice, phase = origin_text(producer), _advice(producer), PHASES[producer.source]
+    if producer.source != "input":
+        return origin, advice, phase
+    rows = bad.broken_rows if bad is not None else ()
+    if rows:
+        batch = origin_text(Producer("input", ""))
+        where = f"in {'row' if len(rows) == 1 else 'rows'} {', '.join(map(str, rows))}"
+        advice = advice.replace("the values of this batch", "these rows of the batch")
+        return f"{batch}, {where}", advice, phase
+    if bad is not None and math.isfinite(bad.low):
+        return (
+            "a constant or a detached tensor that is not finite enters it",
+            "look at what the loss is multiplied by, and at tensors in it that were detached or "
+            "computed without gradients",
+            "loss",
+        )
+    return origin, advice, phase
+
+
 def origin_text(producer: Producer) -> str:
     """Where a value that is not finite came from, as a part of a sentence."""
     place = f" ({producer.place})" if producer.place else ""
     match producer.source:
+        case "input" if producer.operation:  # as in the graph of the loss
+            return (
+                f"`{producer.operation}` is given values that are not finite by the batch, a "
+                "constant or a detached tensor"
+            )
         case "input":
             return "the batch has values that are not finite before the model computes anything"
         case "weight":

@@ -70,9 +70,15 @@ class LossScale(Rule):
             if self._broken:
                 text += f", in {self._broken} of them because the loss was not"
             advice = ""
+            if at_floor:
+                advice = (
+                    "look for the layer whose output or gradient exceeds 65,504, or is not finite "
+                    "in float32 either; train in bfloat16"
+                )
         yield Found(
             skipped.step,
             text,
+            parameters=tuple(each.parameter for each in skipped.nonfinite if each.parameter),
             level="error" if at_floor else None,
             advice=advice,
             confidence="certain",

@@ -88,15 +88,19 @@ class LossPlateau(Rule):
     def _compare(self, seen: Observation) -> Iterable[Found]:
         values = np.array([mean for _, mean in self._means])
         older, newer = values[: self.BLOCKS // 2], values[self.BLOCKS // 2 :]
-        start, now = self.trend.start, float(newer.mean())
+        start, now = self.trend.beginning, float(newer.mean())
         gain = start - float(values.min())
         if gain < 0.1 * abs(start) or now < 0.1 * start:
             return  # `no-progress` reports the former
         fall = float(older.mean()) - now
         error = math.sqrt((float(older.var(ddof=1)) + float(newer.var(ddof=1))) / len(older))
         # Also where the noise hides the fall that it would have to show.
-        if abs(fall) > self.limits["fall"] * gain or error > self.limits["fall"] * gain:
+        limit = self.limits["fall"] * gain
+        if abs(fall) > limit or error > limit or fall > max(2 * error, limit / 4):
             return
+        others = values[1:]
+        if values[0] > 2 * others.max() - others.min():
+            return  # the end of the fall: the next block takes its place
         self._done = True
         onset = self._means[0][0]
         yield Found(
@@ -106,7 +110,7 @@ class LossPlateau(Rule):
             confidence="possible",
             phase="loss",
             evidence=(
-                evidence("fall of the loss in these steps", fall, low=self.limits["fall"] * gain,
+                evidence("fall of the loss in these steps", fall, low=limit,
                          table="step", column="loss"),
             ),
         )  # fmt: skip
@@ -162,6 +166,8 @@ class OverflowAhead(Rule):
             "gradient norm": deque(maxlen=self.STEPS),
         }
         """Quantity → (step, its logarithm)."""
+        self._highest: dict[TrendQuantity, float] = {"loss": -math.inf, "gradient norm": -math.inf}
+        """Quantity → the highest logarithm before these steps."""
         self._done = False
 
     def step(self, seen: Observation) -> Iterable[Found]:
@@ -177,9 +183,16 @@ class OverflowAhead(Rule):
         for quantity, value in values.items():
             series = self._series[quantity]
             if value is None or not math.isfinite(value) or value <= 0:
+                self._highest[quantity] = max(
+                    self._highest[quantity], *(x for _, x in series), -math.inf
+                )
                 series.clear()
                 continue
+            if len(series) == self.STEPS:
+                self._highest[quantity] = max(self._highest[quantity], series[0][1])
             series.append((seen.step, math.log(value)))
+            if series[-1][1] < self._highest[quantity]:
+                continue  # small numbers, as those of a training that has converged
             if len(series) < self.STEPS or series[-1][1] - series[0][1] < math.log(
                 self.limits["growth"]
             ):
