@@ -58,10 +58,11 @@ def parse_change(text: str) -> SettingChange:
     if match[2] is not None and name not in PER_GROUP:
         raise ConfigurationError(f"{name} belongs to no parameter group", f"leave out [{match[2]}]")
     group = None if match[2] is None else int(match[2])
-    return SettingChange(cast(SettingName, name), _value(name, value.strip()), group)
+    known = cast(SettingName, name)
+    return SettingChange(known, _value(known, value.strip()), group)
 
 
-def _value(name: str, text: str) -> SettingValue:
+def _value(name: SettingName, text: str) -> SettingValue:
     if not text:
         raise ConfigurationError(f"{name} needs a value", f"for example {_example(name)}")
     if name in PATTERNS:
@@ -76,7 +77,7 @@ def _value(name: str, text: str) -> SettingValue:
     return _number(name, text)
 
 
-def _number(name: str, text: str) -> float:
+def _number(name: SettingName, text: str) -> float:
     error = ConfigurationError(f"{name} cannot be {text!r}", _expected(name))
     try:
         value = float(text)
@@ -93,7 +94,7 @@ def _number(name: str, text: str) -> float:
     return value
 
 
-def _expected(name: str) -> str:
+def _expected(name: SettingName) -> str:
     if name in WHOLE:
         return f"expected a whole number, at least {WHOLE[name][0]}"
     if name in SHARES:
@@ -103,7 +104,7 @@ def _expected(name: str) -> str:
     return "expected a number, at least 0"
 
 
-def _example(name: str) -> str:
+def _example(name: SettingName) -> str:
     examples = {"betas": "betas=0.9,0.95", "freeze": "freeze=blocks.0.*", "clip": "clip=1.0"}
     if name in WHOLE:
         return f"{name}=64"

@@ -86,8 +86,7 @@ class LoggedSeries(NamedTuple):
     column: int
 
     @property
-    def better(self) -> str:
-        """`lower`, `higher` or "", as `Column.better`."""
+    def better(self) -> schema.Better:
         return self.series.table.columns[self.column].better
 
     def newest(self) -> tuple[int, float] | None:

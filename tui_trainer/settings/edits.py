@@ -13,7 +13,7 @@ from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -43,6 +43,8 @@ MAX_LISTED_GROUPS = 8
 CLIP_FUNCTIONS = {"norm": "clip_grad_norm_", "value": "clip_grad_value_"}
 HYPERPARAMETERS = ("lr", "weight_decay", "betas", "momentum", "eps")
 """Settings of parameter groups, as the optimizers of torch call them."""
+
+DataSetting = Literal["batch_size", "seed"]
 
 
 @dataclass
@@ -376,7 +378,7 @@ class LiveEdits:
 
     # ------------------------------------------------------------ data
 
-    def _plan_data(self, name: str, value: int) -> PlannedEdit:
+    def _plan_data(self, name: DataSetting, value: int) -> PlannedEdit:
         task = self.task
         if task is None:
             raise Refusal(
@@ -400,7 +402,7 @@ class LiveEdits:
         )
 
     @staticmethod
-    def _epoch_change(task: EditableTask, name: str, value: int) -> str:
+    def _epoch_change(task: EditableTask, name: DataSetting, value: int) -> str:
         """The effect of another batch size on the epochs."""
         before = task.batches.batches_per_epoch
         if name != "batch_size" or not before:

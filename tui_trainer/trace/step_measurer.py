@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from itertools import repeat
 from operator import is_
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tui_trainer.history.records import Sign
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.absent import Absent
+from tui_trainer.protocol.events import ClipKind
 from tui_trainer.trace.governor import ActiveProbe, OnChange
 from tui_trainer.trace.norms import (
     Norms,
@@ -433,7 +434,7 @@ class StepMeasurer:
     def read_gradients(
         self,
         scale: torch.Tensor | None,
-        clipping: str = "",
+        clipping: ClipKind | Literal[""] = "",
         gradients: list[Gradient] | None = None,
     ) -> GradientReading:
         """Gradients are complete and not clipped yet. `scale`: a factor still on them.

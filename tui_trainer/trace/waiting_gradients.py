@@ -6,12 +6,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch.optim.optimizer import Optimizer
 
 from tui_trainer.protocol.absent import Absent, absent
-from tui_trainer.protocol.events import SkipReason
+from tui_trainer.protocol.events import ClipKind, SkipReason
 from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.norms import total_of
 from tui_trainer.trace.optimizer_registry import OptimizerRegistry
@@ -102,7 +103,7 @@ class WaitingGradients:
     def read(
         self,
         measurer: StepMeasurer,
-        clipping: str = "",
+        clipping: ClipKind | Literal[""] = "",
         gradients: list[torch.Tensor | None] | None = None,
     ) -> GradientReading:
         measurer.prepare(self._phases.step, self._gate.armed and self._gate.stops_soon)

@@ -27,6 +27,7 @@ from tui_trainer.runs.recording import open_history
 from tui_trainer.store.reader import StoredHistory
 from tui_trainer.store.schema import StoreError
 
+ExportFormat = Literal["csv", "jsonl", "parquet", "tensorboard"]
 PACKAGES = {"parquet": "pyarrow", "tensorboard": "tensorboard"}
 """Packages that a format needs besides the required ones."""
 
@@ -35,7 +36,7 @@ def export(
     run: RunName = None,
     *,
     format: Annotated[
-        Literal["csv", "jsonl", "parquet", "tensorboard"] | None,
+        ExportFormat | None,
         Parameter(
             help="csv, parquet: a folder with the steps and one file for each wide table; jsonl: "
             "what --json prints; tensorboard: a folder with an event file",
@@ -84,7 +85,7 @@ def _reason(error: Exception) -> str:
     return str(error)
 
 
-def _check_package(format: str) -> None:
+def _check_package(format: ExportFormat) -> None:
     import importlib.util
 
     package = PACKAGES.get(format)
@@ -108,7 +109,7 @@ def _lines(history: StoredHistory, output: Path | None, overwrite: bool) -> None
 
 
 def _folder(
-    history: StoredHistory, format: str, output: Path, overwrite: bool, run: RunEntry
+    history: StoredHistory, format: ExportFormat, output: Path, overwrite: bool, run: RunEntry
 ) -> None:
     with _replacing(output, overwrite) as partial:
         partial.mkdir(parents=True)

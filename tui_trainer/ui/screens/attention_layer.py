@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from textual import events
 from textual.binding import Binding, BindingType
@@ -37,7 +37,8 @@ from tui_trainer.ui.widgets.lines import Span
 from tui_trainer.ui.widgets.table import VirtualTable
 from tui_trainer.ui.widgets.tabs import TabLine
 
-TABS = ("map", "input", "query", "heads", "residual")
+Tab = Literal["map", "input", "query", "heads", "residual"]
+TABS: tuple[Tab, ...] = get_args(Tab)
 TAB_NAMES = ("Map", "Text or image", "Query by keys", "Heads", "Residual stream")
 MIN_WIDTH_TOGETHER = 112
 """Width from which the map, the text and the query are side by side."""
@@ -155,7 +156,7 @@ class AttentionLayerScreen(DetailScreen):
         self._choose(self._tab)
 
     @property
-    def tab(self) -> str:
+    def tab(self) -> Tab:
         return TABS[self._tab]
 
     @property

@@ -29,6 +29,7 @@ from tui_trainer.protocol.travel import (
     FindLearningRate,
     MeasureLandscape,
     ReadTimeline,
+    Timeline,
     WhatIf,
 )
 from tui_trainer.ui.panels.runs import run_marker
@@ -197,7 +198,9 @@ class ExperimentsDialog(SnapshotDialog):
         """Nothing of it is shown."""
 
     def _suggest_snapshots(self, answer: Inspected) -> None:
-        places = getattr(answer.result, "places", ())
+        if not isinstance(answer.result, Timeline):
+            return
+        places = answer.result.places
         steps = [place.step for place in places if place.kind == "snapshot"]
         if len(steps) > 1 and not self._texts[4]:
             self._texts[4] = f"{steps[0]} {steps[-1]}"

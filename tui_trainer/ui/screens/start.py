@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from textual import events
 from textual.app import ComposeResult
@@ -454,7 +454,7 @@ class StartScreen(RunScreen):
             return self.focused is not None and isinstance(self.focused.parent, Collapsible)
         return True
 
-    def action_expand(self, how: str) -> None:
+    def action_expand(self, how: Literal["toggle", "yes", "no"]) -> None:
         """Expand or collapse the group whose title has the focus."""
         group = self.focused.parent if self.focused is not None else None
         if isinstance(group, Collapsible):
