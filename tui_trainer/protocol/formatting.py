@@ -8,6 +8,7 @@ and what is not finite as `nan`, `inf` or `-inf`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from tui_trainer.protocol.absent import why_absent
 from tui_trainer.protocol.events import (
@@ -195,6 +196,11 @@ def scalar(value: Scalar) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     return " ".join(value.split()) or MISSING
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """`24×11`; `0-d` for a scalar."""
+    return "×".join(map(str, shape)) or "0-d"
 
 
 def step_of(step: int, total: int | None) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from tui_trainer.protocol import PHASES, Phase, schema
-from tui_trainer.protocol.formatting import counted
+from tui_trainer.protocol.formatting import counted, shape_text
 from tui_trainer.protocol.messages import PhaseReport, Quantity, Rows
 from tui_trainer.trace.live_values import TracedStep
 from tui_trainer.trace.script_frames import script_frames
@@ -247,7 +247,7 @@ def dtype_and_shape(tensor: torch.Tensor) -> str:
     dtype = str(tensor.dtype).removeprefix("torch.")
     if tensor.is_nested:
         return f"{dtype} nested, of {tensor.size(0)}"
-    return f"{dtype} {'×'.join(map(str, tensor.shape)) or '0-d'}"
+    return f"{dtype} {shape_text(tensor.shape)}"
 
 
 def summary_of(name: str, tensor: torch.Tensor) -> Iterator[Quantity]:

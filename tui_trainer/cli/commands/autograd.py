@@ -32,7 +32,6 @@ from tui_trainer.client.answers.autograd import (
     lines,
     matches,
     path_to_loss,
-    shape_text,
     svg,
 )
 from tui_trainer.client.answers.tensors import find_tensor, parse_index
@@ -46,7 +45,7 @@ from tui_trainer.protocol.autograd import (
     DescribeGraph,
     GradientCheck,
 )
-from tui_trainer.protocol.formatting import bytes_, count, counted, number
+from tui_trainer.protocol.formatting import bytes_, count, counted, number, shape_text
 from tui_trainer.protocol.inspection import (
     NOT_CAPTURED,
     Inspected,

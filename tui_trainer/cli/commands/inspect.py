@@ -37,7 +37,7 @@ from tui_trainer.client.answers.tensors import (
 from tui_trainer.client.connection import RunClient
 from tui_trainer.config.atomic_file import replacing
 from tui_trainer.protocol import Phase
-from tui_trainer.protocol.formatting import bytes_, count, counted, number, percent
+from tui_trainer.protocol.formatting import bytes_, count, counted, number, percent, shape_text
 from tui_trainer.protocol.heat_map import MAX_CELLS, HeatMap, HeatMapWindow, Reduction
 from tui_trainer.protocol.inspection import (
     MAX_ENTRIES,
@@ -306,7 +306,7 @@ def _list_as_text(tensors: TensorList) -> str:
         table.add_row(
             Text(each.ref.name),
             Text(kind),
-            shape_of(each),
+            shape_text(each.shape),
             each.dtype,
             bytes_(each.bytes, 0),
             Text(", ".join(filter(None, (each.device, each.note, *(f"= {n}" for n in each.also))))),
@@ -317,14 +317,11 @@ def _list_as_text(tensors: TensorList) -> str:
     return "\n".join(lines) if tensors.tensors else "no tensors yet: no model has been called"
 
 
-def shape_of(tensor: TensorInfo) -> str:
-    return "×".join(map(str, tensor.shape)) or "0-d"
-
-
 def _facts(tensor: TensorInfo) -> str:
     """`64×64 float32, 16.0 KB on cpu`"""
+    kind = f"{shape_text(tensor.shape)} {tensor.dtype}"
     note = f", {tensor.note}" if tensor.note else ""
-    return f"{shape_of(tensor)} {tensor.dtype}, {bytes_(tensor.bytes, 0)} on {tensor.device}{note}"
+    return f"{kind}, {bytes_(tensor.bytes, 0)} on {tensor.device}{note}"
 
 
 def _as_text(answer: Inspected, summary: TensorSummary, screen: PixelSupport | None = None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from typing import Any, Literal
 import msgspec
 
 from tui_trainer.protocol.autograd import AutogradGraph, GraphNode
-from tui_trainer.protocol.formatting import bytes_
+from tui_trainer.protocol.formatting import bytes_, shape_text
 from tui_trainer.runs.errors import RunError
 
 FoldKind = Literal["loss", "module", "repeat", "operation", "leaf"]
@@ -281,11 +281,6 @@ def _count_paths(graph: AutogradGraph, leaf: int) -> int:
             if not due[before]:
                 ready.append(before)
     return paths[leaf]
-
-
-def shape_text(shape: Sequence[int]) -> str:
-    """`24×11`; `0-d` for a scalar."""
-    return "×".join(map(str, shape)) or "0-d"
 
 
 def gradient_text(gradient: float) -> str:

@@ -16,10 +16,9 @@ from tui_trainer.client.answers.autograd import (
     lines,
     matches,
     path_to_loss,
-    shape_text,
 )
 from tui_trainer.protocol.autograd import AutogradGraph
-from tui_trainer.protocol.formatting import bytes_, count, counted
+from tui_trainer.protocol.formatting import bytes_, count, counted, shape_text
 from tui_trainer.protocol.text import truncate_middle, wrap
 from tui_trainer.ui.panels.base import title_line
 from tui_trainer.ui.widgets.lines import BuiltLines, Row, Span

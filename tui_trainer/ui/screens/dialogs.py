@@ -14,6 +14,7 @@ from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
 from tui_trainer.client.api import Snapshot
+from tui_trainer.protocol.formatting import shape_text
 from tui_trainer.protocol.inspection import TensorInfo, TensorList, TensorRef
 
 MAX_NOTE_LENGTH = 200
@@ -205,7 +206,7 @@ class TensorDialog(ModalScreen[TensorRef | None]):
 
 def _option(tensor: TensorInfo, width: int) -> Content:
     """Name, shape and type; `width`: cells for the names."""
-    shape = "×".join(map(str, tensor.shape)) or "0-d"
+    shape = shape_text(tensor.shape)
     other = "".join(f"  = {name}" for name in tensor.also)
     gap = " " * (2 + max(0, width - cell_len(tensor.ref.text)))
     return Content.assemble(tensor.ref.text, (f"{gap}{shape:<12} {tensor.dtype}{other}", "dim"))
