@@ -11,7 +11,7 @@ from tests.ui.fake import fake_gpt
 from tests.ui.screens import settle, text_of, until
 from tui_trainer.client.api import Session
 from tui_trainer.config.errors import ConfigurationError
-from tui_trainer.config.options import options_of
+from tui_trainer.config.options import options_of, value_text
 from tui_trainer.config.training import resolve
 from tui_trainer.protocol.schema import SCRIPT
 from tui_trainer.runs.launch import LaunchError, LaunchRequest
@@ -26,7 +26,6 @@ from tui_trainer.ui.screens.start import (
     preset_value,
     request_for,
     script_request,
-    value_text,
 )
 from tui_trainer.ui.widgets.form import ChoiceRow, FormRow
 

@@ -118,6 +118,25 @@ def parse(option: Option, value: Scalar) -> Scalar:
     return _parse_number(option, value)
 
 
+def value_text(value: Scalar) -> str:
+    """A value as the text of its field; `typed_value` and `parse` turn it back into the value."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, float):
+        short = f"{value:g}"
+        return short if float(short) == value else repr(value)
+    return str(value).replace("\n", "\\n")
+
+
+def typed_value(option: Option, text: str | bool) -> str | bool:
+    """A field for `parse`: `\\n` is a line break in options that may contain one, as a prompt."""
+    if isinstance(text, str) and "\n" in str(option.default):
+        return text.replace("\\n", "\n")
+    return text
+
+
 def _parse_bool(option: Option, value: Scalar) -> bool:
     if isinstance(value, bool):
         return value

@@ -23,7 +23,7 @@ from textual.widgets import Collapsible, Input, Static
 
 from tui_trainer.client.api import OnLaunch, Session, Snapshot
 from tui_trainer.config.errors import ConfigurationError
-from tui_trainer.config.options import Option, options_of, parse
+from tui_trainer.config.options import Option, options_of, parse, typed_value, value_text
 from tui_trainer.config.training import GROUPS, ConfigurableTask, default_preset, resolve
 from tui_trainer.protocol.schema import SCRIPT, Scalar
 from tui_trainer.runs.launch import LaunchError, LaunchRequest
@@ -79,25 +79,6 @@ def grouped_options(task: TaskForm) -> dict[str, tuple[Option, ...]]:
 def preset_value(task: TaskForm, preset: str, option: Option) -> Scalar:
     """The value of an option when only the preset is chosen."""
     return task.presets.get(preset, {}).get(option.name, option.default)
-
-
-def value_text(value: Scalar) -> str:
-    """A value as text for its field; parsing the text gives the same value."""
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    if isinstance(value, float):
-        short = f"{value:g}"
-        return short if float(short) == value else repr(value)
-    return str(value).replace("\n", "\\n")
-
-
-def typed_value(option: Option, text: str | bool) -> str | bool:
-    """The text of a field; `\\n` is a line break in options that may contain one, as a prompt."""
-    if isinstance(text, str) and "\n" in str(option.default):
-        return text.replace("\\n", "\n")
-    return text
 
 
 def request_for(
