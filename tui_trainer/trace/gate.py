@@ -568,10 +568,10 @@ class Gate:
                 self._pausing = False
                 self._rearm()
                 return
+            began = time.perf_counter()  # before any other thread sees that it is paused
             self._waiting, self._pausing = True, False
             self.armed = True
         self._call_hook(self.hooks.changed)
-        began = time.perf_counter()
         while self._waiting:
             self._serve_requests(phase)
             with self._condition:
