@@ -413,7 +413,6 @@ def test_times_of_the_phases_lie_within_the_step():
 
 def test_time_of_an_environment_between_calls_of_a_policy_is_data(monkeypatch):
     now = [1.0]
-    monkeypatch.setattr("tui_trainer.trace.phases.perf_counter", lambda: now[0])
     monkeypatch.setattr("tui_trainer.trace.phase_clocks.perf_counter", lambda: now[0])
     model, optimizer = make()
 

@@ -29,7 +29,6 @@ def policy():
 @pytest.mark.parametrize("every", [1, 3])
 def test_rollouts_without_gradients_are_data(monkeypatch, in_eval_mode, every):
     now = [1.0]
-    monkeypatch.setattr("tui_trainer.trace.phases.perf_counter", lambda: now[0])
     monkeypatch.setattr("tui_trainer.trace.phase_clocks.perf_counter", lambda: now[0])
     model = policy()
     optimizer = torch.optim.Adam(model.parameters())

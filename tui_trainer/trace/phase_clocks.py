@@ -28,6 +28,8 @@ class HostClock:
         self._since = perf_counter()
         self._gap = (OTHER, 0.0)
         """What the time before the open phase was counted as, and how long it was."""
+        self.gap_began = self._since
+        """When the time before the open phase began."""
 
     def switch(self, phase: int) -> float:
         """End the current phase and begin `phase`, or another column of table `phase_ms`; returns
@@ -42,6 +44,7 @@ class HostClock:
         """A phase is open, which our own preparations precede; returns the present time."""
         now = perf_counter()
         self._gap = (self.current, now - self._since)
+        self.gap_began = self._since
         self._totals[self.current] += now - self._since
         self._since = now
         self.current = TRACING
@@ -82,11 +85,6 @@ class HostClock:
         self._totals = [now - then for now, then in zip(self._totals, mark, strict=True)]
         times = [seconds * 1e3 for seconds in mark]
         return lambda: times
-
-    @property
-    def gap_s(self) -> float:
-        """How long the time before the open phase was."""
-        return self._gap[1]
 
     def take_phase(self, phase: int) -> PhaseTimes:
         """The time of one phase, which is not this step's."""
@@ -151,7 +149,10 @@ class CudaClock:
             self._events.append(used.pop())  # it also begins the next step's first phase
         return self._reader(spans, used)
 
-    gap_s = 0.0
+    @property
+    def gap_began(self) -> float:
+        """It is not timed on the host: the present time."""
+        return perf_counter()
 
     def mark(self) -> int:
         """The number of spans so far, for `take_until`."""

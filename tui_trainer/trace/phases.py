@@ -21,7 +21,6 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from time import perf_counter
 from typing import Any, Protocol
 
 import torch
@@ -299,8 +298,7 @@ class Phases:
             if parameter is not None and parameter.device.type == "cuda":
                 self._clock = CudaClock()
         if waiting and self._next_began is None:
-            began = perf_counter() - self._clock.gap_s
-            self._next_began = (self._clock.mark(), began, self._gate.idle_s)
+            self._next_began = (self._clock.mark(), self._clock.gap_began, self._gate.idle_s)
         again = self._last_called is not None and self._last_called() is module
         if again and self._gap == LOSS and not self._loss_called:
             self._clock.relabel_gap(DATA)
