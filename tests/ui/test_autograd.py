@@ -111,6 +111,10 @@ async def test_the_graph_is_written_to_a_file(tmp_path, monkeypatch):
         for ending, beginning in ((".svg", "<svg"), (".dot", "digraph"), (".json", '{"nodes":[')):
             path = tmp_path / f"graph{ending}"
             await pilot.press("w", *["backspace"] * 4, *ending, "enter")
-            await until(pilot, lambda p=path: p.exists() and p.read_text(), "the file")
+            await until(
+                pilot,
+                lambda p=path: any(f"to {p.name}" in n.message for n in app._notifications),
+                "the file is written",
+            )
             assert path.read_text().startswith(beginning)
             assert "step 300" in path.read_text() or ending == ".json"

@@ -191,6 +191,7 @@ async def test_a_requested_frame_does_not_wait_for_the_next_tick(monkeypatch) ->
         monkeypatch.setattr(
             "tui_trainer.ui.textual_hacks.pending_writes", lambda driver: pending[0]
         )
+        monkeypatch.setattr("tui_trainer.ui.frames.MAX_CHECKS", 1_000_000)
         session._status(state="paused", phase="backward")
         session._changed()
         await until(pilot, lambda: app.backlog._checks > 1, "the output is looked at again")

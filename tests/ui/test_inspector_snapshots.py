@@ -5,8 +5,6 @@ After a wanted change: `pytest tests/ui/test_inspector_snapshots.py --snapshot-u
 
 from __future__ import annotations
 
-import time
-
 import pytest
 from pytest_textual_snapshot import SVGImageExtension
 from syrupy.assertion import SnapshotAssertion
@@ -32,10 +30,7 @@ LOOKS: dict[str, tuple[str, tuple[str, ...]]] = {
 IN_LIGHT = ("tensor", "heads")
 
 
-@pytest.fixture(autouse=True)
-def _utc(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TZ", "UTC")
-    time.tzset()
+pytestmark = pytest.mark.usefixtures("utc")
 
 
 @pytest.mark.parametrize("look", LOOKS)

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from tests.ui.fake import FakeSession, fake_empty, fake_gpt, fake_non_finite
@@ -10,11 +8,7 @@ from tui_trainer.protocol.events import Clip, LogLine, Notice
 from tui_trainer.protocol.text import strip_escapes, truncate, wrap
 from tui_trainer.ui.panels.log import MAX_ENTRIES, LogModel, LogView
 
-
-@pytest.fixture(autouse=True)
-def _utc(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TZ", "UTC")
-    time.tzset()
+pytestmark = pytest.mark.usefixtures("utc")
 
 
 def line(number: int, when: float, text: str = "text", stream: str = "stdout") -> LogLine:

@@ -85,7 +85,9 @@ async def test_the_tensors_of_any_rank_are_looked_into():
         assert isinstance(session.inspected[-1], OfRank)
         assert session.inspected[-1].rank == 1
         for rank in (3, 0):
+            before = len(session.inspected)
             await pilot.press("R")
+            await until(pilot, lambda n=before: len(session.inspected) > n, "a request")
             await until(pilot, lambda: app.screen.summary is not None, "an answer")
             assert app.inspected_rank == rank
         assert isinstance(session.inspected[-1], Summarize)

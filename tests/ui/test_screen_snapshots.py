@@ -5,7 +5,6 @@ After a wanted change: `pytest tests/ui/test_screen_snapshots.py --snapshot-upda
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import pytest
@@ -22,10 +21,7 @@ from tui_trainer.ui.screens.start import Launcher
 Compare = Callable[..., bool]
 
 
-@pytest.fixture(autouse=True)
-def _utc(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TZ", "UTC")
-    time.tzset()
+pytestmark = pytest.mark.usefixtures("utc")
 
 
 def refuse(request: LaunchRequest) -> FakeSession:

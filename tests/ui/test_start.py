@@ -68,12 +68,11 @@ def field_of(app: TuiTrainerApp) -> str | None:
 
 async def launched(app: TuiTrainerApp, start: Started, times: int = 1) -> None:
     """Until the launcher has been called, and what it returned or raised is on the screen."""
-    for _ in range(2000):
-        if len(start.requests) >= times:
-            break
-        await asyncio.sleep(0.005)
-    assert len(start.requests) == times
+    async with asyncio.timeout(240):
+        while len(start.requests) < times:
+            await asyncio.sleep(0.005)
     await app.workers.wait_for_complete()
+    assert len(start.requests) == times
 
 
 @pytest.mark.parametrize("task", [gpt, vit], ids=lambda task: task.name)

@@ -206,11 +206,25 @@ def inspector(support: PixelSupport):
     return app, session, sent
 
 
+async def all_sent(pilot, session, sent):
+    """Until the picture of the last answer, which is encoded on a thread, has been sent."""
+
+    def encoded():
+        return all(each.is_finished for each in pilot.app.workers if each.group == "picture")
+
+    await until(pilot, lambda: bool(sent), "a picture")
+    before = None
+    while before != (len(session.inspected), len(sent)):
+        before = len(session.inspected), len(sent)
+        await frame(pilot)
+        await until(pilot, encoded, "the bytes of a picture")
+        await frame(pilot)
+
+
 async def test_a_heat_map_in_kitty_is_sent_once_and_placed_by_characters():
     app, session, sent = inspector(ON_KITTY)
     async with app.run_test(size=(120, 40)) as pilot:
-        await until(pilot, lambda: bool(sent), "a picture")
-        await frame(pilot)
+        await all_sent(pilot, session, sent)
         keys, image = decoded_kitty(sent[0])
         heat = app.screen.heat_map
         assert image.shape == (int(keys["r"]) * 18, int(keys["c"]) * 9, 3)
@@ -225,7 +239,7 @@ async def test_a_heat_map_in_kitty_is_sent_once_and_placed_by_characters():
         assert (red << 16) + (green << 8) + blue == int(keys["i"])
         drawn = len(sent)
         for _ in range(3):
-            await frame(pilot)
+            await all_sent(pilot, session, sent)
         assert len(sent) == drawn
         await pilot.press("plus")
         await until(pilot, lambda: len(sent) > drawn, "another picture")
@@ -234,10 +248,9 @@ async def test_a_heat_map_in_kitty_is_sent_once_and_placed_by_characters():
 
 
 async def test_a_heat_map_in_sixels_is_drawn_after_its_cells_and_not_over_a_dialog():
-    app, _, sent = inspector(ON_XTERM)
+    app, session, sent = inspector(ON_XTERM)
     async with app.run_test(size=(80, 24)) as pilot:
-        await until(pilot, lambda: bool(sent), "a picture")
-        await frame(pilot)
+        await all_sent(pilot, session, sent)
         heat = app.screen.heat_map
         place = f"\x1b7\x1b[{heat.content_region.y + 2};{heat.content_region.x + 1}H"
         assert all(each.startswith(place) for each in sent)
@@ -260,7 +273,7 @@ async def test_a_heat_map_in_sixels_is_drawn_after_its_cells_and_not_over_a_dial
 async def test_an_attention_map_in_pixels_stands_beside_its_tokens(support):
     app, session, sent = inspector(support)
     async with app.run_test(size=(120, 40)) as pilot:
-        await until(pilot, lambda: bool(sent), "the picture of a tensor")
+        await all_sent(pilot, session, sent)
         first = sent[0]
         await pilot.press("2", "down", "enter")
         await until(pilot, lambda: isinstance(app.screen, AttentionLayerScreen), "a layer")
@@ -268,7 +281,7 @@ async def test_an_attention_map_in_pixels_stands_beside_its_tokens(support):
         await until(pilot, lambda: "Weights" in drawn.render_line(0).text, "its map")
         await until(pilot, lambda: drawn._picture._wanted is not None, "a picture")
         await until(pilot, lambda: drawn._picture._sequence or drawn._picture._lines, "its bytes")
-        await frame(pilot)
+        await all_sent(pilot, session, sent)
         window = [each for each in session.inspected if isinstance(each, ExamineAttention)][-1]
         assert window.window.rows > 300  # a map of a long text has a pixel for each query
         left = drawn._gutter
