@@ -6,11 +6,13 @@ import functools
 import gc
 import itertools
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -173,6 +175,21 @@ def pytest_runtest_protocol() -> Iterator[None]:
         for name in processes.read_at_start(os.environ).keys() - before.keys():
             del os.environ[name]
         os.environ.update(before)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Neither the random numbers of a test nor what it sees of `torch.compile` depend on the tests
+    that its worker has run before."""
+    seed = zlib.crc32(item.nodeid.encode())
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed)
+    if "torch" in sys.modules:
+        sys.modules["torch"].default_generator.manual_seed(seed)
+    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    if compiler is not None and any(compiler.cached_backends.values()):
+        sys.modules["torch._dynamo"].reset()
 
 
 def pytest_sessionfinish() -> None:

@@ -66,7 +66,7 @@ def batch(count=32):
 
 def train(steps=60, **changed):
     """A plain loop with hooks for bugs."""
-    net = changed.get("net") or Net()
+    net = changed.get("net") or changed.get("make", Net)()
     parameters = changed.get("parameters", lambda net: net.parameters())
     optimizer = torch.optim.SGD(parameters(net), lr=changed.get("rate", 0.1), momentum=0.9)
     if "replace" in changed:
@@ -110,9 +110,9 @@ BUGS = {
         {"parameters": lambda net: [*net.first.parameters(), *net.head.parameters()]},
         1,
     ),
-    "never-reached": ({"net": Unused()}, 1),
+    "never-reached": ({"make": Unused}, 1),
     "no-gradients": ({"replace": copy.deepcopy}, 1),
-    "eval-mode": ({"net": Net(dropout=0.5).eval()}, 1),
+    "eval-mode": ({"make": lambda: Net(dropout=0.5).eval()}, 1),
     "update-ratio-high": ({"rate": 30.0}, 1),
     "softmax-before-cross-entropy": (
         {"loss": lambda net, x, y, step: F.cross_entropy(F.softmax(net(x), -1), y)},
@@ -123,7 +123,7 @@ BUGS = {
         1,
     ),
     "non-finite": ({"loss": nan_at_20}, 20),
-    "gradients-vanish": ({"net": sigmoids(), "steps": 100}, 1),
+    "gradients-vanish": ({"make": sigmoids, "steps": 100}, 1),
 }
 
 

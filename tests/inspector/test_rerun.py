@@ -15,7 +15,6 @@ from torch.overrides import TorchFunctionMode
 from tests.inspector.custom_function import Halved
 from tests.inspector.test_inspector import Traced
 from tests.trace.support import SmallGpt, gpt_loop, mlp
-from tui_trainer.inspector import loss_recording
 from tui_trainer.inspector.errors import InspectionError
 from tui_trainer.inspector.gradient_check import check_gradient
 from tui_trainer.inspector.rerun import StepCapture
@@ -208,12 +207,6 @@ def test_losses_of_common_loops_are_found(loop):
     assert all(found for found, _ in same), same
 
 
-@pytest.fixture
-def nothing_compiled(monkeypatch):
-    """Other tests in this process may have."""
-    monkeypatch.setattr(loss_recording, "compiled_code_exists", lambda: False)
-
-
 def batch():
     return torch.randn(4, 6), torch.randn(4, 3)
 
@@ -266,7 +259,7 @@ OWN_LOSSES = [by_hand, in_place, regularised, with_own_targets, with_a_mask, rea
 
 
 @pytest.mark.parametrize("compute", OWN_LOSSES, ids=lambda each: each.__name__)
-def test_losses_of_their_own_are_computed_again(compute, nothing_compiled):
+def test_losses_of_their_own_are_computed_again(compute):
     """Also in float64, where the gradient check compares them with differences."""
     torch.manual_seed(1)
     model = mlp()
@@ -335,7 +328,7 @@ def under_a_mode(model):
         (under_a_mode, "without the loss: sub between the model and its loss is not repeated"),
     ],
 )
-def test_why_a_loss_is_not_computed_again(compute, why, nothing_compiled):
+def test_why_a_loss_is_not_computed_again(compute, why):
     torch.manual_seed(1)
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -355,7 +348,7 @@ def test_why_a_loss_is_not_computed_again(compute, why, nothing_compiled):
     assert torch._C._len_torch_function_stack() == 0
 
 
-def test_modes_of_the_script_end_as_they_began(nothing_compiled):
+def test_modes_of_the_script_end_as_they_began():
     """Begun between the model and backward, and ended after it, or never."""
     torch.manual_seed(1)
     model = mlp()

@@ -18,7 +18,7 @@ import pytest
 from tests.once import made_once
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 SMALL = ("--threads", "1", "--eval-batches", "1", "--sample-length", "8")
 
 

@@ -204,9 +204,12 @@ class Terminal:
         if not self._stacks.exists() or not self.runs:
             return ""
         self.process.send_signal(signal.SIGUSR1)
-        deadline = time.monotonic() + 10
-        while not (text := self._stacks.read_text()) and time.monotonic() < deadline:
+        deadline = time.monotonic() + 60
+        text, since = "", time.monotonic()
+        while time.monotonic() < deadline and not (text and time.monotonic() > since + 1.0):
             time.sleep(0.05)
+            if (more := self._stacks.read_text()) != text:  # it comes in pieces
+                text, since = more, time.monotonic()
         return text
 
     # ------------------------------------------------------------ acting

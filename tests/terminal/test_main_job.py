@@ -68,6 +68,7 @@ def test_watch_pause_step_resume_and_leave(runs: Path) -> None:
         for phase in PHASES:
             terminal.press("p")
             wait_for_phase(terminal, phase)
+        wait_for_step(terminal, stood + 4)
         assert step_on(terminal.settle(0.7)) == stood + 4
 
         terminal.press("space")

@@ -23,6 +23,7 @@ from tests.trace.support import (
     trace,
 )
 from tui_trainer.probes import PROBES
+from tui_trainer.protocol import PHASES
 from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.probe import ProbeOptions
 from tui_trainer.trace.tracer import Tracer
@@ -69,7 +70,13 @@ def train(case: str, steps: int = 50):
 
 
 def press_keys(gate: Gate, over: threading.Event) -> None:
-    """Pause, step and go through phases for as long as the training lasts."""
+    """Go through the phases of the first step, then pause, step and go through phases for as long
+    as the training lasts."""
+    for _ in PHASES:
+        while gate.mode != "paused":
+            if gate.mode == "ended" or over.wait(0.001):
+                return
+        gate.step_phase()
     controls = [gate.pause, gate.step_phase, gate.step_phase, gate.step, lambda: gate.step(3)]
     number = 0
     while not over.wait(0.003):
