@@ -150,6 +150,10 @@ def update_ratio_low(bug):
     return run
 
 
+def test_updates_that_are_too_small_are_one_finding():
+    assert update_ratio_low(True).causes == ["update-ratio-low"]
+
+
 def test_parameters_in_no_optimizer_do_not_count_as_small_updates():
     run = Run(outside=NAMES[3:])  # a target network, which the script updates by itself
     for number in range(1, 300):

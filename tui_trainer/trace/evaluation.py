@@ -24,10 +24,12 @@ from types import FrameType
 from typing import Any, Protocol
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.data import DataLoader
 
 from tui_trainer.trace.module_calls import Patches, copy_metadata
 from tui_trainer.trace.script_frames import objects_of_script
+from tui_trainer.trace.torch_private import is_dense, version_of
 
 functional = torch.nn.functional
 LOSS_FUNCTIONS = (
@@ -334,16 +336,32 @@ class EvaluationModes:
     def __init__(self) -> None:
         self._calls = 0
         self._last = -USUAL_DISTANCE
+        self._data: tuple[object, ...] | None = None
+        """What the first of these calls was given."""
+        self._repeated = False
+        """Whether the others were given the same, which samples with dropout on purpose."""
 
-    def evaluated(self) -> None:
+    def evaluated(self, args: tuple[Any, ...]) -> None:
         """A model was called in this way."""
         self._calls += 1
+        tensor = args[0] if args else None
+        data = None
+        if isinstance(tensor, torch.Tensor) and is_dense(tensor):
+            # A weak reference: its address is not used again while it is held.
+            memory = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+            data = (memory, tensor.storage_offset(), tensor.shape, version_of(tensor))
+        if self._calls == 1:
+            self._data = data
+        else:
+            same = data is not None and data == self._data
+            self._repeated = same and (self._calls == 2 or self._repeated)
 
     def in_train_mode(self, step: int, losses: int) -> bool:
         """At the end of a step: whether there was an evaluation before it, of several calls or with
         `losses`."""
         calls, self._calls = self._calls, 0
-        if not calls:
+        repeated, self._repeated, self._data = self._repeated, False, None
+        if not calls or repeated:
             return False
         last, self._last = self._last, step
         return step - last > USUAL_DISTANCE and (calls > 1 or losses > 0)

@@ -214,7 +214,7 @@ class ForwardPasses:
             self.rollouts.called(args)
             self._evaluation.call_began(module, self._phases.step - 1)
             if module.training and not collecting and depends_on_mode(module):
-                self._modes.evaluated()
+                self._modes.evaluated(args)
 
     @guarded
     def _evaluation_call_ended(self) -> None:

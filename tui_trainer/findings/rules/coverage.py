@@ -86,16 +86,19 @@ class NotInOptimizer(Rule):
         names.sort(key=lambda name: self.facts.order.get(name, 0))
         first = min(self._seen[name][0] for name in names)
         numel = sum(self.facts.parameters[name].numel for name in names)
+        advice = ""
         why = "they keep their initial values, unless the script itself changes them"
         if _replaced(self.facts):
             why = (
                 "it holds others of the same shape, which the model no longer has: it was created "
                 "before they were replaced"
             )
+            advice = "create the optimizer once the model has its final layers"
         yield Found(
             first,
             f"{named(names)} ({counted(numel, 'number')}) got a gradient at every step, but no "
             f"optimizer updates them: {why}",
+            advice=advice,
             confidence="certain",
             phase="step",
             parameters=tuple(names[:16]),
@@ -359,11 +362,12 @@ class NoGradients(Rule):
         if self._streak.add(missing, seen.step) < self.limits["steps"]:
             return
         self._reported = True
-        never = "has had a gradient since" if self._had_any else "has ever had a gradient; first at"
+        before = ", as they had before" if self._had_any else ""
         yield Found(
             self._streak.onset,
-            f"{self.facts.optimizer_name(seen.optimizer)} steps, but none of its {len(own)} "
-            f"parameters {never} step {self._streak.onset:,}: it trains nothing",
+            f"{self.facts.optimizer_name(seen.optimizer)} steps, but since step "
+            f"{self._streak.onset:,} none of its {len(own)} parameters has a gradient{before}: it "
+            "trains nothing",
             confidence="certain",
             phase="step",
             parameters=tuple(row.names[index] for index in own[:8]),

@@ -254,7 +254,7 @@ class UpdatesSmall(UpdateRatios):
         RuleThreshold("ratio", 2e-4, "median of ‖Δw‖/‖w‖ over the weight matrices"),
         RuleThreshold("steps", 60, "number of first steps in which the loss stands still"),
     )
-    explained_by = UpdateRatioLow.explained_by
+    explained_by = (*UpdateRatioLow.explained_by, UpdateRatioLow.name)
     LAST = 300
     """Later a loss that stands still has other reasons."""
 
