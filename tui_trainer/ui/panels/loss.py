@@ -1,4 +1,5 @@
-"""The loss panel: training loss with its smoothed line, and the validation points."""
+"""The loss panel: training loss with its smoothed line (`chart_layers.smooth`), and the validation
+points."""
 
 from __future__ import annotations
 
