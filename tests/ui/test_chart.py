@@ -271,6 +271,7 @@ def test_a_log_axis_has_labels_within_a_decade():
     labels = value_labels(Scale(0.3, 30.0, log=True), 20)
     assert list(labels.values()) == ["0.3", "1", "3", "10", "30"]
     assert "1e-10" in value_labels(Scale(1e-30, 1e30, log=True), 20).values()
+    assert "1e5" in value_labels(Scale(1.0, 1e6, log=True), 20).values()
 
 
 def chart_of(values, **options):
