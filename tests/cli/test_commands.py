@@ -48,6 +48,20 @@ def test_pause_step_resume_stop(runs):
     assert "gpt-one has been stopped" in again.stderr
 
 
+def test_the_resulting_state_as_one_json_object(runs):
+    runs.start("gpt-one")
+    paused = json.loads(runs.call("pause", "gpt-one", "--json").stdout)
+    assert (paused["run"], paused["state"]) == ("gpt-one", "paused")
+    one = json.loads(runs.call("step", "gpt-one", "--json").stdout)
+    assert (one["step"], one["checkpoint"]) == (paused["step"] + 1, None)
+    assert one["loss"] == pytest.approx(1 / one["step"], rel=1e-3)
+    assert json.loads(runs.call("resume", "--json").stdout)["state"] == "running"
+    kept = json.loads(runs.call("checkpoint", "gpt-one", "--json").stdout)
+    assert Path(kept["checkpoint"]).parent.parent == runs.directory / "gpt-one"
+    stopped = json.loads(runs.call("stop", "gpt-one", "--json").stdout)
+    assert (stopped["state"], stopped["directory"]) == ("stopped", str(runs.directory / "gpt-one"))
+
+
 def test_commands_do_not_guess_between_several(runs):
     runs.start("gpt-one")
     runs.start("gpt-two")

@@ -1,7 +1,7 @@
 """`pause`, `resume`, `step`, `stop`, `checkpoint` and `set`: control a live run without its screen.
 
 Each command takes control of the run from any other viewer (all viewers see a notice), waits until
-it has taken effect, and prints the state of the run on one line.
+it has taken effect, and prints the state of the run on one line, or as one JSON object.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from tui_trainer.cli.commands.common import (
     run_and_changes,
 )
 from tui_trainer.cli.errors import CommandError, UsageError
+from tui_trainer.cli.run_summary import finite, nonfinite_text
 from tui_trainer.cli.table import new_table, table_lines
 from tui_trainer.client.connection import RunClient
 from tui_trainer.history import History
@@ -43,19 +44,32 @@ MAX_DIGITS = 20
 ANSWER_BYTES = 256 * 1024
 """Enough per answer to keep up with the events of a fast run."""
 NoWait = Annotated[bool, flag("return as soon as the run has accepted the command")]
+Json = Annotated[bool, flag("print the resulting state as one JSON object")]
 
 Reached = Callable[[Status, "list[Event]"], bool]
 """Whether the command has taken effect, from the status and the events since."""
 
 
-def pause(run: LiveRunName = None, *, no_wait: NoWait = False, runs_dir: RunsDir = None) -> int:
+def pause(
+    run: LiveRunName = None,
+    *,
+    no_wait: NoWait = False,
+    json: Json = False,
+    runs_dir: RunsDir = None,
+) -> int:
     """pause a run at its next phase boundary"""
-    return _execute("pause", actions.Pause(), _paused, run, no_wait, runs_dir)
+    return _execute("pause", actions.Pause(), _paused, run, no_wait, json, runs_dir)
 
 
-def resume(run: LiveRunName = None, *, no_wait: NoWait = False, runs_dir: RunsDir = None) -> int:
+def resume(
+    run: LiveRunName = None,
+    *,
+    no_wait: NoWait = False,
+    json: Json = False,
+    runs_dir: RunsDir = None,
+) -> int:
     """resume a paused run"""
-    return _execute("resume", actions.Resume(), _running, run, no_wait, runs_dir)
+    return _execute("resume", actions.Resume(), _running, run, no_wait, json, runs_dir)
 
 
 def step(
@@ -72,6 +86,7 @@ def step(
     *,
     phase: Annotated[bool, flag("only to the end of the next phase, such as backward")] = False,
     no_wait: NoWait = False,
+    json: Json = False,
     runs_dir: RunsDir = None,
 ) -> int:
     """make one optimizer step, or N, then pause"""
@@ -79,7 +94,7 @@ def step(
     if phase and wanted != 1:
         raise UsageError("--phase goes to the end of one phase", "tui-trainer step RUN --phase")
     action = actions.StepPhase() if phase else actions.Step(wanted)
-    return _execute("step", action, _paused, name, no_wait, runs_dir)
+    return _execute("step", action, _paused, name, no_wait, json, runs_dir)
 
 
 def stop(
@@ -87,22 +102,33 @@ def stop(
     *,
     checkpoint: Annotated[bool, flag("write a checkpoint first")] = False,
     no_wait: NoWait = False,
+    json: Json = False,
     runs_dir: RunsDir = None,
 ) -> int:
     """finish the running step, then end the run"""
     action = actions.Stop(checkpoint=checkpoint)
-    return _execute("stop", action, _ended, run, no_wait, runs_dir)
+    return _execute("stop", action, _ended, run, no_wait, json, runs_dir)
 
 
 def checkpoint(
-    run: LiveRunName = None, *, no_wait: NoWait = False, runs_dir: RunsDir = None
+    run: LiveRunName = None,
+    *,
+    no_wait: NoWait = False,
+    json: Json = False,
+    runs_dir: RunsDir = None,
 ) -> int:
     """write a checkpoint at the next step boundary"""
-    return _execute("checkpoint", actions.Checkpoint(), _written, run, no_wait, runs_dir)
+    return _execute("checkpoint", actions.Checkpoint(), _written, run, no_wait, json, runs_dir)
 
 
 def _execute(
-    name: str, action: Action, reached: Reached, run: str | None, no_wait: bool, runs: Path | None
+    name: str,
+    action: Action,
+    reached: Reached,
+    run: str | None,
+    no_wait: bool,
+    json: bool,
+    runs: Path | None,
 ) -> int:
     with cli_errors():
         found = require_single_run(run, runs)
@@ -113,10 +139,18 @@ def _execute(
                 raise CommandError(f"{found.name} refuses: {ack.message}", ack.hint)
             since: list[Event] = []
             status = ack.status if no_wait else _wait(client, reached, since, found)
-            print(_sentence(found.name, status, client.snapshot.history, no_wait), flush=True)
+            loss = _loss(client.snapshot.history, status.step)
+    if not json:
+        print(_sentence(found.name, status, loss, no_wait), flush=True)
+    path = None
     if not no_wait:
         notices = [event for event in since if isinstance(event, Notice)]
-        _check_checkpoint(action, found, status, [e for e in notices if e.kind == "checkpoint"])
+        about = [event for event in notices if event.kind == "checkpoint"]
+        path = _written_checkpoint(action, found, status, about)
+    if json:
+        print(msgspec.json.encode(_state_object(found, status, loss, path)).decode(), flush=True)
+    elif path is not None:
+        print(path, flush=True)
     return 0
 
 
@@ -171,8 +205,11 @@ def _written(status: Status, events: list[Event]) -> bool:
     return reported or (status.state == "paused" and status.phase != "step")
 
 
-def _check_checkpoint(action: Action, run: RunEntry, status: Status, notices: list[Notice]) -> None:
-    """Print the path of the requested checkpoint. Raises CommandError if it was not written."""
+def _written_checkpoint(
+    action: Action, run: RunEntry, status: Status, notices: list[Notice]
+) -> Path | None:
+    """The directory of the requested checkpoint; None where none was requested. Raises CommandError
+    if it was not written."""
     failure = next((each.text for each in reversed(notices) if each.level == "error"), "")
     path = checkpoint_path(run.directory, status.step)
     match action:
@@ -193,13 +230,34 @@ def _check_checkpoint(action: Action, run: RunEntry, status: Status, notices: li
                 raise CommandError(failure)
             path = checkpoint_path(run.directory, notices[-1].step)
         case _:
-            return
-    print(path, flush=True)
+            return None
+    return path
 
 
-def _sentence(name: str, status: Status, history: History, early: bool) -> str:
+def _loss(history: History, step: int) -> float | None:
     table = history.table(schema.STEP)
-    value = table.value_at("loss", status.step) if table is not None else None
+    return table.value_at("loss", step) if table is not None else None
+
+
+def _state_object(
+    run: RunEntry, status: Status, loss: float | None, path: Path | None
+) -> dict[str, object]:
+    """The names are documented in docs/runs.md and stay as they are."""
+    return {
+        "run": run.name,
+        "directory": str(Path(run.directory)),
+        "state": status.state,
+        "step": status.step,
+        "phase": status.phase,
+        "loss": finite(loss),
+        "loss_text": nonfinite_text(loss),
+        "reason": status.reason,
+        "hint": status.hint,
+        "checkpoint": None if path is None else str(path),
+    }
+
+
+def _sentence(name: str, status: Status, value: float | None, early: bool) -> str:
     loss = f", loss {number(value, 0)}" if value is not None else ""
     state = "accepted" if early else status.state
     elapsed = f", {rough_duration(status.elapsed_s)}" if status.elapsed_s else ""
