@@ -230,7 +230,7 @@ class StartScreen(RunScreen):
     """The form. What was typed is kept when a start fails or another task is looked at."""
 
     CSS = """
-    StartScreen #title, StartScreen #learn { height: 1; padding: 0 1; }
+    StartScreen #title, StartScreen #learn { height: 1; padding: 0 1; color: $text-muted; }
     StartScreen #what { height: auto; padding: 1 1 0 1; }
     StartScreen #form { padding: 1 1 0 1; height: 1fr; overflow-y: auto;
         scrollbar-size-vertical: 1; }
@@ -305,12 +305,12 @@ class StartScreen(RunScreen):
         self._task_name = names[0]
         self.set_class(self._wide, "-beside")
         yield Static(
-            "[b $accent]tui-trainer[/] [$text-muted]· the debugger for neural-network training[/]",
+            "[b $accent]tui-trainer[/] · the debugger for neural-network training",
             id="title",
         )
         yield Static(
-            "[$accent]ctrl+l[/] [$text-muted]new to this? Pages to learn from, and guided runs of "
-            "what goes wrong[/]",
+            "[$accent]ctrl+l[/] new to this? Pages to learn from, and guided runs of what goes "
+            "wrong",
             id="learn",
         )
         with Vertical(id="what"):
