@@ -104,6 +104,20 @@ def test_a_log_bounded_by_size():
     assert more
 
 
+def test_the_wait_of_a_lifted_limit_does_not_count():
+    """At one step in ten seconds it is lifted four seconds after a step, while two more steps from
+    before are still to be recorded."""
+    throughput = Throughput()
+    now = run(throughput, 3, each=10.0)
+    lifted = now + 24.0
+    throughput.restart_window(lifted)
+    run(throughput, 2, each=10.0, start=now, first=4)
+    assert throughput.steps_per_second() is None
+    now = run(throughput, 4, each=0.1, start=lifted, first=6)
+    assert throughput.steps_per_second(now) == pytest.approx(10.0)
+    assert throughput.remaining_s(100, now) == pytest.approx(10.0)
+
+
 def test_a_changed_limit_shows_at_once():
     throughput = Throughput()
     now = run(throughput, 50, each=1.0, own_ms=1.0)

@@ -24,6 +24,7 @@ from tui_trainer import __version__
 from tui_trainer.client.api import Snapshot, SnapshotBuilder
 from tui_trainer.protocol import PROTOCOL_VERSION
 from tui_trainer.protocol.actions import Action, TakeControl
+from tui_trainer.protocol.formatting import rough_duration
 from tui_trainer.protocol.framing import FrameBuffer, ProtocolError, encode
 from tui_trainer.protocol.inspection import (
     Inspect,
@@ -243,9 +244,9 @@ class Connection(asyncio.Protocol):
         if not self._due():
             return
         if left <= 0:
-            self.fail(ConnectionLost(f"the run has not answered for {SILENCE_S:.0f} s"))
+            self.fail(ConnectionLost(f"the run has not answered for {rough_duration(SILENCE_S)}"))
         elif self._frames.inside and now - self._frame_began_at > FRAME_S:
-            self.fail(ConnectionLost(f"an answer took longer than {FRAME_S:.0f} s"))
+            self.fail(ConnectionLost(f"an answer took longer than {rough_duration(FRAME_S)}"))
         else:
             self._watch_for_silence(left)
 

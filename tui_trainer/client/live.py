@@ -27,6 +27,7 @@ from tui_trainer.client.connection import (
 )
 from tui_trainer.protocol import PROTOCOL_VERSION
 from tui_trainer.protocol.actions import Action
+from tui_trainer.protocol.formatting import rough_duration
 from tui_trainer.protocol.inspection import Inspected, InspectionRequest
 from tui_trainer.protocol.messages import Ack, Hello, Poll, Status, Update, Welcome
 from tui_trainer.protocol.text import sanitize
@@ -151,7 +152,9 @@ class LiveSession:
         polled_at = connection.polled_at
         silence = time.monotonic() - polled_at if polled_at is not None else 0.0
         if silence > SHOW_SILENCE_S and link.state == "live":
-            return replace(link, bytes_received=received, message=f"no answer for {silence:.0f} s")
+            return replace(
+                link, bytes_received=received, message=f"no answer for {rough_duration(silence)}"
+            )
         return replace(link, bytes_received=received, latency_ms=self._latency_ms)
 
     def send(self, action: Action) -> Future[Ack]:
@@ -242,7 +245,7 @@ class LiveSession:
             except (ConnectionLost, Unreachable) as error:
                 if time.monotonic() - began > STEADY_S:
                     back_off = FIRST_BACK_OFF_S
-                again = f"trying again in {max(1, round(back_off))} s"
+                again = f"trying again in {rough_duration(max(1.0, back_off))}"
                 self._show(self._unconnected(), f"{error.message}, {again}", error.hint)
                 pause, back_off = back_off, min(back_off * 2, LONGEST_BACK_OFF_S)
             else:

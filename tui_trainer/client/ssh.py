@@ -29,6 +29,7 @@ from urllib.parse import unquote, urlsplit
 from tui_trainer import __version__
 from tui_trainer.client.connection import PeerClosed
 from tui_trainer.protocol import PROTOCOL_VERSION
+from tui_trainer.protocol.formatting import rough_duration
 from tui_trainer.protocol.framing import NoGreeting, RelayGreeting, RemoteRun, find_greeting
 from tui_trainer.protocol.text import single_line
 from tui_trainer.runs.errors import RunError, RunGone, Unreachable
@@ -373,7 +374,7 @@ class SshConnector:
             left = self._denied_at + DENIED_PAUSE_S - time.monotonic()
             if left > 0:
                 raise Unreachable(
-                    f"{self.address.host} refused the login, no attempt for {left:.0f} s"
+                    f"{self.address.host} refused the login, no attempt for {rough_duration(left)}"
                 )
             self._denied_at = None
         try:
@@ -431,7 +432,7 @@ class SshConnector:
                 "use a key with an agent",
             )
         if ended.exit_status is None:
-            words = f"no answer within {RECONNECT_S:.0f} s"
+            words = f"no answer within {rough_duration(RECONNECT_S)}"
         return Unreachable(f"ssh: {words}")
 
     def _why_refused(self, ended: SshEnded) -> RunError:

@@ -20,7 +20,7 @@ from tui_trainer.history.records import Floats
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import PHASES, Phase, schema
 from tui_trainer.protocol.absent import Absent, absent, absent_mask, why_absent
-from tui_trainer.protocol.formatting import counted, nonfinite
+from tui_trainer.protocol.formatting import counted, milliseconds, nonfinite
 
 MAX_VALUES = 4_000_000
 """Largest number of values read of one table of each run; of a longer table buckets are read."""
@@ -70,7 +70,7 @@ class FirstDifference:
     def text_of(self, value: float) -> str:
         """The value with every digit of a float32, or why there is none."""
         if self.table == schema.PHASE_MS:
-            return f"{value:.3g} ms" if math.isfinite(value) else "no such phase"
+            return milliseconds(value, 0) if math.isfinite(value) else "no such phase"
         if (why := why_absent(value)) is not None:
             return why.reason
         return str(np.float32(value)) if math.isfinite(value) else nonfinite(value)

@@ -30,7 +30,7 @@ from tui_trainer.protocol.autograd import (
     GradientCheck,
     GradientStep,
 )
-from tui_trainer.protocol.formatting import bytes_
+from tui_trainer.protocol.formatting import bytes_, rough_duration
 from tui_trainer.trace.torch_private import own_buffers
 from tui_trainer.trace.tracer import Tracer
 
@@ -88,7 +88,9 @@ def check_gradient(
             began = monotonic()
             for index in _chosen(request, gradient):
                 if entries and monotonic() - began > MAX_S:
-                    notes.append(f"stopped after {MAX_S:.0f} s: further entries are left out")
+                    notes.append(
+                        f"stopped after {rough_duration(MAX_S)}: further entries are left out"
+                    )
                     break
                 entries.append(_checked(model, call, target, gradient, index, wide))
     held = sum(each.numel() * each.element_size() for each in copies)

@@ -27,7 +27,7 @@ import msgspec
 from tui_trainer.config.run_spec import process_identity, read_state
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.events import LEVEL_ORDER, Finding, Level, Notice, finding_object
-from tui_trainer.protocol.formatting import nonfinite, number
+from tui_trainer.protocol.formatting import nonfinite, number, rough_duration
 from tui_trainer.protocol.messages import EndState, Status
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.record.sink_items import InfoChanged, Item, RunEnded, StepRecorded
@@ -374,7 +374,7 @@ def _run(command: str, alert: Alert, line: bytes) -> None:
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise AlertError(f"still running after {TIMEOUT_S:g} s", again=False) from error
+        raise AlertError(f"still running after {rough_duration(TIMEOUT_S)}", again=False) from error
     except (OSError, ValueError) as error:
         raise AlertError(str(error)) from error
     if done.returncode:

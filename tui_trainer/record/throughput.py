@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import msgspec
@@ -34,6 +35,8 @@ class Throughput:
 
     def __init__(self) -> None:
         self._points: deque[_Point] = deque(maxlen=4096)
+        self._window_from = -math.inf
+        """Time of the last change of the limit on the speed, as `_Point.time`."""
         self._own_ms = 0.0
         self._warming = 0
         """Number of points that are warm-up steps."""
@@ -57,22 +60,31 @@ class Throughput:
         if self._points and step <= self._points[-1].step:
             self._own_ms += own_ms  # another optimizer's part of the same step
             last = self._points.pop()
-            self._points.append(_Point(last.step, time - excluded_s, last.own_ms + own_ms))
+            at = max(time - excluded_s, self._window_from)
+            self._points.append(_Point(last.step, at, last.own_ms + own_ms))
             return
         if len(self._points) == self._points.maxlen:
             self._drop_oldest()
-        self._points.append(_Point(step, time - excluded_s, own_ms))
+        self._points.append(_Point(step, max(time - excluded_s, self._window_from), own_ms))
         self._own_ms += own_ms
         self._steps += 1
         self._warming += self._steps <= WARM_UP_STEPS
+        # Steps from before the change may be recorded after it.
+        while len(self._points) > 1 and self._points[1].time <= self._window_from:
+            self._drop_oldest()
         newest = self._points[-1].time
         while len(self._points) > WINDOW_STEPS and newest - self._points[0].time > WINDOW_S:
             self._drop_oldest()
 
-    def restart_window(self) -> None:
-        """Forget the speed so far: the limit on it has changed."""
+    def restart_window(self, at: float | None = None) -> None:
+        """Forget the speed so far. `at`: when the limit on it has changed, without pauses and
+        excluded work; the wait for the next step until then does not count either."""
         while len(self._points) > 1:
             self._drop_oldest()
+        if at is not None:
+            self._window_from = at
+            if self._points and self._points[0].time < at:
+                self._points[0] = replace(self._points[0], time=at)
 
     def _drop_oldest(self) -> None:
         self._own_ms -= self._points.popleft().own_ms

@@ -22,6 +22,7 @@ import msgspec
 from tui_trainer import __version__
 from tui_trainer.config.run_spec import SOCKET_DIRECTORY_PREFIX
 from tui_trainer.protocol import PROTOCOL_VERSION
+from tui_trainer.protocol.formatting import rough_duration
 from tui_trainer.protocol.framing import ConnectionClosed, ProtocolError, encode, read_to_run
 from tui_trainer.protocol.inspection import Inspect, Inspected
 from tui_trainer.protocol.messages import (
@@ -105,7 +106,7 @@ class ViewerConnection:
         except (ProtocolError, ViewerTimeout) as error:
             on_drop(str(error))
         except TimeoutError:
-            on_drop(f"it sent no greeting within {GREETING_TIMEOUT_S:.0f} s")
+            on_drop(f"it sent no greeting within {rough_duration(GREETING_TIMEOUT_S)}")
         except OSError as error:
             if self._stream.fileno() >= 0:
                 on_drop(str(error))
@@ -183,7 +184,9 @@ class ViewerConnection:
         except TimeoutError:
             if deadline is not None:
                 raise ViewerTimeout("it stopped in the middle of a message") from None
-            raise ViewerTimeout(f"it sent nothing for {self._idle_timeout_s:.0f} s") from None
+            raise ViewerTimeout(
+                f"it sent nothing for {rough_duration(self._idle_timeout_s)}"
+            ) from None
         finally:
             self._stream.settimeout(None)
 
@@ -226,7 +229,7 @@ class ViewerConnection:
                 self._stream.settimeout(max(0.001, deadline - time.monotonic()))
                 data = data[self._stream.send(data) :]
         except TimeoutError:
-            raise ViewerTimeout(f"it read nothing for {SEND_TIMEOUT_S:.0f} s") from None
+            raise ViewerTimeout(f"it read nothing for {rough_duration(SEND_TIMEOUT_S)}") from None
         self._stream.settimeout(None)
 
     def _encode_reduced(self, update: Update) -> bytes:

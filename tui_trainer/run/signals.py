@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable
 from types import FrameType
 
+from tui_trainer.protocol.formatting import long_duration
 from tui_trainer.run.outcome import INTERRUPTED, TERMINATED
 from tui_trainer.trace.gate import Gate, Refusal, StopTraining
 
@@ -154,7 +155,7 @@ class StopHandler:
             self._check_again(grace - waited, waited)
             return
         lost = ", so no checkpoint is written" if self._gate.checkpoint_on_stop else ""
-        self._warn(f"no step has ended in {waited:.3g} s: the script is interrupted{lost}")
+        self._warn(f"no step has ended in {long_duration(waited)}: the script is interrupted{lost}")
         self._interrupt()
 
     def _interrupt(self) -> None:

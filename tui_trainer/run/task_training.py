@@ -16,6 +16,7 @@ from tui_trainer.config.errors import ConfigurationError, did_you_mean
 from tui_trainer.config.live_settings import parse_changes
 from tui_trainer.config.run_spec import RunSpec
 from tui_trainer.config.training import from_flat
+from tui_trainer.protocol.formatting import milliseconds
 from tui_trainer.protocol.schema import VALIDATION, Better, Column
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.run.context import RunContext, create_tracer
@@ -328,4 +329,4 @@ class Evaluations:
     def _log(self, name: str, metrics: Mapping[str, float], step: int, took_s: float) -> None:
         listed = ", ".join(f"{metric} {value:.4g}" for metric, value in metrics.items())
         text = f"{name}: {listed}" if listed else name
-        self._recorder.notice("evaluation", f"{text} ({took_s:.2g} s)", step=step)
+        self._recorder.notice("evaluation", f"{text} ({milliseconds(1e3 * took_s, 0)})", step=step)

@@ -21,6 +21,7 @@ from tui_trainer.config.run_spec import (
     read_spec,
     read_state,
 )
+from tui_trainer.protocol.formatting import rough_duration
 from tui_trainer.protocol.messages import END_STATES, EndState, EntryState
 from tui_trainer.protocol.text import sanitize, sanitize_message
 from tui_trainer.runs.boot_log import fatal_error
@@ -118,7 +119,7 @@ def determine_state(reported: RunState) -> tuple[EntryState, str]:
     if silence < SILENT_S:
         return alive, reported.reason
     host = reported.host or "another machine"
-    return "crashed", f"no sign of life from {host} for {silence:,.0f} s"
+    return "crashed", f"no sign of life from {host} for {rough_duration(silence)}"
 
 
 def process_exists(reported: RunState) -> bool:
@@ -146,7 +147,7 @@ def may_be_running(run: RunEntry) -> str:
     if not reported.ended and elsewhere and silence < LONG_SILENT_S:
         host = reported.host or "another machine"
         return (
-            f"its last status came from {host} {silence:,.0f} s ago, and processes there cannot be "
-            "looked up from here"
+            f"its last status came from {host} {rough_duration(silence)} ago, and processes there "
+            "cannot be looked up from here"
         )
     return ""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 
 from tui_trainer.protocol.events import Level
-from tui_trainer.protocol.formatting import cadence, percent
+from tui_trainer.protocol.formatting import cadence, milliseconds, percent
 from tui_trainer.protocol.schema import Table
 from tui_trainer.trace.probe import Probe, Readings
 
@@ -245,11 +245,12 @@ class Governor:
         if slowed:
             self._reported_slower |= {probe.name for probe in slowed}
             costs = ", ".join(
-                f"{probe.name} {cadence(probe.now)} ({probe.cost_ms:.2f} ms)" for probe in slowed
+                f"{probe.name} {cadence(probe.now)} ({milliseconds(probe.cost_ms, 0)})"
+                for probe in slowed
             )
             text = (
                 f"measured less often from here, for the budget of {percent(self.budget, 0)} of a "
-                f"{step_ms:.1f} ms step: {costs}; the help lists how often now"
+                f"{milliseconds(step_ms, 0)} step: {costs}; the help lists how often now"
             )
             self._on_change(slowed, text, "info")
 
@@ -284,10 +285,11 @@ class Governor:
         if self._windows_over < 2 or self._reported:
             return
         self._reported = True
-        others = "" if fixed > allowed else f", the others at their longest cadence {rest:.2f} ms"
+        others = f", the others at their longest cadence {milliseconds(rest, 0)}"
+        others = "" if fixed > allowed else others
         text = (
             f"overhead exceeds the budget of {percent(self.budget, 0)}: measurements at every step "
-            f"take {fixed:.2f} ms{others}, of a {step_ms:.1f} ms step"
+            f"take {milliseconds(fixed, 0)}{others}, of a {milliseconds(step_ms, 0)} step"
         )
         self._on_change((), text, "info")
 

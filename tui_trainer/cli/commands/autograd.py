@@ -45,7 +45,14 @@ from tui_trainer.protocol.autograd import (
     DescribeGraph,
     GradientCheck,
 )
-from tui_trainer.protocol.formatting import bytes_, count, counted, number, shape_text
+from tui_trainer.protocol.formatting import (
+    bytes_,
+    count,
+    counted,
+    milliseconds,
+    number,
+    shape_text,
+)
 from tui_trainer.protocol.inspection import (
     NOT_CAPTURED,
     Inspected,
@@ -342,7 +349,7 @@ def _text(answer: Inspected, check: GradientCheck, sweeps: bool) -> list[str]:
     kind = f"{check.dtype}, in a copy of {bytes_(check.copied_bytes, 0)}"
     lines = [
         f"{check.name} · {answer.moment}",
-        f"loss {number(check.loss, 0, 8)} in {kind} · {answer.took_ms / 1e3:.1f} s",
+        f"loss {number(check.loss, 0, 8)} in {kind} · {milliseconds(answer.took_ms, 0)}",
         *(f"note: {note}" for note in check.notes),
         "",
     ]

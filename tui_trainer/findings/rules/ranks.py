@@ -8,7 +8,7 @@ from statistics import median
 
 from tui_trainer.findings.observation import TableRow
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence
-from tui_trainer.protocol.formatting import percent
+from tui_trainer.protocol.formatting import milliseconds, percent
 
 OWN_PHASES = ("data", "zero_grad", "forward", "loss")
 """Phases in which a process of a data-parallel training waits for no other."""
@@ -256,8 +256,9 @@ class Straggler(Rule):
         self._reported = True
         yield Found(
             first,
-            f"rank {slowest} needs {usual[slowest]:.0f} ms until backward, the others {others:.0f} "
-            f"ms: they wait {extra:.0f} ms of each step's {step_ms:.0f} ms for it",
+            f"rank {slowest} needs {milliseconds(usual[slowest], 0)} until backward, the others "
+            f"{milliseconds(others, 0)}: they wait {milliseconds(extra, 0)} of each step's "
+            f"{milliseconds(step_ms, 0)} for it",
             phase="forward",
             evidence=(
                 evidence(f"time of rank {slowest} until backward", usual[slowest],

@@ -148,8 +148,9 @@ class InputBound(Rule):
         self._reported = True
         yield Found(
             self._since,
-            f"{formatting.percent(share, 0, 0)} of each step's {self._total:.0f} ms pass before "
-            f"forward begins ({self._data:.0f} ms): the training waits for its data",
+            f"{formatting.percent(share, 0, 0)} of each step's "
+            f"{formatting.milliseconds(self._total, 0)} pass before forward begins "
+            f"({formatting.milliseconds(self._data, 0)}): the training waits for its data",
             phase="data",
             evidence=(
                 evidence("share of `data` in the step", share, high=self.limits["share"],
@@ -219,9 +220,10 @@ class EvaluationExpensive(Rule):
         self._done = True
         yield Found(
             self._first,
-            f"evaluations took {formatting.percent(share, 0, 0)} of the {self._total / 1e3:.0f} s "
-            f"since step {self._first:,}: {self._evaluating / 1e3 / self._cycles:.3g} s each, one "
-            f"every {steps / self._cycles:.3g} steps",
+            f"evaluations took {formatting.percent(share, 0, 0)} of the "
+            f"{formatting.rough_duration(self._total / 1e3)} since step {self._first:,}: "
+            f"{formatting.milliseconds(self._evaluating / self._cycles, 0)} each, one every "
+            f"{steps / self._cycles:.3g} steps",
             evidence=(
                 evidence("share of evaluations in the time", share, high=self.limits["share"],
                          text=formatting.percent(share, 0, 0), table="phase_ms", column="eval"),
