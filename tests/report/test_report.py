@@ -19,11 +19,13 @@ from tui_trainer.protocol import schema
 from tui_trainer.protocol.messages import Status
 from tui_trainer.protocol.schema import AttentionInfo, ParameterInfo, RunInfo
 from tui_trainer.record.recorder import Recorder
+from tui_trainer.report import page as report_page
 from tui_trainer.report.charts import LEFT, RIGHT, TOP, WIDTH, ticks
 from tui_trainer.report.page import render
 from tui_trainer.report.read import ReportData
 from tui_trainer.store.reader import StoredHistory
 from tui_trainer.store.writer import StoreWriter
+from tui_trainer.ui.healthy_ranges import HealthyRange
 
 VOID = {"meta", "br", "hr"}
 
@@ -99,6 +101,14 @@ def test_a_real_run(tmp_path):
     assert "prefers-color-scheme: dark" in page
     to_pipe = call("report", "calm", "--output", "-", cwd=home())
     assert to_pipe.stdout.startswith("<!doctype html>")
+
+
+def test_an_update_that_is_not_healthy_is_coloured(monkeypatch):
+    calm = page_of(directory("calm"))
+    assert "last (healthy 1e-4 to 0.1)" in Reader(calm).text
+    assert 'class="n warning"' not in calm
+    monkeypatch.setattr(report_page, "UPDATE_RATIO", HealthyRange(high=1e-12))
+    assert 'class="n warning"' in page_of(directory("calm"))
 
 
 @pytest.fixture(scope="module")

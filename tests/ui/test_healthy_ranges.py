@@ -6,10 +6,12 @@ import msgspec
 import numpy as np
 import pytest
 
+from tests.rows import step_row
 from tests.ui.fake import FakeSession, fake_gpt, fake_non_finite
 from tests.ui.fake_run import describe, synthesise
 from tests.ui.screens import app_on, frame, text_of
 from tui_trainer.protocol import schema
+from tui_trainer.protocol.events import Skipped
 from tui_trainer.protocol.messages import PhaseReport, Quantity
 from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.healthy_ranges import UPDATE_RATIO, HealthyRange, limit_text
@@ -127,6 +129,25 @@ async def test_the_state_is_red_while_the_loss_is_not_finite() -> None:
         session.advance(10)
         await frame(pilot)
         assert "loss is" not in text_of(app).splitlines()[0]
+        assert style_of(app, "running") == app.palette.good.color
+
+
+async def test_the_state_is_red_while_iterations_with_such_a_loss_are_skipped() -> None:
+    session = fake_gpt(steps=20)
+    app = app_on("dashboard", session)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await frame(pilot)
+        row = step_row(np.nan, 1e-3, np.nan, 10.0).tobytes()
+        table = session.run.table(schema.STEP)
+        session.events.append(
+            Skipped(len(session.events), 21, 0.0, "scaler", "skipped", rows=((table, row),))
+        )
+        session._changed()
+        await frame(pilot)
+        assert "loss is nan" in text_of(app).splitlines()[0]
+        assert style_of(app, "running") == app.palette.error.color
+        session.advance(1)
+        await frame(pilot)
         assert style_of(app, "running") == app.palette.good.color
 
 

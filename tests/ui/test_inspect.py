@@ -28,6 +28,8 @@ from tui_trainer.protocol.inspection import (
     TensorRef,
 )
 from tui_trainer.ui.app import TuiTrainerApp
+from tui_trainer.ui.healthy_ranges import HealthyRange
+from tui_trainer.ui.panels import tensor_statistics
 from tui_trainer.ui.panels.tensor import Viewport, color_range
 from tui_trainer.ui.panels.tensor_statistics import StatisticsReading, bars, recorded_columns
 from tui_trainer.ui.screens import inspect as screen
@@ -363,7 +365,7 @@ async def test_what_has_changed_since_the_last_reading():
         assert "Since" not in text_of(app)
 
 
-async def test_what_the_last_phase_has_changed_and_what_the_run_has_recorded():
+async def test_what_the_last_phase_has_changed_and_what_the_run_has_recorded(monkeypatch):
     app, session = paused_app()
     session.tensors.before = {
         TensorRef(WEIGHT): BeforePhase(300, "clip", TensorMoments(-1, 1, 0.5, 0.1, 8, 2, 1)),
@@ -392,6 +394,11 @@ async def test_what_the_last_phase_has_changed_and_what_the_run_has_recorded():
         columns = recorded_columns(app.snapshot, TensorRef(WEIGHT))
         assert [each.label for each in columns] == ["‖w‖", "‖g‖", "Δw/w"]
         assert not recorded_columns(app.snapshot, TensorRef(WEIGHT, "state", "exp_avg"))
+        monkeypatch.setattr(tensor_statistics, "UPDATE_RATIO", HealthyRange(high=1e-9))
+        numbers.show(numbers.tensor, now, (), columns)
+        rows = ["".join(segment.text for segment in row) for row in numbers._all_rows(40)]
+        newest = next(place for place, row in enumerate(rows) if row.startswith("Δw/w"))
+        assert rows[newest + 1].strip() == "above the healthy up to 1e-9"
 
 
 async def test_the_numbers_scroll_by_pages():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from tui_trainer.protocol.formatting import (
 from tui_trainer.protocol.schema import RunInfo, Scalar
 from tui_trainer.report.charts import COLOURS, panels
 from tui_trainer.report.read import ReportData
+from tui_trainer.ui.healthy_ranges import UPDATE_RATIO
 
 WORST_SHOWN = 12
 EVENTS_SHOWN = 200
@@ -47,6 +49,7 @@ class ReportedParameter:
     name: str
     nonfinite: bool
     values: tuple[float | None, ...]
+    unhealthy_update: bool
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ def render(data: ReportData) -> Iterator[str]:
         figures=list(_figures(data)),
         panels=panels(data),
         worst=_worst_parameters(data),
+        healthy_updates=UPDATE_RATIO.words,
         findings=data.findings(),
         events=_events(data.events(EVENTS_SHOWN)),
         event_count=data.event_count(),
@@ -159,7 +163,8 @@ def _worst_parameters(data: ReportData) -> list[ReportedParameter]:
     for index in np.argsort(-score, kind="stable")[:WORST_SHOWN].tolist():
         name = names[index]
         values = (float(highest[index]), last.get(name), weights.get(name), ratios.get(name))
-        rows.append(ReportedParameter(name, bool(nonfinite[index]), values))
+        unhealthy = not UPDATE_RATIO.holds(ratios.get(name, math.nan))
+        rows.append(ReportedParameter(name, bool(nonfinite[index]), values, unhealthy))
     return rows
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal, cast
 
+import numpy as np
 from rich.cells import cell_len
 from rich.segment import Segment
 from rich.style import Style
@@ -15,6 +16,7 @@ from textual.geometry import Size
 from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol import formatting, schema
 from tui_trainer.protocol.absent import why_absent
+from tui_trainer.protocol.events import Skipped
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.protocol.text import strip_escapes, truncate, truncate_middle, wrap
 from tui_trainer.ui.panels.base import Figure, Panel
@@ -49,6 +51,14 @@ class HeaderLine(Panel):
 
     _remote = False
     """Whether the connection has been slow enough for its latency to be shown."""
+    _skipped: Skipped | None = None
+    """The newest iteration without a step."""
+
+    def show(self, snapshot: Snapshot) -> None:
+        if snapshot.events is not self.snapshot.events:
+            newest_first = reversed(snapshot.events)
+            self._skipped = next((e for e in newest_first if isinstance(e, Skipped)), None)
+        super().show(snapshot)
 
     def rows(self, size: Size) -> Sequence[Row]:
         """One row."""
@@ -129,9 +139,16 @@ class HeaderLine(Panel):
         return "" if status.ended else self._lost_loss()
 
     def _lost_loss(self) -> str:
-        """`loss is nan` while the newest loss of an optimizer is not finite."""
+        """`loss is nan` while the newest loss of an optimizer, also in an iteration without a step,
+        is not finite."""
+        skipped = self._skipped
+        of_skipped = {}
+        if skipped is not None and skipped.step > self.snapshot.status.step:
+            of_skipped = dict(skipped.rows)
         for table in self.snapshot.history.tables_named(schema.STEP):
             loss = table.newest("loss")
+            if (row := of_skipped.get(table.table.id)) is not None:
+                loss = float(np.frombuffer(row, np.float32)[schema.STEP_INDEX["loss"]])
             if loss is not None and not math.isfinite(loss) and why_absent(loss) is None:
                 return f"loss is {formatting.number(loss, 0)}"
         return ""

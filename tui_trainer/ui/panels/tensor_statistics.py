@@ -14,6 +14,7 @@ from rich.style import Style
 from tui_trainer.client.api import Snapshot
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import Phase, schema
+from tui_trainer.protocol.absent import why_absent
 from tui_trainer.protocol.formatting import bytes_, count, number, percent
 from tui_trainer.protocol.inspection import (
     BeforePhase,
@@ -24,6 +25,7 @@ from tui_trainer.protocol.inspection import (
     TensorRef,
     TensorStatistics,
 )
+from tui_trainer.ui.healthy_ranges import UPDATE_RATIO
 from tui_trainer.ui.panels.base import newest_row, title_line
 from tui_trainer.ui.widgets.braille import sparklines
 from tui_trainer.ui.widgets.lines import BuiltLines, Row, Span
@@ -206,24 +208,33 @@ class StatisticsView(BuiltLines):
             last = max(each.series.last_step or 0 for each in self.recorded)
             rows = [title_line(self, width, "History", right=f"steps {first:,}–{last:,}")]
             room = max(1, width - 17)
-            return rows + [self._recorded(each, first, last + 1, room) for each in self.recorded]
+            for each in self.recorded:
+                rows += self._recorded(each, first, last + 1, room)
+            return rows
         values = [each.statistics.norm for each in self.history]
         if len(values) <= MIN_FOR_SPARKS:
             return []
         rows = [title_line(self, width, "History", right=f"{len(values):,} readings")]
         shown = np.array([values[-(width - 17) :]], np.float32)
         line = sparklines(shown, ~np.isfinite(shown), self.glyphs, hold=True)[0]
-        return [*rows, self._line("norm", line, values[-1], width - 17)]
+        return [*rows, self._line("norm", line, values[-1], width - 17, "text")]
 
-    def _recorded(self, recorded: RecordedColumn, start: int, stop: int, room: int) -> Row:
-        """The highest value in each part of the run, held until the next one, and the newest."""
+    def _recorded(self, recorded: RecordedColumn, start: int, stop: int, room: int) -> list[Row]:
+        """The highest value in each part of the run, held until the next one, and the newest; below
+        it the healthy band where that is outside."""
         cells = min(room, stop - start)
         window = recorded.series.window([recorded.column], start, stop, cells)
         line = sparklines(window.high.T, window.nonfinite.T, self.glyphs, hold=True)[0]
-        return self._line(recorded.label, line, recorded.newest, room)
+        newest = recorded.newest
+        broken = not math.isfinite(newest) and why_absent(newest) is None
+        of_updates = recorded.series.table.name == schema.UPDATE_RATIO
+        words = UPDATE_RATIO.describe(newest) if of_updates else ""
+        style = "error" if broken else "warning" if words else "text"
+        row = self._line(recorded.label, line, newest, room, style)
+        return [row, self.styled([(f"      {words}", "warning")])] if words else [row]
 
-    def _line(self, label: str, line: str, newest: float, room: int) -> Row:
-        spans = [(f"{label:<6}", "dim"), (f"{line:<{room}} ", "norm"), (number(newest, 10), "text")]
+    def _line(self, label: str, line: str, newest: float, room: int, style: str) -> Row:
+        spans = [(f"{label:<6}", "dim"), (f"{line:<{room}} ", "norm"), (number(newest, 10), style)]
         return self.styled(spans)
 
     def _pair(self, name: str, value: str) -> list[Span]:
