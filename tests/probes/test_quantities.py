@@ -407,9 +407,40 @@ def test_a_late_finding_has_the_last_finite_step():
     recorder, _ = trace(loop, options=ProbeOptions(budget=0.0, cadences=cadences))
     reported = {r.step: r.nonfinite for r in recorder.records if r.nonfinite}
     assert reported == {
-        7: (("loss", "", "nan", 6),),  # the weights are NaN by then: seen at once
-        9: (("gradient", "0.weight", "nan", 5), ("weight", "0.weight", "nan", 5)),
+        7: (  # the weights are NaN by then, and so is the loss: the others are measured at once
+            ("loss", "", "nan", 6),
+            ("gradient", "0.weight", "nan", 5),
+            ("weight", "0.weight", "nan", 5),
+        ),
     }
+
+
+@pytest.mark.parametrize("clips", [False, True])
+def test_weights_that_become_nan_are_seen_at_their_step_whatever_the_cadence(clips: bool):
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def loop():
+        for step in range(1, 10):
+            inputs, targets = batch()
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(inputs), targets)
+            (loss * float("nan") if step >= 6 else loss).backward()
+            if clips:
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+
+    cadences = {"grad_norm": 4, "weight_norm": 64}
+    recorder, _ = trace(loop, options=ProbeOptions(budget=0.0, cadences=cadences))
+    found = [(r.step, *each[:3]) for r in recorder.records for each in r.nonfinite]
+    assert found == [
+        (6, "loss", "", "nan"),
+        (6, "gradient", "0.weight", "nan"),
+        (6, "weight", "0.weight", "nan"),
+    ]
+    measured = [step for step in recorder.rows("weight_norm") if step > 1]
+    assert measured == [6, 7, 8]
 
 
 def test_non_finite_loss():

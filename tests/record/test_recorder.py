@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from tests.rows import clip_row, step_row
+from tui_trainer.findings.engine import FindingsEngine
+from tui_trainer.findings.rule import Found, Rule
 from tui_trainer.history import MemoryHistory
 from tui_trainer.history.records import ClipRecord, StepRecord
 from tui_trainer.protocol.events import Clip, LogLine, NonFinite, Notice, TextSample
 from tui_trainer.protocol.messages import PhaseReport, Poll, Status
 from tui_trainer.protocol.schema import CLIP_COLUMNS, STEP_COLUMNS, Column, RunInfo, Table
-from tui_trainer.record.recorder import Recorder
+from tui_trainer.record.recorder import STEPS_AFTER_FINDING, Recorder
 from tui_trainer.record.sink_items import InfoChanged, ItemsDropped, RunEnded, StepRecorded
 from tui_trainer.run.sinks.jsonlines import event_object
 from tui_trainer.store.codec import decode_event, encode
@@ -290,6 +292,33 @@ def test_watch_is_the_union_of_live_viewers(recorder):
     recorder.viewer_gone(1)
     assert recorder.watched() == {"attention_spectrum"}
     recorder.update_for(Poll(), 2)
+    assert recorder.watched() == frozenset()
+
+
+class AtThree(Rule):
+    name = "at-three"
+    title = "step 3"
+    needs = explanation = advice = source = "nothing"
+
+    def step(self, seen):
+        return [Found(3, f"since step 3, at {seen.step}")] if seen.step >= 3 else []
+
+
+def test_update_ratios_are_measured_at_every_step_after_a_finding(recorder):
+    recorder.evaluate_with(FindingsEngine(rules=[AtThree]))
+    closely = {"needed:update_ratio", "needed:weight_norm"}
+    for number in range(1, 3):
+        recorder.record(step(number))
+    recorder.flush()
+    assert recorder.watched() == frozenset()
+    for number in range(3, 5):
+        recorder.record(step(number))
+        recorder.flush()
+    watched = [recorder.watched() for _ in range(STEPS_AFTER_FINDING + 1)]
+    assert watched == [closely] * STEPS_AFTER_FINDING + [frozenset()]
+    # A finding that was known is no reason.
+    recorder.record(step(5))
+    recorder.flush()
     assert recorder.watched() == frozenset()
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import numpy as np
+import pytest
 import torch
 from torch.nn import functional as F
 
@@ -120,6 +122,52 @@ def test_the_update_of_a_single_step_covers_all_parameters_despite_the_copy_budg
         close(list(rows[step].values()), seen[step - 1]["ratios"], 1e-4)
         assert found["norm of the update"] > 0
         assert report.summary == f"step {step} is complete"
+
+
+@pytest.mark.parametrize("careful", [False, True])
+def test_a_step_that_is_paused_in_backward_is_measured_in_full(careful: bool):
+    """Its gradients stay on the screen when the step is completed, although none was due in it.
+    `careful`: gradients are read at once in this script, since it changes them by itself."""
+    torch.manual_seed(0)
+    tables = ("grad_norm", "weight_norm", "update_ratio")
+    options = ProbeOptions(budget=0.0, cadences=dict.fromkeys(tables, 8))
+    model, recorder, gate = mlp(), KeepingRecorder(), Gate()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    seen = []
+
+    def go_on() -> None:
+        while gate.mode != "paused":
+            time.sleep(0.001)
+        seen.append((gate.phase, gate.step_in_progress))
+        gate.step()
+        while gate.mode != "paused":
+            time.sleep(0.001)
+        seen.append((gate.phase, gate.step_in_progress))
+        gate.resume()
+
+    driver = threading.Thread(target=go_on)
+    driver.start()
+    with Tracer(recorder, gate, PROBES, options):
+        for step in range(1, 15):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(torch.randn(4, 6)), torch.randint(0, 3, (4,)))
+            hook = model[0].weight.register_hook(
+                lambda _, at=step: gate.pause() if at == 12 else None
+            )
+            loss.backward()
+            hook.remove()
+            if careful:
+                for parameter in model.parameters():
+                    parameter.grad.mul_(0.5)
+            optimizer.step()
+    gate.end()
+    driver.join(240)
+    assert seen == [("backward", 12), ("step", 12)]
+    for name in tables:
+        assert 12 in recorder.rows(name)
+        assert 11 not in recorder.rows(name)
+    (shown,) = next(r.rows for r in recorder.reports if r.phase == "backward")
+    close(list(recorder.rows("grad_norm")[12].values()), np.frombuffer(shown.values, "<f4"))
 
 
 def test_weights_too_large_to_copy_are_reported(monkeypatch):

@@ -62,6 +62,9 @@ MIN_QUEUE_STEPS = 64
 QUEUE_OTHERS = 100_000
 """Length of the queue at which printed lines, samples and rows outside a step are dropped."""
 MAX_REPORTED_FAULTS = 200
+AFTER_FINDING = frozenset((schema.UPDATE_RATIO, schema.WEIGHT_NORM))
+"""Tables that are measured at every step for STEPS_AFTER_FINDING steps after a new finding."""
+STEPS_AFTER_FINDING = 10
 REPEATED_ROWS = 100_000
 """How far back repeated steps are compared with what was recorded."""
 READER_GONE = "the reader closed the output; the training continues without it"
@@ -88,6 +91,9 @@ class Recorder:
         Set by `rewind`."""
         self.needed_tables: frozenset[str] = frozenset()
         """Tables that have to be measured in every step."""
+        self._dense_steps = 0
+        """Steps from here on in which AFTER_FINDING are measured. Set on the recorder's thread and
+        counted down on the training thread."""
 
         # Shared with the training thread without a lock.
         self._queue: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
@@ -113,6 +119,8 @@ class Recorder:
         self._ended_at: float | None = None
         self._events = EventLog()
         self._first_nonfinite: NonFinite | None = None
+        self._found: set[int] = set()
+        """Numbers of the findings that are warnings or errors."""
         self._engine: FindingsEngine | None = None
         self._reported_dropped = 0
         self._reported_others = 0
@@ -140,8 +148,7 @@ class Recorder:
         if len(self._queue) >= self._capacity:
             self._dropped += 1
             return
-        paused = self._paused_s() if self._paused_s else self.throughput.paused_s
-        self._queue.append((self._add_step, (record, paused + self.throughput.excluded_s)))
+        self._queue.append((self._add_step, (record, self._excluded_s())))
 
     def skip(self, record: SkipRecord) -> None:
         """Record an iteration whose gradients no optimizer used."""
@@ -245,13 +252,23 @@ class Recorder:
         self.throughput.resume(self._clock())
 
     def speed_limit_changed(self) -> None:
-        """Measure speed and remaining time from the next step on."""
-        self._queue.append((self.throughput.restart_window, ()))
+        """Measure speed and remaining time from now on."""
+        at = None if self.throughput.paused else self._clock() - self._excluded_s()
+        self._queue.append((self.throughput.restart_window, (at,)))
+
+    def _excluded_s(self) -> float:
+        """Seconds so far in pauses, evaluations and checkpoints."""
+        paused = self._paused_s() if self._paused_s else self.throughput.paused_s
+        return paused + self.throughput.excluded_s
 
     def watched(self) -> frozenset[str]:
-        """The topics on viewers' screens now, and the tables that breakpoints need as `needed:` and
-        their name. Takes no lock."""
+        """The topics on viewers' screens now, and the tables that breakpoints need, or that are
+        measured closely after a finding, as `needed:` and their name. Called once in each step of
+        an optimizer; takes no lock."""
         needed = self.needed_tables
+        if self._dense_steps:
+            self._dense_steps -= 1
+            needed = needed | AFTER_FINDING
         if not needed:
             return self._polls.watched
         return self._polls.watched.union(f"needed:{name}" for name in needed)
@@ -513,6 +530,9 @@ class Recorder:
 
     def _add_findings(self, findings: Sequence[Finding]) -> None:
         for finding in findings:
+            if finding.level != "info" and finding.number not in self._found:
+                self._found.add(finding.number)
+                self._dense_steps = STEPS_AFTER_FINDING
             self._out.append(self._events.add_finding(sanitize_message(finding)))
 
     def _step_ms(self, record: StepRecord) -> float:

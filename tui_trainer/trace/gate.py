@@ -136,6 +136,8 @@ class Gate:
         self.breakpoints: Breakpoints | None = None
         self.break_phases: frozenset[Phase] = frozenset()
         """The phases at whose end breakpoints are evaluated."""
+        self.break_steps: frozenset[int] = frozenset()
+        """Steps in which it is known beforehand that it pauses at a breakpoint."""
         self.ignores_breakpoints = False
         """Whether they are not, since steps are being repeated."""
         self._scheduled: list[tuple[Sequence[int], Callable[[int], None]]] = []

@@ -98,6 +98,7 @@ class OptimizerSteps:
             if measurer.reading is not None:
                 self._origins.before_step(measurer, measurer.reading.norms)
         self._origins.stepped()
+        measurer.watch_update()
         skip_flag = torch_private.skip_flag(optimizer)
         measurer.skip = None if skip_flag is None else (skip_flag, self._scaling.loss_scale())
         measurer.probes.before_update()

@@ -31,6 +31,8 @@ from tui_trainer.trace.probe import (
 from tui_trainer.trace.torch_private import set_grad_enabled
 from tui_trainer.trace.transfer import HostTransfer, TransferPart
 
+OF_FORWARD = frozenset(("before_forward", "after_forward", "model_called", "loss_called"))
+"""Hooks that are over for a probe that is chosen within the step."""
 MAX_PLANS = 64
 NO_READINGS: Values = np.empty(0)
 _ARRAYS = frozenset({np.ndarray})
@@ -145,7 +147,7 @@ class ProbeSchedule:
         if self._steps == self._next_due:
             chosen |= self._due
         if stops_soon:  # what the user is about to look at is measured in full
-            chosen |= self._requested(step) | self._periodic
+            chosen |= self._before_pause(step)
         self._resting = 0
         for each, bit in self._may_rest:
             if each.resting:
@@ -165,9 +167,15 @@ class ProbeSchedule:
             elif due == self._next_due:
                 self._due |= bit
 
-    def add_requested(self, step: int) -> None:
-        """The run is about to pause after all: add what needs no gradients."""
-        self._add(self._requested(step, without=frozenset(("gradients", "gradient_norms"))))
+    def add_before_pause(self, step: int, passed: frozenset[str]) -> list[ActiveProbe]:
+        """Add what can still be measured of a step in which the hooks `passed` are over; returns
+        the probes that were added."""
+        return self._add(self._before_pause(step, without=passed))
+
+    def add_named(self, names: Collection[str]) -> list[ActiveProbe]:
+        """Add the working probes of these names; returns those that were added."""
+        working = [(place, p) for place, p in enumerate(self.probes) if not p.failed]
+        return self._add(sum(1 << place for place, probe in working if probe.name in names))
 
     def add_clipping(self) -> None:
         """Gradients are about to be clipped: add the probes that this serves."""
@@ -180,23 +188,26 @@ class ProbeSchedule:
         if self._steps > self._next_due:
             self._find_next_due()
 
-    def _requested(self, step: int, without: frozenset[str] = frozenset()) -> int:
-        """Probes (a bit set) that measure a step before a pause. All are asked, since a probe may
-        then measure more than at its cadence."""
-        requested = 0
+    def _before_pause(self, step: int, without: frozenset[str] = frozenset()) -> int:
+        """Probes (a bit set) that measure a step before a pause, but for those with any of the
+        hooks `without`. All are asked, since a probe may then measure more than at its cadence."""
+        chosen = 0
         for position, probe in enumerate(self.probes):
             if probe.failed or not without.isdisjoint(probe.hooks):
                 continue
-            if probe.probe.wants(step):
-                requested |= 1 << position
-        return requested
+            bit = 1 << position
+            if self._periodic & bit or probe.probe.wants(step):
+                chosen |= bit
+        return chosen
 
-    def _add(self, bits: int) -> None:
+    def _add(self, bits: int) -> list[ActiveProbe]:
+        """Returns the probes that were not chosen before."""
         before = self.plan.probes
         self._choose(self._chosen | bits)
-        for probe in self.plan.reading:
-            if probe not in before:
-                probe.spent_s, probe.readings = 0.0, []
+        added = [probe for probe in self.plan.probes if probe not in before]
+        for probe in added:
+            probe.spent_s, probe.readings = 0.0, []
+        return added
 
     def _choose(self, chosen: int) -> None:
         self._chosen = chosen
@@ -326,6 +337,30 @@ class ProbeSet:
             self._schedule_outdated = False
             self.schedule.update()
         self.schedule.begin_step(step, self._recorder.watched(), stops_soon)
+
+    def pauses_after_all(self, step: int, read: bool, norms: Readings | None) -> None:
+        """The run is about to pause in a step whose forward has begun: measure all that still can
+        be. `read`: whether the gradients have been read, with these `norms` where they are known.
+        """
+        passed = OF_FORWARD
+        if read:
+            passed |= {"gradients"} if norms is not None else {"gradients", "gradient_norms"}
+        added = self.schedule.add_before_pause(step, passed)
+        if read and norms is not None:
+            self._give_norms(added, norms)
+
+    def measure_norms(self, norms: Readings | None) -> None:
+        """Measure the norms of the weights after the update, and record those of the gradients,
+        where they are known, whatever their cadence."""
+        names = [schema.WEIGHT_NORM] if norms is None else [schema.WEIGHT_NORM, schema.GRAD_NORM]
+        added = self.schedule.add_named(names)
+        if norms is not None:
+            self._give_norms(added, norms)
+
+    def _give_norms(self, added: Sequence[ActiveProbe], norms: Readings) -> None:
+        for probe in added:
+            if "gradient_norms" in probe.hooks:
+                probe.readings = [self._call(probe, probe.probe.gradient_norms, norms) or ()]
 
     def before_forward(
         self,

@@ -16,7 +16,7 @@ from tui_trainer.protocol import PHASES, Phase, schema
 from tui_trainer.protocol.formatting import counted, shape_text
 from tui_trainer.protocol.messages import PhaseReport, Quantity, Rows
 from tui_trainer.trace.live_values import TracedStep
-from tui_trainer.trace.script_frames import script_frames
+from tui_trainer.trace.script_frames import forget_variables, script_frames
 from tui_trainer.trace.step_measurer import StepMeasurer
 from tui_trainer.trace.torch_private import base_of, is_sharded
 
@@ -296,6 +296,8 @@ def loop_variables() -> Iterator[tuple[str, torch.Tensor]]:
     computed from them."""
     frame = next(script_frames(), None)
     if frame is not None:
-        for name, value in list(frame.f_locals.items()):
+        variables = list(frame.f_locals.items())
+        forget_variables(frame)
+        for name, value in variables:
             if isinstance(value, torch.Tensor) and not value.requires_grad and name[0] != "_":
                 yield name, value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from itertools import repeat
@@ -62,6 +63,8 @@ NONE: frozenset[int] = frozenset()
 CAREFUL_STEPS = 3
 """First steps in which gradients are read after every backward, until it is known how the script
 treats them: later they are read at the clipping or the step, which costs nothing or once."""
+LOST_STEPS = 3
+"""Steps in a row that are measured because their loss or gradients are not finite."""
 CHANGES_WITHOUT_STEP = 3
 """Iterations in which weights change while their optimizer has never stepped, after which the
 script is assumed to update them by itself. Fewer may be the perturbations of a method like SAM."""
@@ -139,6 +142,8 @@ class StepMeasurer:
         """Norms after the last change that is known."""
         self._partly_unscaled = False
         """Whether `unscale_` has left the gradients of parameters in no optimizer scaled."""
+        self._lost_steps = 0
+        """Steps in a row whose loss or gradients were not finite, up to LOST_STEPS."""
         self.norms_read: Readings | None = None
         """Norms of the waiting gradients, as read by the measurer that this one replaces: they may
         have been clipped since. Empty where that has not read them."""
@@ -426,10 +431,32 @@ class StepMeasurer:
         # Gradients may have been read before another optimizer's step.
         if self._prepared_step == step or self.reading is not None:
             if stops_soon:
-                self.probes.schedule.add_requested(step)
+                reading = self.reading
+                norms = None if reading is None else reading.norms
+                self.probes.pauses_after_all(step, reading is not None, norms)
             return
         self._prepared_step = step
         self.probes.begin_step(step, stops_soon)
+
+    def watch_update(self) -> None:
+        """The optimizer is about to change the weights: where loss or gradients are not finite, the
+        weights will not be either, so this step is measured. Only on the CPU, where that is known.
+        """
+        reading = self.reading
+        if not self._on_host or reading is None:
+            return
+        finite = all(_is_finite(loss) for backward in self.passes for loss in backward.losses)
+        if finite and reading.norms is not None:
+            finite = math.isfinite(sum(n for n in reading.norms if isinstance(n, float)))
+        if finite:
+            self._lost_steps = 0
+            return
+        if self._lost_steps >= LOST_STEPS:
+            return
+        self._lost_steps += 1
+        if reading.norms is None and reading.absent is None and not self.clips:
+            reading.norms = self.norms_now()
+        self.probes.measure_norms(reading.norms)
 
     def read_gradients(
         self,
@@ -716,3 +743,8 @@ class StepMeasurer:
             self.float32_exact = exact_in_float32(facts.gradient_norms.tolist())
         self.probes.govern(facts)
         return spent
+
+
+def _is_finite(loss: torch.Tensor) -> bool:
+    """Whether a loss (0-d) is finite; True where that is not known without waiting for a device."""
+    return not loss.is_cpu or not loss.is_floating_point() or math.isfinite(loss.item())
