@@ -187,6 +187,15 @@ def test_a_nan_loss_behind_a_grad_scaler_stops_in_the_iteration_that_it_skips(
         assert all("paused after backward at" in n and n.endswith(skipped) for n in run.notices())
 
 
+def test_a_step_that_is_known_to_be_stopped_at_is_measured_in_full(tmp_path: Path) -> None:
+    run = Run(tmp_path, "step == 13")
+    assert [(phase, step) for phase, step, _, _ in run.train()] == [("step", 13)]
+    table = run.recorder.history.table("weight_norm")
+    assert table is not None
+    found = (table.row_at(step) for step in range(1, 15))
+    assert sorted({row[0] for row in found if row is not None}) == [1, 11, 13]
+
+
 def test_hits_are_counted_ignored_and_once(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.breakpoints.add("step % 5 == 0", ignore=2)

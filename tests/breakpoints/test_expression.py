@@ -337,4 +337,10 @@ def test_completion() -> None:
     assert completions("loss > 3 at back") == ["loss > 3 at backward"]
     assert completions("up") == ["update_ratio("]
     assert completions('grad_norm("blo') == []
+    columns = {"grad_norm": ["blocks.0.w", "head.w"], "logged": ["accuracy"]}
+    assert completions('grad_norm("blo', columns) == ['grad_norm("blocks.0.w")']
+    assert completions('loss > 3 and log("', columns) == ['loss > 3 and log("accuracy")']
+    assert completions('finding("expl') == []
+    assert 'finding("gradients-explode")' in completions('finding("gradients-')
+    assert completions('loss > "', columns) == []
     assert completions("loss > ") == []

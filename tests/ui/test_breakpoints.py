@@ -42,7 +42,7 @@ async def test_breakpoints_are_added_switched_and_deleted() -> None:
         await pilot.press(*"12", "enter")
         await frame(pilot)
         assert session.sent[-1] == ChangeBreakpoint(1, ignore=12)
-        assert "0 hits, off, ignores 12" in text_of(app)
+        assert "0 hits, off, ignores 12 more" in text_of(app)
         await pilot.press("i", "ctrl+u", "enter")
         await frame(pilot)
         assert session.sent[-1] == ChangeBreakpoint(1, ignore=0)
@@ -69,4 +69,23 @@ async def test_the_header_says_why_the_run_is_paused_and_the_cursor_is_on_the_cu
         first = text_of(app).splitlines()[0]
         assert "paused   at breakpoint 2: grad_norm(any) > 3 (grad_norm of" in first
         panel = app.screen.query_one(GradientsPanel)
+        assert panel.current_row == panel.name_tree.names.index(name)
+
+
+async def test_a_small_terminal_shows_the_tab_of_the_culprit() -> None:
+    session = fake_gpt(steps=20)
+    app = app_on("dashboard", session)
+    name = "blocks.2.attention.W_key.weight"
+    async with app.run_test(size=(80, 24)) as pilot:
+        await frame(pilot)
+        panel = app.screen.query_one(GradientsPanel)
+        assert not panel.display
+        stop = BreakpointStop(
+            1, "nonfinite", 20, "step", f"gradient nan in {name}", name, "grad_norm"
+        )
+        session._status(state="paused", phase="step", reason=stop.reason, stopped_at=stop)
+        session._changed()
+        await frame(pilot)
+        await settle(pilot)
+        assert panel.display
         assert panel.current_row == panel.name_tree.names.index(name)

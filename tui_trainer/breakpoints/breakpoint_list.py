@@ -50,7 +50,7 @@ class BreakpointHost(RecordedRun, Protocol):
     def notice(self, kind: NoticeKind, text: str, level: Level, step: int) -> None: ...
 
     def breakpoints_changed(self, breakpoints: Breakpoints) -> None:
-        """`phases` or `tables` have changed."""
+        """`phases`, `tables` or `steps` have changed."""
 
 
 @dataclass(eq=False)
@@ -99,6 +99,8 @@ class Breakpoints:
         """Phases at whose end a condition is evaluated."""
         self.tables: frozenset[str] = frozenset()
         """Tables that conditions read, which have to be measured at every step."""
+        self.steps: frozenset[int] = frozenset()
+        """Steps in which it is known beforehand that a condition is met."""
         self.live: LiveStep | None = None
         self.stop: BreakpointStop | None = None
         """The breakpoint that fired last."""
@@ -210,6 +212,8 @@ class Breakpoints:
         self._plans = {phase: tuple(some) for phase, some in plans.items()}
         self.phases = frozenset(plans)
         self.tables = frozenset(t for active in enabled for t in active.expression.tables)
+        at_steps = (active.expression.at_step for active in enabled if not active.log_only)
+        self.steps = frozenset(step for step in at_steps if step is not None)
         self._ranked = any(active.expression.ranks for active in enabled)
         self._values.keeps_steps = self._ranked
         self._run.breakpoints_changed(self)

@@ -112,6 +112,8 @@ class Expression:
     text: str
     phase: Phase
     """The phase at whose end it is evaluated."""
+    at_step: int | None = None
+    """The only step that can meet it; None: not known before it is evaluated."""
     tables: frozenset[str] = frozenset()
     """The tables that it reads."""
     findings: bool = False
@@ -146,6 +148,7 @@ class Expression:
 
 _QUOTED = re.compile(r"\"[^\"]*\"|'[^']*'")
 _AT = re.compile(r"(?:^|\s)at\s+(\S+)\s*$")
+_AT_STEP = re.compile(r"step\s*==\s*(\d{1,15})")
 
 
 def parse(text: str) -> Expression:
@@ -183,9 +186,11 @@ def parse(text: str) -> Expression:
 def _compiled(text: str, condition: str, phase: Phase) -> Expression:
     compiler = _Compiler(text, condition, phase)
     compiled = compiler.compile()
+    only = _AT_STEP.fullmatch(condition)
     return Expression(
         text,
         phase,
+        None if only is None else int(only.group(1)),
         frozenset(compiler.tables),
         compiler.findings,
         phase == "step" and (compiler.findings or compiler.nonfinite),

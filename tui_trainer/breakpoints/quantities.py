@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tui_trainer.breakpoints.compiled import ColumnValues, ConditionQuantity, MatchedValue, Selector
+from tui_trainer.findings.rules import RULES
 from tui_trainer.history.records import Floats, SkipRecord, StepRecord
 from tui_trainer.protocol import PHASES, Phase, schema
 from tui_trainer.protocol.absent import absent_mask, why_absent
@@ -95,14 +96,17 @@ NAMES = tuple(dict.fromkeys((NONFINITE, *SCALARS, *COLUMN_QUANTITIES, *FUNCTIONS
 """All names, for completion."""
 
 
-def completions(text: str) -> list[str]:
-    """Completions of the last word of `text`: a quantity, a function or a phase."""
+def completions(text: str, columns: Mapping[str, Sequence[str]] | None = None) -> list[str]:
+    """Completions of the last word of `text`: a quantity, a function or a phase; within quotes, a
+    rule or the name of a column. `columns`: names of columns by table."""
+    if text.count('"') % 2:
+        return _quoted_completions(text, columns or {})
     at = re.search(r"(?:^|\s)at\s+(\w*)$", text)
     if at is not None:
         start, words = at.start(1), [*map(str, PHASES)]
     else:
         word = re.search(r"[A-Za-z_][\w.]*$", text)
-        if word is None or text.count('"') % 2:
+        if word is None:
             return []
         start = word.start()
         words = [f"{n}(" if n in FUNCTIONS or (n in COLUMN_QUANTITIES and n not in SCALARS) else n
@@ -110,6 +114,21 @@ def completions(text: str) -> list[str]:
         words += [f"{n}(" for n in COLUMN_QUANTITIES if n in SCALARS]
     given = text[start:]
     return [text[:start] + word for word in words if word.startswith(given) and word != given]
+
+
+def _quoted_completions(text: str, columns: Mapping[str, Sequence[str]]) -> list[str]:
+    called = re.search(r'(\w+)\(\s*"([^"]*)$', text)
+    if called is None:
+        return []
+    function, given = called.groups()
+    words: Sequence[str]
+    if function == FINDING:
+        words = [rule.name for rule in RULES]
+    else:
+        quantity = COLUMN_QUANTITIES.get(function)
+        words = columns.get(quantity.table if quantity is not None else LOGS.get(function, ""), ())
+    start = called.start(2)
+    return [f'{text[:start]}{word}")' for word in words if word.startswith(given)]
 
 
 COLUMN_OF = {"lr": "learning_rate", "grad_norm": "grad_norm_preclip"}

@@ -110,6 +110,17 @@ class Breakpoint(msgspec.Struct, frozen=True):
     fault: str = ""
     """Why the run has disabled it."""
 
+    @property
+    def properties(self) -> list[str]:
+        """`once`, `ignores 3 more`, `log only`, and why it is disabled, as far as they apply."""
+        left = self.ignore - self.hits
+        return [
+            *(["once"] if self.once else []),
+            *([f"ignores {left:,} more"] if left > 0 else []),
+            *(["log only"] if self.log_only else []),
+            *([self.fault] if self.fault else []),
+        ]
+
 
 class BreakpointStop(msgspec.Struct, frozen=True, array_like=True):
     """The breakpoint at which the run has paused."""

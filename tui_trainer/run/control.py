@@ -84,6 +84,7 @@ class RunBreakpoints:
 
     def breakpoints_changed(self, breakpoints: Breakpoints) -> None:
         self._gate.break_phases = breakpoints.phases
+        self._gate.break_steps = breakpoints.steps
         self._recorder.needed_tables = breakpoints.tables
         self._recorder.on_record = breakpoints.observe if breakpoints.phases else None
         self._recorder.on_skip = breakpoints.observe_skip if breakpoints.phases else None

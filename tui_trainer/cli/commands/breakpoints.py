@@ -120,16 +120,7 @@ def listing(breakpoints: tuple[Breakpoint, ...]) -> list[str]:
 
 def state_of(breakpoint: Breakpoint) -> str:
     """`on, once, log only`"""
-    words = ["on" if breakpoint.enabled else "off"]
-    if breakpoint.once:
-        words.append("once")
-    if breakpoint.ignore > breakpoint.hits:
-        words.append(f"ignores {breakpoint.ignore - breakpoint.hits:,} more")
-    if breakpoint.log_only:
-        words.append("log only")
-    if breakpoint.fault:
-        words.append(breakpoint.fault)
-    return ", ".join(words)
+    return ", ".join(["on" if breakpoint.enabled else "off", *breakpoint.properties])
 
 
 def _run_and_condition(given: list[str]) -> tuple[str | None, str | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 from textual.app import ComposeResult
@@ -13,10 +14,12 @@ from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
 from tui_trainer.breakpoints.expression import ExpressionError, parse
-from tui_trainer.breakpoints.quantities import completions
+from tui_trainer.breakpoints.quantities import ATTENTION_TABLES, completions
 from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol.actions import AddBreakpoint, ChangeBreakpoint, DeleteBreakpoint
+from tui_trainer.protocol.formatting import counted
 from tui_trainer.protocol.messages import Breakpoint
+from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.ui.screens import app_context
 from tui_trainer.ui.screens.dialogs import NumberPrompt, SnapshotDialog
 
@@ -24,13 +27,26 @@ EXAMPLES = "such as loss > 3 * ema(loss), nonfinite, grad_norm(any) > 10 at back
 
 
 class ConditionSuggester(Suggester):
-    """Completes the last word of a condition."""
+    """Completes the last word of a condition, with the names of the run on the screen."""
 
-    def __init__(self) -> None:
+    def __init__(self, info: Callable[[], RunInfo | None]) -> None:
         super().__init__(use_cache=False, case_sensitive=True)
+        self._info = info
 
     async def get_suggestion(self, value: str) -> str | None:
-        return next(iter(completions(value)), None)
+        return next(iter(completions(value, columns_of(self._info()))), None)
+
+
+def columns_of(info: RunInfo | None) -> dict[str, list[str]]:
+    """What a condition can name within quotes, by table: the columns, or the attention layers."""
+    if info is None:
+        return {}
+    layers = [each.layer for each in info.attention]
+    found: dict[str, list[str]] = {}
+    for table in info.tables:
+        names = layers if table.name in ATTENTION_TABLES else [c.name for c in table.columns]
+        found.setdefault(table.name, []).extend(names)
+    return found
 
 
 class BreakpointList(OptionList):
@@ -74,14 +90,8 @@ class BreakpointList(OptionList):
 
     def _line(self, breakpoint: Breakpoint, stopped_at: int | None) -> Content:
         sign = app_context(self).glyphs.paused if breakpoint.number == stopped_at else " "
-        properties = [
-            *(["off"] if not breakpoint.enabled else []),
-            *(["once"] if breakpoint.once else []),
-            *(["log only"] if breakpoint.log_only else []),
-            *([f"ignores {breakpoint.ignore:,}"] if breakpoint.ignore else []),
-            *([breakpoint.fault] if breakpoint.fault else []),
-        ]
-        hits = f"{breakpoint.hits:,} hit{'s' * (breakpoint.hits != 1)}"
+        properties = [*(["off"] if not breakpoint.enabled else []), *breakpoint.properties]
+        hits = counted(breakpoint.hits, "hit")
         return Content.assemble(
             (f"{sign}{breakpoint.number:>3} ", "$text-warning"),
             (breakpoint.condition, "" if breakpoint.enabled else "dim"),
@@ -135,7 +145,11 @@ class BreakpointsDialog(SnapshotDialog):
         with Vertical(classes="dialog"):
             yield Static("Breakpoints: pause when a condition is met", markup=False)
             yield BreakpointList()
-            yield Input(placeholder="condition", suggester=ConditionSuggester(), compact=True)
+            yield Input(
+                placeholder="condition",
+                compact=True,
+                suggester=ConditionSuggester(lambda: app_context(self).snapshot.info),
+            )
             yield Static("", classes="error", markup=False)
             yield Static(classes="keys", markup=False)
 

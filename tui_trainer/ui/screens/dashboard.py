@@ -164,8 +164,14 @@ class DashboardScreen(FoldingScreen, ControlScreen):
         self.query_one("#left").display = bool(shown & {"loss", "clipping"})
 
     def select(self, name: str) -> None:
-        """Put the cursor of the gradients on a parameter."""
-        self.query_one(GradientsPanel).select(name)
+        """Put the cursor of the gradients on a parameter, and open their tab."""
+        gradients, info = self.query_one(GradientsPanel), self.context.snapshot.info
+        listed = info is not None and any(each.name == name for each in info.parameters)
+        if self._folded and listed and TAB_PANELS[self._tab] != "gradients":
+            self.choose_tab(TAB_PANELS.index("gradients"))
+            self.call_after_refresh(gradients.select, name)  # a hidden table cannot scroll
+        else:
+            gradients.select(name)
 
     # ------------------------------------------------------------ actions
 
