@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.cli.calling import call
@@ -30,14 +31,14 @@ def directory(name: str) -> Path:
     return home() / "runs" / name
 
 
-def fingerprint(place: Path) -> dict[str, tuple[str, int, int]]:
-    """Every file below: digest, size, time of the last change."""
+def fingerprint(place: Path, names: Sequence[str] = ()) -> dict[str, tuple[str, int, int]]:
+    """Every file below, or those of these names: digest, size, time of the last change."""
     return {
         str(path.relative_to(place)): (
             hashlib.sha256(path.read_bytes()).hexdigest(),
             path.stat().st_size,
             path.stat().st_mtime_ns,
         )
-        for path in sorted(place.rglob("*"))
+        for path in (map(place.joinpath, names) if names else sorted(place.rglob("*")))
         if path.is_file()
     }

@@ -121,6 +121,7 @@ def test_a_branch_goes_on_from_an_earlier_step_with_another_rate(tmp_path: Path)
         assert (Path(state()["parent"]).name, state()["branch_step"]) == ("one", 5)
         one = tmp_path / "runs" / "one"
         until(lambda: len(losses_from(one, tmp_path)) == 8, "eight steps are stored")
+        until(lambda: len(losses_from(one.with_name("one-2"), tmp_path)) == 7, "seven as well")
         parent, child = (
             losses_from(tmp_path / "runs" / name, tmp_path) for name in ("one", "one-2")
         )

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from tests.cli.calling import assert_refused, call, started
+from tests.runs.starting import until
 
 LOOP = """
 import torch
@@ -66,7 +67,10 @@ def test_the_result_of_an_evaluation_pauses_a_task_before_its_next_step(tmp_path
         assert paused["text"].startswith("paused after data at breakpoint 1: validation(")
         assert "(validation loss " in paused["text"]
         assert paused["step"] == 7
-        assert "paused" in call("show", "one", cwd=tmp_path).stdout.splitlines()[0]
+        until(
+            lambda: "paused" in call("show", "one", cwd=tmp_path).stdout.splitlines()[0],
+            "show reports the pause",
+        )
 
 
 def test_a_condition_that_cannot_be_understood_starts_no_run(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 import pexpect
+import psutil
 import pytest
 
 from tests.runs.starting import last_step, stored_step, until
@@ -20,7 +21,7 @@ from tui_trainer.cli.commands.doctor import LIBRARIES, OPTIONAL
 from tui_trainer.cli.commands.logs import LogCopier
 from tui_trainer.client.connection import RunClient
 from tui_trainer.config.run_spec import LOG_FILE, write_state
-from tui_trainer.protocol.actions import Mark, Pause
+from tui_trainer.protocol.actions import Mark, Pause, Resume
 from tui_trainer.protocol.events import Notice
 from tui_trainer.runs.boot_log import BOOT_LOG
 from tui_trainer.runs.liveness import inspect_run
@@ -41,7 +42,7 @@ def test_pause_step_resume_stop(runs):
     stopped = runs.call("stop", "gpt-one")
     assert stopped.returncode == 0, stopped.stderr
     assert "stopped at step" in stopped.stdout
-    assert runs.ls()["gpt-one"]["state"] == "stopped"
+    until(lambda: runs.ls()["gpt-one"]["state"] == "stopped", "ls shows stopped")
     runs.processes["gpt-one"].wait(240)
     again = runs.call("pause", "gpt-one")
     assert again.returncode == 1
@@ -173,9 +174,11 @@ def test_logs_and_follow_until_the_end(runs):
 
 
 SEGFAULTS = """
-import ctypes, time
+import ctypes, os, time
+log = os.path.join(os.environ["TUI_TRAINER_RUNS_DIR"], "fallen", "log.txt")
 print("about to fall", flush=True)
-time.sleep(0.5)
+while not os.path.exists(log) or not os.path.getsize(log):
+    time.sleep(0.02)  # another thread writes it
 ctypes.string_at(0)
 """
 
@@ -234,9 +237,10 @@ def test_rm(runs):
 
 
 def test_rm_waits_for_a_run_that_has_ended_and_is_about_to_leave(runs):
-    process = runs.start("gpt-over", steps=30)
+    process = runs.start("gpt-over", steps=30, start_paused=True)
     run = inspect_run(runs.directory / "gpt-over")
-    with RunClient.connect(run, "a viewer that has not fetched the end"):
+    with RunClient.connect(run, "one that does not fetch the end", read_only=False) as viewer:
+        assert viewer.command(Resume()).ok
         until(lambda: runs.reported("gpt-over").ended, "it ends")
         os.kill(process.pid, signal.SIGSTOP)  # it lingers for as long as we like
         removing = subprocess.Popen(
@@ -293,7 +297,9 @@ def test_rm_never_takes_a_run_that_may_live(runs):
     place = runs.directory / "gpt-quiet"
     runs.start("gpt-quiet")
     lost = (place / "status.json").read_bytes()
-    os.kill(runs.processes["gpt-quiet"].pid, signal.SIGSTOP)  # no more state is written
+    stopped = psutil.Process(runs.processes["gpt-quiet"].pid)
+    stopped.suspend()  # no more state is written
+    until(lambda: stopped.status() == psutil.STATUS_STOPPED, "it is stopped")
     (place / "status.json").write_bytes(b"")
     os.utime(place / "run.json", (1, 1))
     assert inspect_run(place).state == "crashed"  # according to its files

@@ -58,9 +58,10 @@ def test_what_a_script_does_after_going_back_is_a_branch(tmp_path: Path) -> None
         done("set", "lr=0.02")  # the only live run
         done("step", "one", "4")
         until(lambda: (runs / "one-2").is_dir() and stored_step(runs / "one-2") == 5, "a branch")
+        until(lambda: listed()["one-2"]["state"] == "paused", "the branch is paused")
         found = listed()["one-2"]
         assert (found["parent"], found["branch_step"]) == (str(runs / "one"), 1)
-        assert (found["state"], found["total_steps"]) == ("paused", 35)
+        assert found["total_steps"] == 35
         assert [each.name for each in find_related(reported_info(runs / "one"))] == ["one-2"]
         text = done("branch", "one", "--to", "1", "lr=0.1", "--name", "hot", "--paused")
         assert "hot continues from step 1 of one with lr=0.1" in text

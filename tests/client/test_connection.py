@@ -149,7 +149,6 @@ def test_another_protocol_is_named(scripted):
 
 
 def test_a_run_that_stops_answering_is_an_error(scripted, monkeypatch):
-    monkeypatch.setattr(connection, "SILENCE_S", 0.2)
     answered = threading.Event()
 
     def silent(run, connection):
@@ -159,6 +158,9 @@ def test_a_run_that_stops_answering_is_an_error(scripted, monkeypatch):
 
     client = client_of(scripted(silent))
     client.poll()
+    monkeypatch.setattr(connection, "SILENCE_S", 0.2)
+    client._connection._silence_timer.cancel()  # set before, by what was answered
+    client._connection._silence_timer = None
     with pytest.raises(ConnectionLost, match="has not answered"):
         client.poll()
     with pytest.raises(ConnectionLost):

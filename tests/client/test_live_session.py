@@ -129,7 +129,7 @@ def test_a_command_does_not_wait_for_the_answer_to_a_poll(start):
 
     run, session = start(slow)
     run.steps(500)
-    until(lambda: session.poll().link.state == "live")
+    until(lambda: session.poll().link.state == "live" and run.polls != [])
     assert session.send(Resume()).result(240).ok
     assert answered.wait(240)
 
@@ -341,14 +341,17 @@ def test_a_slow_link_makes_updates_smaller(start, monkeypatch):
 def test_silence_is_shown_while_the_connection_is_kept(start, monkeypatch):
     monkeypatch.setattr(live, "SHOW_SILENCE_S", 0.1)
 
+    seen = threading.Event()
+
     def quiet(run, connection):
         greet(run, connection)
         answer_one(run, connection)
-        time.sleep(30)
+        seen.wait(240)
 
     _, session = start(quiet)
     until(lambda: "no answer for" in session.poll().link.message)
     assert session.poll().link.state == "live"
+    seen.set()
 
 
 def test_closing_interrupts_an_attempt_to_connect():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
@@ -15,6 +16,7 @@ from tui_trainer.history.records import ClipRecord, StepRecord
 from tui_trainer.protocol.events import Clip, LogLine, NonFinite, Notice, TextSample
 from tui_trainer.protocol.messages import PhaseReport, Poll, Status
 from tui_trainer.protocol.schema import CLIP_COLUMNS, STEP_COLUMNS, Column, RunInfo, Table
+from tui_trainer.record import viewer_updates
 from tui_trainer.record.recorder import STEPS_AFTER_FINDING, Recorder
 from tui_trainer.record.sink_items import InfoChanged, ItemsDropped, RunEnded, StepRecorded
 from tui_trainer.run.sinks.jsonlines import event_object
@@ -188,6 +190,26 @@ def test_a_sink_gets_every_step_in_order_with_its_description(recorder):
     assert sink.closed
 
 
+def test_the_status_that_a_sink_gets_is_not_ahead_of_its_items():
+    """So that the loss in `status.json` is that of its step."""
+    made, given, done = make(), [], threading.Event()
+
+    class Both(Collector):
+        def take(self, items, status):
+            super().take(items, status)
+            steps = [item.record.step for item in self.items if isinstance(item, StepRecorded)]
+            given.append((status.step, steps[-1] if steps else 0))
+            if status.step >= 3:
+                done.set()
+
+    number = itertools.count(1)
+    feed = made.subscribe(Both())
+    feed._status = lambda: made.record(step(next(number))) or made.status
+    assert done.wait(240)
+    made.close(240)
+    assert all(status <= taken for status, taken in given)
+
+
 def test_a_blocked_sink_costs_nothing_and_its_loss_is_reported(recorder):
     sink = Collector()
     sink.gate.clear()
@@ -285,7 +307,8 @@ def test_a_wrong_row_is_a_fault_reported_once_not_a_crash(recorder):
     assert len([e for e in update.events if e.kind == "fault"]) == 1
 
 
-def test_watch_is_the_union_of_live_viewers(recorder):
+def test_watch_is_the_union_of_live_viewers(recorder, monkeypatch):
+    monkeypatch.setattr(viewer_updates, "WATCH_TIMEOUT_S", 600.0)
     recorder.update_for(Poll(watch=("attention_heads",)), 1)
     recorder.update_for(Poll(watch=("attention_spectrum",)), 2)
     assert recorder.watched() == {"attention_heads", "attention_spectrum"}

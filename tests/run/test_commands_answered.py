@@ -147,7 +147,7 @@ def test_a_checkpoint_of_a_run_that_ends_first_is_no_success(place):
     )
     process = place.process()
     viewer = place.viewer()
-    viewer.wait(lambda status: status.phase)
+    viewer.wait(lambda status: status.step == 5)
     viewer.stream.close()
     asking = begin(place, "checkpoint")
     viewer = place.viewer()

@@ -100,9 +100,7 @@ def test_graphs_breaks_and_compilations_are_the_same(tmp_path, backend, how, ran
             assert process.wait(280) == 0, place.errors(0)
         traced = place.printed("COUNTED", ranks) + place.printed("SEEN", ranks)
     finally:
-        for process in place.started:
-            process.kill()
-            process.wait()
+        place.end()
     assert traced == alone
     assert any("unique_graphs" in line for line in alone)
     broken = any(line.split()[2] == "graph_break" for line in alone)

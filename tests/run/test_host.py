@@ -34,6 +34,13 @@ from tui_trainer.run.host import main
 from tui_trainer.cli.start import open_sink
 sys.exit(main(read_spec(sys.argv[1]), open_sink(sys.argv[2])))
 """
+PATIENT = """
+import sys
+from tui_trainer.run import __main__, host
+host.FIRST_VIEWER_S = host.LINGER_S = 120.0  # on a busy machine a viewer takes its time
+sys.exit(__main__.start(sys.argv[1:]))
+"""
+"""Waits longer for viewers to fetch its end."""
 SMALL_GPT = {
     **{"preset": "light", "steps": 20, "threads": 1, "layers": 2, "width": 16, "heads": 2},
     **{"block_size": 16, "batch_size": 4, "warmup_steps": 5, "dropout": 0.1},
@@ -105,6 +112,10 @@ class RunFolder:
     def lines(self):
         status, out, err = self.do()
         return status, [json.loads(line) for line in out.splitlines()], err
+
+    def patient(self):
+        """A run that does not leave before its viewer has seen the end."""
+        return self.process(command=("-c", PATIENT))
 
     def process(self, cold=False, command=("-m", "tui_trainer.run")):
         log = open(self.run / "boot.log", "wb")  # noqa: SIM115
@@ -373,7 +384,7 @@ def test_interrupt_of_a_script_is_its_own(place):
 
 def test_pause_step_and_phases_through_the_socket(place):
     place.gpt(steps=100_000, eval_every=100_000, sample_every=100_000)
-    process = place.process()
+    process = place.patient()
     viewer = place.viewer()
     viewer.wait(lambda status: status.step > 3)
     assert viewer.do(Pause()).ok
@@ -410,18 +421,29 @@ def test_pause_step_and_phases_through_the_socket(place):
     assert (place.run / "checkpoints" / f"step-{state.step:08}").is_dir()
 
 
+HELD_UP = """
+import os, sys, time
+class Importing:
+    def find_spec(self, name, path=None, target=None):
+        while name == "torch" and not os.path.exists("go"):
+            time.sleep(0.02)
+sys.meta_path.insert(0, Importing())
+"""
+
+
 def test_viewers_are_served_before_torch_is_there(place):
     place.loop(steps=3)
-    process = place.process(cold=True)
+    process = place.process(cold=True, command=("-c", HELD_UP + PATIENT))
     viewer = place.viewer()
     viewer.wait(lambda status: status.waiting_for == "importing torch")
+    (place.folder / "go").touch()
     viewer.wait(lambda status: status.ended)
     assert process.wait(240) == 0
 
 
 def test_start_paused_stops_before_anything_happens(place):
     place.loop(start_paused=True)
-    process = place.process()
+    process = place.patient()
     viewer = place.viewer()
     viewer.wait(lambda status: status.state == "paused")
     assert viewer.status.step == 0
@@ -430,17 +452,9 @@ def test_start_paused_stops_before_anything_happens(place):
     assert process.wait(240) == 0
 
 
-PATIENT = """
-import sys
-from tui_trainer.run import __main__, host
-host.FIRST_VIEWER_S = host.LINGER_S = 240.0  # on a busy machine a viewer takes its time
-sys.exit(__main__.start(sys.argv[1:]))
-"""
-
-
 def test_a_script_that_crashes_at_once_is_still_reported(place):
     place.script("print('before')\nraise RuntimeError('at once')")
-    process = place.process(command=("-c", PATIENT))
+    process = place.patient()
     viewer = place.viewer()
     updates = []
     wait_for(lambda: updates.append(viewer.ask(Poll())) or updates[-1].status.ended)
@@ -453,7 +467,7 @@ def test_a_script_that_crashes_at_once_is_still_reported(place):
 
 
 def test_stop_before_the_first_step(place):
-    place.script("import time\ntime.sleep(100)")
+    place.script("import time\ntime.sleep(600)")
     process = place.process()
     viewer = place.viewer()
     viewer.wait(lambda status: status.waiting_for == "the script's first step")
@@ -464,7 +478,7 @@ def test_stop_before_the_first_step(place):
 
 def test_the_run_ignores_a_hang_up_and_terminates_cleanly(place):
     place.gpt(steps=100_000, eval_every=100_000, sample_every=100_000)
-    process = place.process()
+    process = place.patient()
     viewer = place.viewer()
     viewer.wait(lambda status: status.step > 3)
     viewer.stream.close()

@@ -87,7 +87,7 @@ def rig(tmp_path):
     made.over.set()
     made.gate.end()
     made.server.close()
-    made.recorder.close(5)
+    made.recorder.close(240)
 
 
 def test_a_request_is_carried_out_on_the_training_thread_after_a_step(rig):
@@ -139,7 +139,8 @@ def test_a_new_request_replaces_the_pending_one(rig):
 def test_a_viewer_that_leaves_takes_its_request_with_it(rig):
     with rig.viewer() as peer:
         assert peer.ask(Inspect(1, ListTensors())).state == "pending"
-    wait_for(lambda: not rig.inspections._requests)
+    wait_for(lambda: not rig.server._connections)
+    assert not rig.inspections._requests
     rig.thread.start()
     wait_for(lambda: rig.gate.completed > 2)
     assert rig.inspector.asked == []
@@ -189,4 +190,4 @@ def test_a_run_without_tensors_says_so(tmp_path):
             assert (answer.state, answer.message) == ("failed", "this run has no tensors")
     finally:
         rig.server.close()
-        rig.recorder.close(5)
+        rig.recorder.close(240)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 
 from tests.cli.calling import call
@@ -14,13 +15,13 @@ import sqlite3, time, torch
 def say(text):
     # Lines are read by another thread: go on only once this one is recorded.
     print(text, flush=True)
-    store = sqlite3.connect("file:runs/r/history.sqlite?mode=ro", uri=True)
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         try:
+            store = sqlite3.connect("file:runs/r/history.sqlite?mode=ro", uri=True)
             if store.execute("SELECT 1 FROM log WHERE text = ?", (text,)).fetchone():
                 return
-        except sqlite3.OperationalError:  # no tables yet
+        except sqlite3.OperationalError:  # neither a file nor tables yet
             pass
         time.sleep(0.01)
 
@@ -51,5 +52,6 @@ def test_lines_within_and_after_a_step(tmp_path):
 
 
 def lines_of(directory):
-    with sqlite3.connect(directory / "history.sqlite") as store:
+    store = sqlite3.connect(directory / "history.sqlite", timeout=240)
+    with contextlib.closing(store):
         return store.execute("SELECT text, step FROM log").fetchall()

@@ -18,6 +18,7 @@ import pytest
 
 from tests import processes
 from tests.integrations.seen import compared
+from tests.ports import ReservedPort
 from tests.runs.starting import until
 from tui_trainer.client.connection import RunClient
 from tui_trainer.protocol import schema
@@ -91,23 +92,18 @@ SCRIPT = """
 """
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 class LaunchFolder:
     def __init__(self, path):
         self.path = path
         self.runs = path / "runs"
         self.started = []
+        self.ports = []
         (path / "train.py").write_text(textwrap.dedent(SCRIPT))
 
     def start(self, ranks, *command, each=lambda rank: {}, **variables):
         """The processes of a launch, as a launcher would start them; `each(rank)`: variables of
         one of them."""
-        port = str(free_port())
+        self.ports.append(ReservedPort())
         for rank in range(ranks):
             environment = {
                 **os.environ,
@@ -117,7 +113,7 @@ class LaunchFolder:
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(ranks),
                 "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
+                "MASTER_PORT": str(self.ports[-1].number),
                 **each(rank),
             }
             with (
@@ -150,6 +146,13 @@ class LaunchFolder:
     def run(self, name):
         return resolve(name, self.runs)
 
+    def end(self):
+        for process in self.started:
+            process.kill()
+            process.wait()
+        for port in self.ports:
+            port.release()
+
     def tables(self, name):
         history = StoredHistory(self.runs / name, ended=True)
         return {t.table.rank: t for t in history.tables_named(schema.RANKS)}
@@ -159,9 +162,7 @@ class LaunchFolder:
 def place(tmp_path):
     found = LaunchFolder(tmp_path)
     yield found
-    for process in found.started:
-        process.kill()
-        process.wait()
+    found.end()
 
 
 RANK_REQUESTS = (
@@ -237,7 +238,7 @@ def test_replicas_that_part_are_named_within_one_cadence(place):
 def test_rank_that_clips_alone_and_ranks_with_the_same_batches_are_named(place, variable, expected):
     command = (*RUN, "--name", "wrong", "train.py")
     for process in place.start(2, *command, STEPS="60", **{variable: "1"}):
-        assert process.wait(120) == 0, place.errors(0)
+        assert process.wait(240) == 0, place.errors(0)
     lines = place.printed("step ", 1)
     assert [line for line in lines if expected in line], lines
 
@@ -294,7 +295,7 @@ def test_a_breakpoint_compares_ranks_and_the_paused_run_stops(place):
             client.poll()
             return client.snapshot.status.stopped_at
 
-        stop = until(stopped_at, "the condition is met", 150)
+        stop = until(stopped_at, "the condition is met")
         assert stop.condition == "rank(1).loss != loss"
         assert stop.text.startswith("loss of rank 1 ")
         assert client.command(ChangeBreakpoint(1, enabled=False)).ok  # steps meet it as well
@@ -322,7 +323,7 @@ def test_all_ranks_stop_at_the_same_boundary_and_a_killed_one_is_named(place):
             ready = len(status.processes) == 4 and all(at.held for at in status.processes)
             return ready and len(places) == 1 and places == {where} and status.state == "paused"
 
-        until(lambda: held((1, "data")), "all ranks are held before the first step", 150)
+        until(lambda: held((1, "data")), "all ranks are held before the first step")
         for phase in ("zero_grad", "forward"):
             seen = until(lambda: _step_phase(client, command), f"one phase, to {phase}")
             assert seen
@@ -586,11 +587,11 @@ def test_the_status_of_a_run_does_not_wait_for_a_process_that_joins():
 
 
 def test_the_signal_that_ended_a_process_is_named():
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as child:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as child:
         child.kill()
-        assert ending_of(child.pid) == "was killed by SIGKILL"
+        assert ending_of(child.pid, 240) == "was killed by SIGKILL"
     with subprocess.Popen([sys.executable, "-c", "import os; os._exit(3)"]) as child:
-        assert ending_of(child.pid, 30) == "exited with status 3"
+        assert ending_of(child.pid, 240) == "exited with status 3"
     assert ending_of(child.pid).startswith("died without an exit status")
 
 
@@ -644,9 +645,9 @@ def test_sharded_parameters_are_measured_without_a_collective(place):
     started = place.start(2, *command)
     run = until(lambda: place.runs.is_dir() and _listening(place, "sharded"), "the run listens")
     with RunClient.connect(run, "test", read_only=False) as client:
-        until(lambda: _held(client, 2), "both ranks are held", 150)
+        until(lambda: _held(client, 2), "both ranks are held")
         assert client.command(Step(2)).ok
-        until(lambda: _held(client, 2) and client.snapshot.status.step == 2, "two steps", 150)
+        until(lambda: _held(client, 2) and client.snapshot.status.step == 2, "two steps")
         for rank in (0, 1):
             shard = client.inspect(OfRank(rank, Summarize(TensorRef("0.weight")))).result.tensor
             assert (shard.shape, shard.note) == ((8, 8), "the shard of this process")

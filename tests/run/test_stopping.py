@@ -211,7 +211,7 @@ def test_a_script_that_catches_the_stop_gets_its_checkpoint_as_well(place, then)
 def test_a_script_after_its_last_step_is_interrupted_with_an_event(place):
     place.loop(
         steps=5,
-        after="import os, signal, time; os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)",
+        after="import os, signal, time; os.kill(os.getpid(), signal.SIGTERM); time.sleep(600)",
     )
     status, lines = run_and_stop(place, IMPATIENT)
     assert (status, lines[-1]["reason"], lines[-1]["steps"]) == (143, "stopped", 5)
@@ -230,7 +230,7 @@ OWN_SESSION = "import sys; from tui_trainer.run.__main__ import start; start(sys
     ids=["lines", "own session"],
 )
 def test_a_script_started_in_the_background_can_be_stopped_after_its_last_step(place, command):
-    place.loop(steps=5, after="import time; time.sleep(120)")
+    place.loop(steps=5, after="import time; time.sleep(600)")
     code, *arguments = command
     process = processes.Popen(
         [sys.executable, "-c", BACKGROUND + code, str(place.run), *arguments],
@@ -267,7 +267,7 @@ def test_a_viewers_stop_with_a_checkpoint_reaches_a_script_that_catches_it(place
     body = "for step" + loop
     caught = "".join(f"    {line}\n" for line in body.splitlines())
     (place.folder / "train.py").write_text(f"{head}try:\n{caught}except KeyboardInterrupt: pass\n")
-    process = place.process()
+    process = place.patient()
     viewer = place.viewer()
     viewer.wait(lambda status: status.step > 3)
     assert viewer.do(Stop(checkpoint=True)).ok

@@ -236,6 +236,9 @@ def test_a_picture_in_a_notebook_follows_the_run(monkeypatch):
         train(model, optimizer, 3)
         until(lambda: any(">3<" in picture for picture in drawn), "the third step in the picture")
     assert "finished" in drawn[-1]
+    count, run._next_update = len(drawn), 0.0
+    run._update_displays()  # as the recorder's thread may still be about to
+    assert len(drawn) == count
 
 
 LOOP = """

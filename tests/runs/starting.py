@@ -85,11 +85,17 @@ class Runs:
         return path
 
     def start(
-        self, name: str, steps: int = 1_000_000, seconds: float = 0.01, **fields: Any
+        self,
+        name: str,
+        steps: int = 1_000_000,
+        seconds: float = 0.01,
+        log_file: str | None = None,
+        **fields: Any,
     ) -> subprocess.Popen[bytes]:
-        """Start a run and wait until it has made a step, or listens where it starts paused."""
+        """Start a run and wait until it has made a step, or listens where it starts paused. Its
+        output goes to its log, or to `log_file`."""
         path = self.create(name, **fields)
-        with open(path / LOG_FILE, "wb") as log:
+        with open(log_file or path / LOG_FILE, "wb") as log:
             process = processes.Popen(
                 [sys.executable, "-m", "tests.runs.fake_host", path, str(steps), str(seconds)],
                 env=self.environment,

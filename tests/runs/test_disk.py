@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -20,7 +21,8 @@ from tui_trainer.store.reader import StoredHistory
 
 NOBODY_UID = 65534
 SMALL = 8192
-"""Maximum bytes of a file: enough for the output of the run, too few for a commit."""
+"""Maximum bytes of a file: enough for the status of the run, too few for a commit. Its output grows
+for as long as a test takes, and goes elsewhere."""
 
 
 def seen(runs, name):
@@ -48,7 +50,7 @@ def assert_whole(runs, name, at_least):
 
 
 def test_a_full_disk(runs):
-    process = runs.start("gpt-full", seconds=0.02)
+    process = runs.start("gpt-full", seconds=0.02, log_file=os.devnull)
     hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)[1]
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (SMALL, hard))
     until(lambda: "not recording" in seen(runs, "gpt-full").recording, "the status reports it")
@@ -66,7 +68,7 @@ def test_a_full_disk(runs):
 
 
 def test_pages_overwritten_with_noise(runs):
-    process = runs.start("gpt-noise", seconds=0.01)
+    process = runs.start("gpt-noise", seconds=0.01, log_file=os.devnull)
     until(lambda: runs.reported("gpt-noise").step > 100, "some rows")
     place = runs.directory / "gpt-noise"
     # SQLite's cache hides the damage until it has to read again.
@@ -74,7 +76,7 @@ def test_pages_overwritten_with_noise(runs):
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (SMALL, hard))
     until(lambda: "not recording" in seen(runs, "gpt-noise").recording, "it is closed")
     for name in ("history.sqlite", "history.sqlite-wal"):
-        if (place / name).exists():
+        with contextlib.suppress(FileNotFoundError):  # a journal goes with its last connection
             (place / name).write_bytes(os.urandom((place / name).stat().st_size))
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (hard, hard))
     until(lambda: "damaged" in seen(runs, "gpt-noise").recording, "the status reports it")
@@ -89,7 +91,8 @@ def test_pages_overwritten_with_noise(runs):
 def test_a_removed_store(runs):
     runs.start("gpt-bereft", seconds=0.002)
     until(lambda: runs.reported("gpt-bereft").step > 600, "some chunks")
-    for path in (runs.directory / "gpt-bereft").glob("history.sqlite*"):
+    # The database last: until then the run does not begin another one.
+    for path in sorted((runs.directory / "gpt-bereft").glob("history.sqlite*"), reverse=True):
         path.unlink()
     until(lambda: "removed" in seen(runs, "gpt-bereft").recording, "the status reports it")
     step = seen(runs, "gpt-bereft").step

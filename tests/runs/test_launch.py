@@ -61,7 +61,7 @@ def test_a_signal_is_named(spec, stand_in):
 
 
 def test_the_process_is_waited_for_and_has_its_own_session(spec, stand_in):
-    stand_in('echo "$@" "$(pwd)"; exec sleep 60')
+    stand_in('echo "$@" "$(pwd)"; exec sleep 600')
     launched = launch(spec)
     try:
         with pytest.raises(NotListening, match="starting the run process"):

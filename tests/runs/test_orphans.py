@@ -20,6 +20,7 @@ from tui_trainer.config.run_spec import (
     find_socket,
     new_socket_path,
     process_identity,
+    read_state,
     write_spec,
 )
 from tui_trainer.protocol.messages import Status
@@ -42,6 +43,11 @@ def remove(place: Path) -> None:
         return True
 
     until(removed, f"{place} is removed")
+
+
+def until_found_again(place: Path) -> None:
+    """Wait until a run whose directory was removed has written its status there and listens."""
+    until(lambda: read_state(place) and find_socket(place), "it listens again")
 
 
 GPT = ("--threads", "1", "--steps", "100000", "--eval-batches", "1", "--sample-length", "8")
@@ -146,7 +152,7 @@ def test_a_run_is_found_again_after_its_directory_was_removed(runs):
     process = runs.start("gpt-removed")
     place = runs.directory / "gpt-removed"
     remove(place)
-    until(lambda: find_socket(place), "it listens again")
+    until_found_again(place)
     found = runs.ls()["gpt-removed"]
     assert (found["state"], found["title"]) == ("live", "fake")
     assert place.stat().st_mode & 0o777 == 0o700
@@ -162,7 +168,7 @@ def test_a_run_is_found_again_after_its_directory_was_removed(runs):
 def test_a_live_run_recreates_the_whole_runs_directory(runs):
     runs.start("gpt-removed")
     remove(runs.directory)
-    until(lambda: find_socket(runs.directory / "gpt-removed"), "it listens again")
+    until_found_again(runs.directory / "gpt-removed")
     assert runs.directory.stat().st_mode & 0o777 == 0o700
     assert runs.call("stop").returncode == 0
 

@@ -6,6 +6,7 @@ import pytest
 
 from tests.runs.conftest import runs
 from tests.ssh.sshd import MISSING, PATH_WITH_US, Sshd
+from tui_trainer.client import ssh
 from tui_trainer.client.live import LiveSession
 from tui_trainer.client.ssh import SshConnector, parse_address
 
@@ -22,6 +23,13 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason=MISSING))
 
 
+@pytest.fixture(autouse=True)
+def wait_for_the_words_of_ssh(monkeypatch):
+    """However long a busy machine takes to hand them on."""
+    monkeypatch.setattr(ssh, "_STDERR_WITHIN_S", 240.0)
+    monkeypatch.setattr(ssh, "_EXIT_WITHIN_S", 240.0)
+
+
 @pytest.fixture
 def host(tmp_path, runs, monkeypatch):
     """A machine that ssh reaches as `Box`, where tui-trainer is on the path."""
@@ -30,7 +38,7 @@ def host(tmp_path, runs, monkeypatch):
     monkeypatch.setenv("TUI_TRAINER_SSH", sshd.command)
     runs.environment["TUI_TRAINER_SSH"] = sshd.command
     yield sshd
-    sshd.stop()
+    sshd.close()
 
 
 @pytest.fixture
@@ -43,7 +51,7 @@ def bare_host(tmp_path, monkeypatch):
     sshd = Sshd(tmp_path / "bare", {"PATH": str(empty)})
     monkeypatch.setenv("TUI_TRAINER_SSH", sshd.command)
     yield sshd
-    sshd.stop()
+    sshd.close()
 
 
 @pytest.fixture
@@ -55,6 +63,8 @@ def attach():
         connect = SshConnector(parse_address(address), **options)
         connect.begin(lambda offered: offered[0].name)
         session = LiveSession(connect)
+        session.links = links = []  # all that there were: one may be gone before it is looked at
+        session.on_arrival(lambda: links.append(session._link))
         session.set_rate(20)
         sessions.append(session)
         return session

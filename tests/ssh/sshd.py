@@ -10,9 +10,13 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+
+from tests.ports import ReservedPort
+from tests.runs.starting import until
 
 SSHD = shutil.which("sshd") or shutil.which("sshd", path="/usr/sbin:/sbin:/usr/local/sbin")
 MISSING = next(
@@ -45,9 +49,8 @@ class Sshd:
             )
         (directory / "authorized").write_text((directory / "user.pub").read_text())
         (directory / "authorized").chmod(0o600)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
+        self._reserved = ReservedPort()
+        self.port = self._reserved.number
         self._configure()
         self.process: subprocess.Popen[bytes] | None = None
         self.start()
@@ -110,6 +113,22 @@ class Sshd:
         self.process.wait()
         self.process = None
 
+    @contextlib.contextmanager
+    def unresponsive(self) -> Iterator[None]:
+        """Within the block answer no new connection; those that there are go on."""
+        assert self.process is not None
+        listening = psutil.Process(self.process.pid)
+        listening.suspend()
+        try:
+            yield
+        finally:
+            listening.resume()
+
+    def close(self) -> None:
+        """Stop, and give the port back."""
+        self.stop()
+        self._reserved.release()
+
     def login_shell(self, text: str) -> None:
         """Set what the login shell runs first: bash reads .bashrc when sshd starts it."""
         (self.home / ".bashrc").write_text(text)
@@ -123,6 +142,11 @@ def our_ssh() -> list[psutil.Process]:
             if child.name() == "ssh" and child.status() != psutil.STATUS_ZOMBIE:
                 found.append(child)
     return found
+
+
+def only_ssh() -> psutil.Process:
+    """Wait until there is exactly one ssh, and return it."""
+    return until(lambda: our_ssh() if len(our_ssh()) == 1 else None, "one ssh")[0]
 
 
 PATH_WITH_US = f"{Path(sys.executable).parent}:/usr/bin:/bin"

@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from tests.runs.starting import until
-from tests.ssh.sshd import our_ssh
+from tests.ssh.sshd import only_ssh, our_ssh
 from tests.terminal.harness import Terminal
+from tui_trainer.client.live import NOT_CONNECTED
 
 
 @pytest.fixture
@@ -39,11 +40,13 @@ def test_choose_a_run_pause_it_and_reconnect(host, runs, terminal):
     screen.press("space")
     until(lambda: runs.reported("gpt-first").state == "paused", "paused from here")
     assert runs.reported("gpt-second").state == "running"
-    until(our_ssh, "ssh is there")[0].kill()
-    screen.wait_until(
-        lambda text: "lost" in text or "trying again" in text, "that the link is lost"
-    )
-    screen.press("space")
+    with host.unresponsive():
+        only_ssh().kill()
+        screen.wait_until(
+            lambda text: "lost" in text or "trying again" in text, "that the link is lost"
+        )
+        screen.press("space")
+        screen.wait_for(NOT_CONNECTED)
     until(lambda: screen.pump() and len(our_ssh()) == 1, "another ssh")
     screen.wait_until(
         lambda text: "lost" not in text and "trying again" not in text and "paused" in text,

@@ -8,7 +8,7 @@ import signal
 import psutil
 
 from tests.runs.starting import until
-from tests.ssh.sshd import our_ssh
+from tests.ssh.sshd import only_ssh, our_ssh
 from tui_trainer.client import connection
 from tui_trainer.protocol.actions import Pause, Resume
 
@@ -31,19 +31,20 @@ def assert_no_gap(session):
     assert steps == list(range(1, steps[-1] + 1))
 
 
-def until_lost(session, message):
-    """Wait until the link is lost with that message, which it shows until it is made again."""
+@contextlib.contextmanager
+def losing(session, message=""):
+    """At the end of the block wait until the link has been lost with that message since it began.
+    By then it may have been made again."""
+    since = len(session.links)
+    yield
 
-    def is_lost():
-        link = session.poll().link
-        return link.state == "lost" and message in link.message
+    def was_lost():
+        session.poll()
+        return any(
+            link.state == "lost" and message in link.message for link in session.links[since:]
+        )
 
-    until(is_lost, f"the loss is noticed: {message}")
-
-
-def only_ssh():
-    """Wait until there is exactly one ssh, and return it."""
-    return until(lambda: our_ssh() if len(our_ssh()) == 1 else None, "one ssh")[0]
+    until(was_lost, f"the loss is noticed: {message}")
 
 
 def test_measurements_commands_and_close(host, runs, attach):
@@ -75,8 +76,8 @@ def test_killing_ssh_leaves_no_gap(host, runs, attach):
     for _ in range(3):
         grows_by(session, 10, "steps arrive")
         victim = only_ssh()
-        victim.kill()
-        until_lost(session, "trying again")
+        with losing(session, "trying again"):
+            victim.kill()
         until(lambda: session.poll().link.state == "live", "it is back")
     grows_by(session, 10, "steps arrive again")
     assert_no_gap(session)
@@ -88,8 +89,8 @@ def test_a_frozen_ssh_is_noticed_and_replaced(host, runs, attach, monkeypatch):
     session = attach("ssh://Box/gpt-far")
     grows_by(session, 10, "steps arrive")
     frozen = only_ssh()
-    frozen.send_signal(signal.SIGSTOP)
-    until_lost(session, "not answered")
+    with losing(session, "not answered"):
+        frozen.send_signal(signal.SIGSTOP)
     until(lambda: session.poll().link.state == "live", "another ssh is there")
     until(lambda: frozen.pid not in {each.pid for each in our_ssh()}, "the frozen one is gone")
     grows_by(session, 10, "steps arrive again")
@@ -102,10 +103,10 @@ def test_a_frozen_remote_host_is_noticed(host, runs, attach, monkeypatch):
     session = attach("ssh://Box/gpt-far")
     grows_by(session, 10, "steps arrive")
     frozen = psutil.Process(host.process.pid).children(recursive=True)
-    for process in frozen:
-        with contextlib.suppress(psutil.Error):
-            process.suspend()
-    until(lambda: session.poll().link.state == "lost", "the freeze is noticed")
+    with losing(session):
+        for process in frozen:
+            with contextlib.suppress(psutil.Error):
+                process.suspend()
     until(lambda: session.poll().link.state == "live", "a new connection works")
     grows_by(session, 10, "steps arrive again")
     assert_no_gap(session)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 
@@ -12,17 +13,17 @@ from tests.run.test_ranks import RUN, LaunchFolder, column
 from tests.runs.starting import until
 from tests.ssh.sshd import PATH_WITH_US, Sshd
 from tui_trainer.client.connection import RunClient
+from tui_trainer.protocol import schema
 from tui_trainer.protocol.actions import Pause, Resume, Step
 from tui_trainer.store.reader import StoredHistory
+from tui_trainer.store.schema import StoreError
 
 
 @pytest.fixture
 def place(tmp_path):
     found = LaunchFolder(tmp_path)
     yield found
-    for process in found.started:
-        process.kill()
-        process.wait()
+    found.end()
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def on_two_machines(place):
         }
 
     yield variables
-    sshd.stop()
+    sshd.close()
 
 
 def listening(place, name):
@@ -51,6 +52,16 @@ def listening(place, name):
     except Exception:
         return None
     return run if run.live and (run.directory / "run.sock").exists() else None
+
+
+def stored_ranks(place):
+    """The ranks of which the store of the live run has rows."""
+    try:
+        history = StoredHistory(place.runs / "far")
+    except StoreError:
+        return []
+    with contextlib.closing(history):
+        return sorted(each.table.rank for each in history.tables_named(schema.RANKS))
 
 
 @pytest.mark.slow
@@ -86,6 +97,7 @@ def test_ranks_on_another_machine_are_recorded_and_held_through_ssh(place, on_tw
         assert moved[0].for_s >= 0
         assert client.command(Pause()).ok
         until(held, "both are held again", 240)
+        until(lambda: stored_ranks(place) == [0, 1], "steps of both are stored")
         started[1].send_signal(signal.SIGKILL)
         info = until(
             lambda: (
@@ -100,6 +112,7 @@ def test_ranks_on_another_machine_are_recorded_and_held_through_ssh(place, on_tw
     assert info.processes[1].host == os.uname().nodename
     assert info.processes[1].reason == f"closed its connection from {os.uname().nodename}"
     started[0].kill()
+    started[0].wait()
     tables = place.tables("far")
     assert sorted(tables) == [0, 1]
     assert np.isfinite(column(tables[1], "loss")).all()

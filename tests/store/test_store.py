@@ -493,6 +493,20 @@ def test_rows_are_committed_within_half_a_second(tmp_path):
     sink.close()
 
 
+def test_nothing_is_written_while_nothing_changes(tmp_path):
+    clock = Clock()
+    sink = StoreWriter(tmp_path, clock=clock)
+    sink.take([InfoChanged(INFO), stepped(1, np.ones(3, np.float32))], Status(step=1))
+    journal = tmp_path / f"{STORE_FILE}-wal"
+    before = journal.stat().st_size
+    for state, writes in (("starting", False), ("paused", True), ("paused", False)):
+        clock.now += 1
+        sink.take([], Status(state=state, step=1))
+        assert (journal.stat().st_size > before) is writes
+        before = journal.stat().st_size
+    sink.close()
+
+
 WRITERS = """
 import os, sys, time
 import numpy as np

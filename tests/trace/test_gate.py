@@ -355,3 +355,14 @@ def test_a_resume_during_the_phase_report_is_not_lost():
     gate.hooks.pausing = lambda phase, step: gate.resume()
     with running(gate):
         until(lambda: gate.completed > 1, "steps are made")
+
+
+def test_a_pause_during_the_phase_report_pauses_there():
+    gate = Gate(paused=True)
+    gate.hooks.pausing = lambda phase, step: gate.pause()
+    with running(gate) as loop:
+        loop.until("paused")
+        assert gate.boundary == (1, 1)
+        gate.step()
+        loop.until("paused")
+        assert (gate.completed, gate.phase) == (1, "step")

@@ -185,12 +185,15 @@ def test_a_viewer_that_leaves_during_an_experiment_ends_it_and_not_the_training(
     with Run(training, tmp_path) as run:
         seen = run.to(3)
         for asked in (FindLearningRate(1e-9, 1e-8, 900), WhatIf(parse_changes(["lr=1e-5"]), 900)):
-            begun, loop = threading.Event(), training.loop
-            training.loop = lambda begun=begun, loop=loop: (begun.set(), loop())
+            begun, left, loop = threading.Event(), threading.Event(), training.loop
+            training.loop = lambda begun=begun, left=left, loop=loop: (
+                begun.set(), left.wait(240), loop()
+            )  # fmt: skip
             answer = run.travel.experiment(asked, lambda result: result)
             assert begun.wait(240)
             training.loop = loop
             assert answer.cancel()
+            left.set()
             assert same(seen, run.at(3))
         run.phase()
         with pytest.raises(Refusal, match="an experiment begins at the end of a step"):

@@ -331,9 +331,10 @@ class LiveSession:
                     await self._wake.wait()
 
     def _send_commands(self) -> None:
-        """Send the commands that are waiting. While the connection is being made they stay."""
+        """Send the commands that are waiting. While the first connection is being made they stay;
+        while a lost one is made again they are refused."""
         connection = self._connection
-        if self._backing_off:
+        if self._backing_off or self._link.state == "lost":
             self._refuse_commands(NOT_CONNECTED)
         elif connection is not None and self._link.state == "live":
             while self._commands:

@@ -122,6 +122,9 @@ class SinkThread:
         with self._changed:
             if not self._queue and not self._closing:
                 self._changed.wait(TICK_S)
+        # Before the items are taken: the step of the status is then among them, or was before.
+        status = self._status()
+        with self._changed:
             if self._dropped and len(self._queue) < BATCH_ITEMS:
                 self._append_dropped()
             taken = [self._queue.popleft() for _ in range(min(BATCH_ITEMS, len(self._queue)))]
@@ -131,7 +134,7 @@ class SinkThread:
             if self._closing and not batch:
                 return False
         try:
-            self._sink.take(batch, self._status())
+            self._sink.take(batch, status)
         finally:
             with self._changed:
                 self._busy = False

@@ -38,7 +38,7 @@ from tui_trainer.run.rank_client import RankClient, connect_locally
 from tui_trainer.run.rank_control import RankFollower
 from tui_trainer.trace.gate import Gate
 
-FLUSH_S = 5.0
+FLUSH_S = 20.0
 KEY = "tui_trainer"
 """Key of our entry in the preparation data of a spawned child, which ignores unknown keys."""
 PYTHON = re.compile(r"python[\d.]*(\.exe)?")

@@ -50,7 +50,7 @@ FIND_S = 60.0
 """How long to look for rank 0, which may be importing from a slow disk."""
 RETRY_S = 0.1
 SEND_TIMEOUT_S = 10.0
-LEAVE_S = 3.0
+LEAVE_S = 10.0
 """How long the end of the training waits for unsent messages."""
 BACKLOG = 20_000
 """Messages kept until rank 0 is found."""

@@ -54,10 +54,10 @@ MAX_PROCESSES = 1024
 SEND_TIMEOUT_S = 10.0
 CLOCK_MESSAGES = 64
 """Messages from which the difference between two machines' clocks is estimated."""
-MATCH_S = 2.0
+MATCH_S = 10.0
 """How long a row waits for rank 0 to end the same step, which determines its lag."""
 STEPS_REMEMBERED = 4096
-LEAVE_S = 5.0
+LEAVE_S = 20.0
 """How long the end of the run waits for the other processes to end."""
 FAILURE_WAIT_S = 1.5
 """How long a failure of rank 0 waits for the death of another process that may have caused it."""

@@ -187,6 +187,8 @@ class Run:
         self.recorder = recorder
         self._displays: list[Any] = []
         self._next_update = 0.0
+        self._drawing = threading.Lock()
+        self._drawn_to_the_end = False
 
     @property
     def name(self) -> str:
@@ -317,15 +319,19 @@ class Run:
             self._displays = [*self._displays[-3:], handle]
 
     def _update_displays(self, final: bool = False) -> None:
-        """Called on the recorder's thread."""
+        """Called on the recorder's thread, and a last time by the thread that closes the run."""
         if not self._displays or (time.monotonic() < self._next_update and not final):
             return
         self._next_update = time.monotonic() + UPDATE_EVERY_S
         from IPython.display import HTML
 
-        picture = HTML(self._repr_html_())
-        for handle in self._displays:
-            handle.update(picture)
+        with self._drawing:
+            if self._drawn_to_the_end:
+                return
+            self._drawn_to_the_end = final
+            picture = HTML(self._repr_html_())
+            for handle in self._displays:
+                handle.update(picture)
 
 
 class WatchedRun(Run):

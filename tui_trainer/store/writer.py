@@ -167,6 +167,7 @@ class StoreWriter:
         self._events = EventWriter(MAX_WAITING_BYTES)
         self._description = DescriptionWriter()
         self._next_seq = self._committed_seq = self._first_seq = 0
+        self._committed_status: Status | None = None
         self._waiting_bytes = 0
         self._dropped_rows = 0
 
@@ -190,7 +191,8 @@ class StoreWriter:
             self._disconnect()
 
     def commit(self) -> bool:
-        """Write everything pending; returns whether that succeeded."""
+        """Write everything pending; returns whether that succeeded. Where nothing has changed since
+        the last commit, as while the run is paused, nothing is written."""
         try:
             if self._connection is not None and file_identity(self._directory) != self._file:
                 self._disconnect()
@@ -198,7 +200,9 @@ class StoreWriter:
                 self._start_again()
             if self._connection is None:
                 self._connect()
-            self._write()
+                self._write()
+            elif self._next_seq > self._committed_seq or self._status != self._committed_status:
+                self._write()
         except (sqlite3.Error, OSError, StoreError, ValueError) as error:
             self._failed(error)
             return False
@@ -299,6 +303,7 @@ class StoreWriter:
         for writer in writers:
             writer.written()
         self._waiting_bytes, self._committed_seq = 0, self._next_seq
+        self._committed_status = self._status
 
     def _failed(self, error: Exception) -> None:
         self._disconnect()

@@ -227,10 +227,10 @@ class Gate:
     # ------------------------------------------------------------ controls, for any thread
 
     def pause(self) -> None:
-        """Pause at the next phase boundary."""
+        """Pause at the next phase boundary; at this one where it is about to pause there."""
         with self._control():
             self._target = None
-            if not self._waiting:
+            if not (self._waiting or self._pausing):
                 self._boundaries_left = 1
 
     def resume(self) -> None:
