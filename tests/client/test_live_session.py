@@ -158,6 +158,24 @@ def test_commands_are_refused_while_the_connection_is_lost(start, monkeypatch):
     assert session.poll().status == run.status
 
 
+def test_a_command_is_not_kept_until_a_lost_connection_is_made_again(start, monkeypatch):
+    monkeypatch.setattr(live, "FIRST_BACK_OFF_S", 0.01)
+    entered, go_on = threading.Event(), threading.Event()
+
+    def slow(run, connection):
+        entered.set()
+        go_on.wait(240)
+        serve(run, connection)
+
+    run, session = start(serve_for(2), slow)
+    until(lambda: bool(session.poll()) and entered.is_set())
+    answer = session.send(Pause())
+    go_on.set()
+    assert not answer.result(240).ok
+    until(lambda: session.poll().link.state == "live")
+    assert run.commands == []
+
+
 def test_an_unanswered_command_is_refused_when_the_connection_is_lost(start):
     def swallow(run, connection):
         greet(run, connection)
