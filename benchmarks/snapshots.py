@@ -3,7 +3,7 @@
 Also of one after which nothing has changed, and where seven of eight layers are frozen: what the
 snapshots share of their memory.
 
-And the cost of a step with the room `travel` unused, and with as many snapshots as it takes.
+And the cost of a step with time travel unused, and with as many snapshots as it takes.
 
     python benchmarks/snapshots.py [--parameters 20e6] [--repeat 7]
 
@@ -117,7 +117,7 @@ class Loop:
 
 
 def loops(parameters: float, repeat: int) -> dict[str, float]:
-    """Time of a step without the room `travel`, with it unused, and with snapshots."""
+    """Time of a step without the package `travel`, with it unused, and with snapshots."""
     ways = {"without": None, "unused": 0, "used": 1 << 30}
     found = {name: Loop(parameters, memory) for name, memory in ways.items()}
     times: dict[str, list[float]] = {name: [] for name in ways}

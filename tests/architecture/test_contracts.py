@@ -89,13 +89,13 @@ def test_models_may_import_none_of_our_packages() -> None:
     (contract,) = (
         c for c in settings["contracts"] if c.get("source_modules") == ["tui_trainer.models"]
     )
-    assert set(contract["forbidden_modules"]) == {f"tui_trainer.{name}" for name in rooms()}
+    assert set(contract["forbidden_modules"]) == {f"tui_trainer.{name}" for name in packages()}
 
 
-def test_the_map_of_the_house_has_every_room() -> None:
+def test_the_map_of_contributing_has_every_package() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text()
-    assert [name for name in rooms() if f"| `tui_trainer/{name}/` |" not in text] == []
+    assert [name for name in packages() if f"| `tui_trainer/{name}/` |" not in text] == []
 
 
-def rooms() -> list[str]:
+def packages() -> list[str]:
     return sorted(each.parent.name for each in (ROOT / "tui_trainer").glob("*/__init__.py"))

@@ -85,7 +85,7 @@ def autograd(
     path: Annotated[
         str | None,
         Parameter(
-            help="the way of this parameter to the loss: at each branch, along the largest "
+            help="the path from this parameter to the loss: at each branch, along the largest "
             "gradient",
             metavar="PARAMETER",
             show_default=False,

@@ -221,7 +221,7 @@ def find_leaf(graph: AutogradGraph, text: str) -> int:
 
 @dataclass(frozen=True)
 class PathToLoss:
-    """The way from a leaf to the loss."""
+    """The path from a leaf to the loss."""
 
     nodes: tuple[int, ...]
     """From the leaf to the loss."""

@@ -201,7 +201,7 @@ def _key(row: Fold) -> RowKey:
 
 
 class NodeDetails(BuiltLines):
-    """A row of the graph: what it computes, what flows through it, and its way to the loss."""
+    """A row of the graph: what it computes, what flows through it, and its path to the loss."""
 
     DEFAULT_CSS = "NodeDetails { height: 1fr; }"
 
