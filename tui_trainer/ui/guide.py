@@ -1,4 +1,4 @@
-"""Guided runs on the screen: what to look at now, and the key that makes the cure."""
+"""Guided runs on the screen: what to look at now, and the key that applies the cure."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def demo(
     *,
     cured: Annotated[bool, flag("train without the fault")] = False,
     both: Annotated[
-        bool, flag("train with and without it, then show both curves (default off a terminal)")
+        bool, flag("train with and without it, then show both curves (default without a terminal)")
     ] = False,
     against: Annotated[
         str | None,

@@ -52,7 +52,7 @@ def learn(
     seed: Annotated[
         int,
         Parameter(
-            help="seed of the measurement, off the screen", validator=validators.Number(gte=0)
+            help="seed of the measurement, for text and --json", validator=validators.Number(gte=0)
         ),
     ] = 1,
     answer: Annotated[bool, flag("print the answer to the question, too")] = False,
