@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.cli.calling import assert_refused, call
+from tui_trainer.cli.commands.check import FindingsCollector, _as_json, _report
+from tui_trainer.protocol.events import Notice
+from tui_trainer.protocol.messages import Status
 
 SCRIPT = """
 import sys, torch
@@ -66,6 +69,20 @@ def test_script_that_crashes_fails(script: Path, tmp_path: Path) -> None:
     done = call("check", script, "crash", cwd=tmp_path)
     assert done.returncode == 1
     assert "it crashed: RuntimeError: boom" in done.stdout
+
+
+def test_faults_of_ours_are_not_passed_off_as_a_clean_script() -> None:
+    collector = FindingsCollector()
+    collector.end = Status(state="finished", step=3)
+    fault = "rule bad-batch is switched off: ValueError: x"
+    notice = Notice(1, 3, 0.0, "fault", fault, "error")
+    collector.take([notice], collector.end)
+    assert json.loads(_as_json("train.py", [], collector))["faults"] == [fault]
+    lines = [str(line) for line in _report("train.py", [], collector)]
+    assert lines[-2:] == [
+        "train.py: no findings in 3 steps",
+        f"not everything was checked: {fault}",
+    ]
 
 
 def test_rules_are_switched_off(script: Path, tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ the findings, `tui-trainer check gpt --steps 300` those of a task, with the opti
 with `--json` as one object with `findings`, each with `rule`, `level`, `onset`, `where`, `title`,
 `text`, `next`, `confidence`, `evidence`, `cause` (the `number` of the finding that explains it) and
 `found` (the step at which it was first reported, later than the onset where a rule waits for more
-data). The exit status is 1 if there is a warning or an error.
+data), and with `faults`, for which something could not be checked. The exit status is 1 if there is
+a warning or an error.
 
 A rule reports nothing until it has the data that it needs, and prefers a missed problem to a false
 alarm. Rules without thresholds report facts that hold or do not, such as how a loss is computed.

@@ -197,8 +197,8 @@ MAX_WATCHED = 24
 MAX_KEPT = 1 << 20
 """Numbers in the gradients that are kept."""
 FINITE_BACKWARD = PASSING | {
-    *("AccumulateGrad", "Add", "Sub", "Sum", "Mean", "MseLoss", "SmoothL1Loss", "HuberLoss"),
-    "BinaryCrossEntropyWithLogits",
+    *("AccumulateGrad", "Add", "Sub", "Mul", "Sum", "Mean", "Dot", "Mv", "Mm", "Bmm", "Addmm"),
+    *("MseLoss", "SmoothL1Loss", "HuberLoss", "BinaryCrossEntropyWithLogits"),
 }
 """Operations whose backward makes finite gradients of finite ones."""
 
@@ -231,7 +231,7 @@ class LossOperations:
             if sequence_number(node) < self._since:
                 continue
             operation = node_name(node)
-            if operation not in FINITE_BACKWARD:
+            if operation not in FINITE_BACKWARD and not _is_plain_power(operation, node):
                 self._handles.append(node.register_hook(self._keep(operation.lower())))
                 if len(self._handles) == MAX_WATCHED:
                     return
@@ -266,6 +266,11 @@ class LossOperations:
     def stepped(self) -> None:
         """The gradients have been used."""
         self._kept, self._since = [], None
+
+
+def _is_plain_power(operation: str, node: Any) -> bool:
+    """Such as a square, whose slope is finite everywhere."""
+    return operation == "Pow" and has_saved(node, "exponent") and saved(node, "exponent") >= 1
 
 
 def _any_wrong(gradients: Sequence[torch.Tensor | None]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -19,7 +19,7 @@ from tui_trainer.cli.run_summary import finding_lines
 from tui_trainer.cli.script import Script
 from tui_trainer.config.run_spec import RunSpec
 from tui_trainer.config.training import resolve, to_flat
-from tui_trainer.protocol.events import Finding, finding_object, newest_findings
+from tui_trainer.protocol.events import Finding, Notice, finding_object, newest_findings
 from tui_trainer.protocol.formatting import counted
 from tui_trainer.protocol.messages import Status
 from tui_trainer.protocol.schema import SCRIPT, Scalar
@@ -35,6 +35,8 @@ class FindingsCollector:
         self.findings: list[Finding] = []
         self.found: dict[int, int] = {}
         """The step at which each finding was first reported, by number."""
+        self.faults: list[str] = []
+        """Faults of ours, for which something was not measured or judged."""
         self.end = Status()
 
     def take(self, items: Sequence[Item], status: Status) -> None:
@@ -42,6 +44,8 @@ class FindingsCollector:
             if isinstance(item, Finding):
                 self.findings.append(item)
                 self.found.setdefault(item.number, item.step)
+            elif isinstance(item, Notice) and item.kind == "fault":
+                self.faults.append(item.text)
             elif isinstance(item, RunEnded):
                 self.end = item.status
 
@@ -87,16 +91,17 @@ def _check(title: str, options: CheckOptions, spec_in: Callable[[RunOptions], Ru
     findings = newest_findings(collector.findings)
     with stdout:
         if options.json:
-            stdout.write(_as_json(title, end, findings, collector.found) + "\n")
+            stdout.write(_as_json(title, findings, collector) + "\n")
         else:
             console = Console(file=stdout, highlight=False, soft_wrap=True)
-            console.print(*_report(title, end, findings), sep="\n")
+            console.print(*_report(title, findings, collector), sep="\n")
     if end.state == "crashed":
         return status or FAULT
     return FAULT if any(finding.level != "info" for finding in findings) else 0
 
 
-def _as_json(title: str, end: Status, findings: list[Finding], found: Mapping[int, int]) -> str:
+def _as_json(title: str, findings: list[Finding], collector: FindingsCollector) -> str:
+    end, found = collector.end, collector.found
     made = {
         "script": title,
         "steps": end.step,
@@ -105,11 +110,13 @@ def _as_json(title: str, end: Status, findings: list[Finding], found: Mapping[in
         "findings": [
             {**finding_object(finding), "found": found[finding.number]} for finding in findings
         ],
+        "faults": collector.faults,
     }
     return msgspec.json.encode(made).decode()
 
 
-def _report(title: str, end: Status, findings: list[Finding]) -> list[Text]:
+def _report(title: str, findings: list[Finding], collector: FindingsCollector) -> list[Text]:
+    end = collector.end
     lines = finding_lines(findings, details=True)
     steps = counted(end.step, "step")
     if not end.step:
@@ -119,6 +126,7 @@ def _report(title: str, end: Status, findings: list[Finding]) -> list[Text]:
     else:
         causes = sum(each.cause is None for each in findings)
         lines.append(Text(f"{title}: {counted(causes, 'finding')} in {steps}"))
+    lines += [Text(f"not everything was checked: {fault}", "yellow") for fault in collector.faults]
     if end.state == "crashed":
         lines.append(Text(f"it crashed: {end.reason}", "red"))
     return lines

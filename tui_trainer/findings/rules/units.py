@@ -162,6 +162,7 @@ class SignalVanishes(Rule):
         "dead-units",
         "saturated-units",
         "softmax-inside",
+        "gradients-vanish",
         "input-scale",
         "update-ratio-high",
         "learning-rate-jump",
@@ -186,16 +187,17 @@ class SignalVanishes(Rule):
             return
         self._done = True
         path = seen.units.last_layer
+        share = percent(max(spread, 1e-5), 0, 3)
         yield Found(
             self._streak.onset,
             f"what {path or 'the last layer'} is given differs between the examples of a batch by "
-            f"only {percent(spread, 0, 3)} of its values ({percent(first, 0, 0)} at the first "
-            "layer): its output hardly depends on the input",
+            f"{f'only {share}' if spread >= 1e-5 else f'less than {share}'} of its values "
+            f"({percent(first, 0, 0)} at the first layer): its output hardly depends on the input",
             phase="forward",
             parameters=(path,) if path else (),
             evidence=(
                 evidence("difference between examples", spread, low=low,
-                         text=percent(spread, 0, 3)),
+                         text=share if spread >= 1e-5 else f"< {share}"),
             ),
         )  # fmt: skip
 
