@@ -646,7 +646,7 @@ class Recorder:
             print(f"tui-trainer: {message}", file=sys.stderr, flush=True)
 
     def _forget_parent(self) -> None:
-        """In a forked child the threads do not exist and the lock may be held for ever."""
+        """In a forked child the threads do not exist and the lock may be held forever."""
         self._forked = True
         self._lock = threading.RLock()
         self._queue.clear()

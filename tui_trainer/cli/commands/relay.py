@@ -148,5 +148,5 @@ def _copy_both_ways(connection: socket.socket, silent_s: float) -> None:
     while not ended.wait(min(3600.0, max(0.1, received_at[0] + silent_s - time.monotonic()))):
         if time.monotonic() - received_at[0] >= silent_s:
             break
-    # The other thread may be blocked for ever on a stream whose reader is gone: exit without it.
+    # The other thread may be blocked forever on a stream whose reader is gone: exit without it.
     os._exit(0)
