@@ -102,7 +102,7 @@ def attention(
     if run is not None and re.fullmatch(r"\d+", run):
         raise UsageError(f"{run} is not a run", "a layer is named by --layer, a head by --head")
     if pixels and json:
-        raise UsageError("--pixels and --json contradict each other")
+        raise UsageError("--pixels and --json cannot be used together")
     screen = ask_for_pixels() if pixels else None
     window = HeatMapWindow(ROWS, COLUMNS, reduction="max_abs") if map or pixels or json else None
     if window is not None and screen is not None:

@@ -56,7 +56,7 @@ def back(
 ) -> int:
     """take a live run back to an earlier step, and pause it there"""
     if keep is not None and to is not None:
-        raise UsageError("--keep and --to are two different things", "give one of them")
+        raise UsageError("--keep and --to cannot be used together", "give one of them")
     with cli_errors():
         found = require_single_run(run, runs_dir)
         with RunClient.connect(found, "tui-trainer back", read_only=False) as client:

@@ -183,7 +183,7 @@ def inspect(
     if name is None and (kind or save or window or update):
         raise UsageError("name a parameter", "tui-trainer inspect RUN NAME --grad")
     if pixels and json:
-        raise UsageError("--pixels and --json contradict each other")
+        raise UsageError("--pixels and --json cannot be used together")
     shown = _window(window, reduce)
     screen = ask_for_pixels() if pixels else None
     if screen is not None:

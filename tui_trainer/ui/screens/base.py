@@ -201,7 +201,7 @@ class ControlScreen(RunScreen):
         self.app.push_screen(TimelineDialog())
 
     def action_experiments(self) -> None:
-        """Experiment with the run, and put everything back."""
+        """Experiment with the run, and restore everything."""
         from tui_trainer.ui.screens.experiments import ExperimentsDialog
 
         self.app.push_screen(ExperimentsDialog())

@@ -85,7 +85,7 @@ class SettingsDialog(SnapshotDialog):
                 tooltip="Undo the latest change"),
         Binding("ctrl+o", "what_if", "What if", priority=True, id="settings.what_if",
                 tooltip="Make 50 steps with the present settings and 50 with the changed ones, "
-                "compare their losses, and put everything back"),
+                "compare their losses, and restore everything"),
         Binding("ctrl+b", "branch", "Branch", priority=True, id="settings.branch",
                 tooltip="Start a new run that continues from here with the change; this one stays"),
     ]  # fmt: skip
