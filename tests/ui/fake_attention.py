@@ -6,6 +6,8 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import msgspec
+
 from tui_trainer.protocol.attention import AttentionExamination, ExamineAttention
 
 TEXT = "The yield statement is only used when\ndefining a generator function, and is only used"
@@ -29,13 +31,15 @@ def _vit() -> tuple[Any, Any, Any, tuple[str, ...]]:
 
     generator = torch.Generator().manual_seed(1)
     model = ViT(classes=10, image_size=8, patch_size=2, channels=1, layers=4, heads=4, width=32)
-    images = torch.randn(4, 1, 8, 8, generator=generator)
+    images = torch.randn(4, 1, 8, 8, generator=generator).double()
     return _perturbed(model), images, torch.tensor([3, 1, 4, 1]), tuple("0123456789")
 
 
 def _perturbed(model: Any) -> Any:
+    """In float64, so that what is shown is the same on every processor."""
     import torch
 
+    model.double()
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -47,8 +51,12 @@ def _perturbed(model: Any) -> Any:
 
 
 def examined_attention(request: ExamineAttention, images: bool = False) -> AttentionExamination:
-    """Raises InspectionError, as the run would."""
+    """With the rounding errors of float32. Raises InspectionError, as the run would."""
     from tests.inspector.attending import examined
 
     model, given, targets, names = _vit() if images else _gpt()
-    return examined(model, given, request, targets, () if images else names, names)
+    found = examined(model, given, request, targets, () if images else names, names)
+    stream = found.residual
+    if stream is not None:
+        stream = msgspec.structs.replace(stream, difference=5e-8, logit_difference=9e-8)
+    return msgspec.structs.replace(found, deviation=2e-7, residual=stream)
