@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tui_trainer.breakpoints.breakpoint_list import BreakpointError
-from tui_trainer.breakpoints.compiled import Selector
+from tui_trainer.breakpoints.compiled_conditions import Selector
 from tui_trainer.breakpoints.expression import ExpressionError
 from tui_trainer.breakpoints.quantities import COLUMN_QUANTITIES, nothing_matches
 from tui_trainer.config.run_spec import RunSpec, saved_breakpoints

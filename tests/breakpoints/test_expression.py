@@ -12,7 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.examples import examples
-from tui_trainer.breakpoints.compiled import ColumnValues, ConditionQuantity, MatchedValue, Selector
+from tui_trainer.breakpoints.compiled_conditions import (
+    ColumnValues,
+    ConditionQuantity,
+    MatchedValue,
+    Selector,
+)
 from tui_trainer.breakpoints.expression import ExpressionError, parse
 from tui_trainer.breakpoints.quantities import NAMES, completions
 from tui_trainer.protocol.errors import UserError

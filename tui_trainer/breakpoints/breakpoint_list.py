@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from tui_trainer.breakpoints.compiled import MatchedValue
+from tui_trainer.breakpoints.compiled_conditions import MatchedValue
 from tui_trainer.breakpoints.expression import (
     ConditionResult,
     Expression,

@@ -23,7 +23,7 @@ from typing import Any, cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from tui_trainer.breakpoints.compiled import (
+from tui_trainer.breakpoints.compiled_conditions import (
     Compiled,
     ConditionQuantity,
     Evaluate,

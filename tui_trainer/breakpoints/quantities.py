@@ -14,7 +14,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from tui_trainer.breakpoints.compiled import ColumnValues, ConditionQuantity, MatchedValue, Selector
+from tui_trainer.breakpoints.compiled_conditions import (
+    ColumnValues,
+    ConditionQuantity,
+    MatchedValue,
+    Selector,
+)
 from tui_trainer.findings.rules import RULES
 from tui_trainer.history.records import Floats, SkipRecord, StepRecord
 from tui_trainer.protocol import PHASES, Phase, schema

@@ -13,8 +13,8 @@ from tui_trainer.probes.attention.spectrum import AttentionSpectrum
 from tui_trainer.probes.attention.weights import Attention
 from tui_trainer.probes.batch import BatchProbe
 from tui_trainer.probes.clipping import ClippingProbe
+from tui_trainer.probes.dropout_modes import Modes
 from tui_trainer.probes.initial_weights import InitialWeights
-from tui_trainer.probes.modes import Modes
 from tui_trainer.probes.nonfinite import NonFiniteProbe, OutputSums
 from tui_trainer.probes.parameter_norms import Gradients, Weights
 from tui_trainer.probes.replica import ReplicaChecksum, ReplicaSample

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tui_trainer.probes.attention.effective import find_further_weights
+from tui_trainer.probes.attention.effective_weights import find_further_weights
 from tui_trainer.protocol.schema import AttentionInfo, AttentionKind
 from tui_trainer.trace.parameters import TrackedParameters
 
