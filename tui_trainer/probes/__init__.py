@@ -13,7 +13,7 @@ from tui_trainer.probes.attention.spectrum import AttentionSpectrum
 from tui_trainer.probes.attention.weights import Attention
 from tui_trainer.probes.batch import BatchProbe
 from tui_trainer.probes.clipping import ClippingProbe
-from tui_trainer.probes.dropout_modes import Modes
+from tui_trainer.probes.dropout_modes import DropoutModes
 from tui_trainer.probes.initial_weights import InitialWeights
 from tui_trainer.probes.nonfinite import NonFiniteProbe, OutputSums
 from tui_trainer.probes.parameter_norms import Gradients, Weights
@@ -38,7 +38,7 @@ PROBES: tuple[type[Probe], ...] = (
     OutputSums,
     BatchProbe,
     UnitsProbe,
-    Modes,
+    DropoutModes,
     InitialWeights,
     KeptUpdates,
     Memory,
@@ -49,7 +49,7 @@ RULE_PROBES: tuple[type[Probe], ...] = (
     OutputSums,
     BatchProbe,
     UnitsProbe,
-    Modes,
+    DropoutModes,
     InitialWeights,
     KeptUpdates,
 )

@@ -24,7 +24,7 @@ _Layer = tuple[weakref.ref[torch.nn.Module], weakref.ref[torch.nn.Module]]
 """(dropout layer, the module that has it)"""
 
 
-class Modes(Probe):
+class DropoutModes(Probe):
     """No table: sets `StepFacts.dropout_off`, at every step.
 
     The dropout layers of a model are listed once and again after LISTED_AGAIN steps; of each, a

@@ -52,10 +52,10 @@ def find_further_weights(
             found[path] = _further(path, *reads)
         elif f"{path}.weight" not in tracked.names:
             frozen.append((path, module))
-    beside = trained | {_parent(path) for path in found}
+    siblings = trained | {_parent(path) for path in found}
     for path, module in frozen:
         weight = own_parameters(module).get("weight")
-        if _parent(path) in beside and weight is not None and weight.dim() == 2:
+        if _parent(path) in siblings and weight is not None and weight.dim() == 2:
             if not weight.is_floating_point():
                 left_out.append(f"{path} is not measured: its weights are quantized")
                 continue
