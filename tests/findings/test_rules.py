@@ -559,6 +559,27 @@ def part_updated_too_much(bug):
     return run
 
 
+@pytest.mark.parametrize(
+    ("falls", "zero", "found"), [(False, False, True), (True, False, False), (False, True, False)]
+)
+def test_group_whose_first_update_is_as_large_as_its_weights_is_remarked(falls, zero, found):
+    """As with Adam: the ratio falls with the number of steps."""
+    run = Run()
+    weights = [
+        InitialWeight(name, 16, 16, 0.0 if zero else 0.1, False, False, "") for name in NAMES
+    ]
+    for number in range(1, 60):
+        loss = 2.3 + 0.01 * math.sin(number) if not falls else 2.3 * 0.98**number
+        updates = [1e-3] * 7 + [2 / number]
+        initial = tuple(weights) if number == 1 else ()
+        run.step(loss, updates=updates if number < 6 or number % 10 == 1 else None, initial=initial)
+    assert ("part-updated-too-much" in run.found) == found
+    if found:
+        finding = run.found["part-updated-too-much"]
+        assert (finding.onset, finding.level, finding.parameters) == (1, "info", NAMES[7:])
+        assert finding.text.startswith("step 1 changed layer7.weight by up to 2 of their size")
+
+
 def loss_plateau(bug):
     run = Run()
     noise = run.random.standard_normal

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tui_trainer.findings.observation import Observation
 from tui_trainer.findings.rule import Found, RuleThreshold, Streak, evidence, median_of, named
@@ -93,7 +94,8 @@ class PartUpdatedTooMuch(UpdateRatios):
     explanation = (
         "Each step changes these weights by a large part of their own size, the others by the "
         "usual amount, and the loss does not fall. Usually the learning rate of their parameter "
-        "group is too high for them, or their gradients are far larger than the others'."
+        "group is too high for them, or their gradients are far larger than the others'. With Adam "
+        "this shows in the first steps only: the weights soon are as large as the updates."
     )
     advice = "give these parameters a group with a lower learning rate, or look at their gradients"
     source = SOURCE
@@ -102,9 +104,10 @@ class PartUpdatedTooMuch(UpdateRatios):
         RuleThreshold(
             "steps",
             20,
-            "first steps that are not checked, since weights may start at zero, and steps in which "
-            "the loss should then have fallen",
+            "steps in which the loss should then have fallen, and first steps in which one ratio "
+            "counts, since weights may start at zero",
         ),
+        RuleThreshold("at_once", 0.7, "this one ratio, of weights that do not start at zero"),
     )
     explained_by = (
         "update-ratio-high",
@@ -121,14 +124,30 @@ class PartUpdatedTooMuch(UpdateRatios):
         self._streak = Streak()
         self._fast: frozenset[str] = frozenset()
         self._loss_before = 0.0
+        self._nonzero: frozenset[str] = frozenset()
+        """Weights that do not start at zero."""
+        self._early: Found | None = None
+        """What the first steps show, until the loss has had time to fall."""
         self._done = False
 
     def step(self, seen: Observation) -> Iterable[Found]:
+        if seen.initial:
+            self._nonzero = frozenset(each.name for each in seen.initial if each.rms > 0)
         if self._done or seen.updates is None or self.ignored(seen):
             return
-        if seen.step <= self.limits["steps"] or len(self.facts.optimizers) > 1:
+        if len(self.facts.optimizers) > 1:
             return
         ratios, names = self.ratios(seen.updates)
+        if seen.step <= self.limits["steps"]:
+            self._look_early(seen, ratios, names)
+            return
+        if self._early is not None and seen.step >= self._early.onset + 2 * self.limits["steps"]:
+            early, self._early = self._early, None
+            before = self.trend.beginning
+            if self.trend.fast >= before - max(self.trend.noise, 0.02 * abs(before)):
+                self._done = True
+                yield early
+                return
         high = ratios > self.limits["ratio"]
         fast = frozenset(np.array(names)[high].tolist()) if len(ratios) else frozenset()
         both = fast & self._fast if self._streak.count else fast
@@ -143,12 +162,32 @@ class PartUpdatedTooMuch(UpdateRatios):
         if self.trend.slow < self._loss_before - fall:
             return
         self._done = True
-        listed = sorted(both, key=lambda name: self.facts.order.get(name, 0))
-        largest = float(ratios[high].max())
+        yield self._found(seen, ratios, high, both, self._streak.onset, "each step")
+
+    def _look_early(self, seen: Observation, ratios: NDArray[np.float32], names: list[str]) -> None:
+        high = ratios > self.limits["at_once"]
+        fast = frozenset(np.array(names)[high].tolist()) & self._nonzero if len(ratios) else None
+        if self._early is None and fast and len(fast) < len(ratios) / 2:
+            when = f"step {seen.step:,}"
+            self._early = self._found(seen, ratios, high, fast, seen.step, when)
+
+    def _found(
+        self,
+        seen: Observation,
+        ratios: NDArray[np.float32],
+        high: NDArray[np.bool_],
+        fast: frozenset[str],
+        onset: int,
+        when: str,
+    ) -> Found:
+        assert seen.updates is not None
+        listed = sorted(fast, key=lambda name: self.facts.order.get(name, 0))
+        largest = max(seen.updates.get(name) or 0.0 for name in listed)
         others = median_of(ratios[~high])
-        yield Found(
-            self._streak.onset,
-            f"each step changes {named(listed)} by up to {largest:.2g} of their size, the other "
+        tense = "changes" if when == "each step" else "changed"
+        return Found(
+            onset,
+            f"{when} {tense} {named(listed)} by up to {largest:.2g} of their size, the other "
             f"weight matrices by {others:.1e} (median), and the loss does not fall",
             confidence="possible",
             phase="step",
