@@ -57,6 +57,11 @@ def test_a_value_that_is_not_finite_differs_from_one_that_was_not_measured(show)
     assert [show(value).strip() for value in values] == ["–", "nan", "inf", "-inf"]
 
 
+def test_the_weight_of_a_numbered_module_keeps_its_name():
+    names = ("head.weight", "head.bias", "layers.0.weight", "0.weight", "update ratio of 2.weight")
+    assert [f.parameter_name(name) for name in names] == ["head", *names[1:]]
+
+
 def test_units():
     assert (f.percent(0.125).strip(), f.percent(0.125, 0)) == ("12.5%", "12.5 %")
     assert [f.percent(share, 0, 2) for share in (0.01, 0.0204, 0, 1)] == [

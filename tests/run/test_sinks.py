@@ -10,6 +10,7 @@ import pytest
 
 from tests.rows import clip_row, step_row
 from tui_trainer.history.records import ClipRecord, StepRecord
+from tui_trainer.protocol.absent import Absent, absent
 from tui_trainer.protocol.events import ConfusionMatrix, ImageSample, Notice, TextSample
 from tui_trainer.protocol.messages import Status
 from tui_trainer.protocol.schema import (
@@ -178,6 +179,19 @@ def test_plain_lines(tmp_path):
     assert "step 1: gradient became inf in a.weight" in text
     assert "step       2  loss 0.1000  lr 3.000e-4  grad 2.0000  clipped 100 %" in text
     assert text.endswith(": it broke\nhint: tui-trainer show r shows what was measured\n")
+
+
+def test_a_norm_that_a_step_has_not_measured_is_the_last_one(tmp_path):
+    descriptor = os.open(tmp_path / "out", os.O_WRONLY | os.O_CREAT)
+    recorder = Recorder(RunInfo(name="r", task="script"))
+    recorder.subscribe(PlainLines(Output(descriptor), lambda: 0.0))
+    table = recorder.new_table("step", STEP_COLUMNS)
+    for number, norm in ((1, 2.5), (2, absent(Absent.NOT_MEASURED))):
+        recorder.record(StepRecord(number, 10.0, "", ((table, step_row(0.1, 0.1, norm, 1.0)),)))
+        assert recorder.flush(240)
+    recorder.end("finished")
+    assert recorder.close(240)
+    assert "step       2  loss 0.1000  lr 0.1000  grad 2.5000" in (tmp_path / "out").read_text()
 
 
 def test_the_last_plain_line():

@@ -185,6 +185,12 @@ def milliseconds(value: float | None, width: int = 7) -> str:
     return _fit(f"{value / 1000:.2f} s", width)
 
 
+def parameter_name(name: str) -> str:
+    """`head` of `head.weight`; `0.weight` is kept, since `0` alone looks like a number."""
+    short = name.removesuffix(".weight")
+    return name if short.replace(" ", ".").rpartition(".")[2].isdigit() else short
+
+
 def scalar(value: Scalar) -> str:
     """A setting or fact: `yes`, `494,149`, `0.0003`; MISSING for None and empty text."""
     if value is None or value == "":

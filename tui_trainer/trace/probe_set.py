@@ -350,9 +350,10 @@ class ProbeSet:
             self._give_norms(added, norms)
 
     def measure_norms(self, norms: Readings | None) -> None:
-        """Measure the norms of the weights after the update, and record those of the gradients,
-        where they are known, whatever their cadence."""
-        names = [schema.WEIGHT_NORM] if norms is None else [schema.WEIGHT_NORM, schema.GRAD_NORM]
+        """Measure the update and the norms of the weights after it, and record those of the
+        gradients, where they are known, whatever their cadence."""
+        names = [schema.UPDATE_RATIO, schema.WEIGHT_NORM]
+        names += [] if norms is None else [schema.GRAD_NORM]
         added = self.schedule.add_named(names)
         if norms is not None:
             self._give_norms(added, norms)

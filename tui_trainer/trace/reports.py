@@ -178,7 +178,7 @@ class PhaseReporter:
     def _step(self) -> Report:
         step = self._run.step
         quantities: list[Quantity] = []
-        why, lost = "it was not measured in this step", 0
+        why, lost = "", 0
         for measurer in self._run.registry.measurers:
             probe = measurer.probes.named(schema.UPDATE_RATIO)
             latest = getattr(probe, "latest", None)
@@ -194,10 +194,13 @@ class PhaseReporter:
             for i in order:
                 name = measurer.tracked.names[i]
                 quantities.append(Quantity(f"update ratio of {name}", float(ratios[i])))
-        text = f"step {step} is complete"
+        text = f"step {step:,} is complete"
         if lost:
             text += f"; the updates of {counted(lost, 'parameter')} are not finite"
-        return text if quantities else f"{text}; its update is not shown: {why}", quantities, []
+        if not quantities:
+            missing = f"its update is not shown: {why}" if why else "its update was not measured"
+            text = f"{text}; {missing}"
+        return text, quantities, []
 
 
 def _qualified(measurer: StepMeasurer, text: str) -> str:

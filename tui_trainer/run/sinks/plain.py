@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from tui_trainer import __version__
 from tui_trainer.history.records import StepRecord
 from tui_trainer.protocol import schema
+from tui_trainer.protocol.absent import Absent, why_absent
 from tui_trainer.protocol.events import Finding, NonFinite, Notice, NoticeKind, Skipped, TextSample
 from tui_trainer.protocol.formatting import count, counted, duration, number, percent, scalar
 from tui_trainer.protocol.messages import Status
@@ -42,6 +43,8 @@ class PlainLines:
         self._newest: StepRecord | None = None
         self._shown: StepRecord | None = None
         self._next_progress = 0.0
+        self._norms: dict[int, float] = {}
+        """The last total gradient norm that was measured, by table."""
 
     def take(self, items: Sequence[Item], status: Status) -> None:
         lines: list[str] = []
@@ -69,6 +72,7 @@ class PlainLines:
             case StepRecorded():
                 self._add_header(lines)
                 self._newest = item.record
+                self._keep_norm(item.record)
             case RowRecorded():
                 self._add_row(item, status, lines)
             case NonFinite():
@@ -103,7 +107,15 @@ class PlainLines:
     def _add_progress(self, status: Status, lines: list[str]) -> None:
         if self._newest is not None and self._info is not None:
             self._shown, self._next_progress = self._newest, self._clock() + PROGRESS_EVERY_S
-            lines.append(progress(self._info, self._newest, status))
+            lines.append(progress(self._info, self._newest, status, self._norms))
+
+    def _keep_norm(self, record: StepRecord) -> None:
+        tables = self._info.tables if self._info is not None else ()
+        for table, row in record.rows:
+            if tables and tables[table].name == schema.STEP:
+                norm = float(row[schema.STEP_INDEX["grad_norm_preclip"]])
+                if why_absent(norm) is not Absent.NOT_MEASURED:
+                    self._norms[table] = norm
 
     def _add_row(self, row: RowRecorded, status: Status, lines: list[str]) -> None:
         if self._info is None or self._info.tables[row.table].name != schema.VALIDATION:
@@ -154,13 +166,16 @@ def notice(item: Notice) -> str:
     return f"step {item.step}: {text if item.level == 'info' else f'{item.level}: {text}'}"
 
 
-def progress(info: RunInfo, record: StepRecord, status: Status) -> str:
-    """The newest step, the speed and the remaining time."""
+def progress(info: RunInfo, record: StepRecord, status: Status, norms: Mapping[int, float]) -> str:
+    """The newest step, the speed and the remaining time. `norms`: by table, of steps whose own norm
+    was not measured, which is at most a few steps apart."""
     values: dict[str, float] = {}
     for table, row in record.rows:
         if info.tables[table].name == schema.STEP:
             names = (column.name for column in info.tables[table].columns)
             values = dict(zip(names, map(float, row), strict=True))
+            if why_absent(values["grad_norm_preclip"]) is Absent.NOT_MEASURED:
+                values["grad_norm_preclip"] = norms.get(table, values["grad_norm_preclip"])
     total = info.total_steps
     width = len(str(total)) if total else 7
     parts = [f"step {record.step:>{width}}" + (f"/{total}" if total else "")]

@@ -224,7 +224,7 @@ class ClippingPanel(Panel):
         for index, share in zip(clip.parameters, clip.shares, strict=False):
             if needed > left or info is None or index >= len(info.parameters):
                 break
-            name = info.parameters[index].name.removesuffix(".weight")
+            name = formatting.parameter_name(info.parameters[index].name)
             name = fit(name, needed - 7, left=True)
             row += (
                 Segment(f" {name}", palette.dim),

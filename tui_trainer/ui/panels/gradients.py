@@ -387,7 +387,7 @@ class GradientsPanel(VirtualTable):
         folded = row in tree.folded
         arrow = (glyphs.folded if folded else glyphs.unfolded) if module else " "
         count = f" {len(tree.leaves[row])}" if folded else ""
-        label = tree.labels[row].removesuffix(".weight")
+        label = formatting.parameter_name(tree.labels[row])
         return Cell(f"{'  ' * tree.depths[row]}{arrow} {label}{count}", style)
 
     def _norm_cell(self, row: int) -> Cell | float | None:

@@ -218,7 +218,7 @@ class PhaseStrip(Panel):
         row: Row = [Segment("  ", self.palette.text)]
         left = width - 2
         for quantity in report.quantities:
-            name = strip_escapes(quantity.name.removesuffix(".weight"))
+            name = strip_escapes(formatting.parameter_name(quantity.name))
             name = f" {truncate_middle(name, MAX_QUANTITY_WIDTH, self.glyphs.ellipsis)} "
             value = strip_escapes(format_quantity(quantity))
             value = f"{truncate_middle(value, MAX_QUANTITY_WIDTH, self.glyphs.ellipsis)}  "

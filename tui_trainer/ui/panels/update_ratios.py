@@ -152,7 +152,7 @@ class UpdatesPanel(Panel):
             value = formatting.scientific(ratio, RATIO_WIDTH)
             verdict = UPDATE_RATIO.describe(ratio).partition(" the ")[0]
             room = max(1, width - RATIO_WIDTH - 3 - len(verdict))
-            text = fit(name.removesuffix(".weight"), room, left=True)
+            text = fit(formatting.parameter_name(name), room, left=True)
             rows.append(self.styled([(value, style), (f"  {text}", "dim"), (f" {verdict}", style)]))
         return rows
 
