@@ -29,6 +29,7 @@ from tui_trainer.trace.script_frames import (
     script_frames,
 )
 from tui_trainer.trace.torch_private import (
+    compiled_code_exists,
     has_saved,
     next_sequence_number,
     node_name,
@@ -206,7 +207,8 @@ FINITE_BACKWARD = PASSING | {
 class LossOperations:
     """Keeps the gradients of the operations between the model and the loss until it is known that
     those of the parameters are finite. Of these operations the graph is gone after backward, and
-    running the model again does not run them. Nothing is computed."""
+    running the model again does not run them. Nothing is computed, and of compiled code, whose
+    backward may be compiled too, nothing is kept."""
 
     def __init__(self) -> None:
         self._since: int | None = None
@@ -223,7 +225,7 @@ class LossOperations:
         """Backward of a finite loss begins."""
         self.backward_ended()
         self._kept, self._room = [], MAX_KEPT
-        if self._since is None or loss.grad_fn is None:
+        if self._since is None or loss.grad_fn is None or compiled_code_exists():
             return
         waiting = [loss.grad_fn]
         seen = {loss.grad_fn}

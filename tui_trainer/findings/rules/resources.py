@@ -168,9 +168,9 @@ class EvaluationExpensive(Rule):
     needs = "the times of three evaluations, at least five steps apart, and of the steps between"
     explanation = (
         "Of the time from one evaluation to the next, the evaluation itself takes more than a "
-        "third. Evaluations are the calls of the model without gradients between two steps, with "
-        "everything until the next step begins; where such calls make the training data "
-        "(reinforcement learning), there is nothing to save."
+        "third. Evaluations are the calls of the model without gradients between two steps, from "
+        "the first to the end of the last; where such calls make the training data (reinforcement "
+        "learning), there is nothing to save."
     )
     advice = (
         "evaluate less often or on a fixed part of the validation set; use torch.inference_mode(), "
