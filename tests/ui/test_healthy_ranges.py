@@ -151,6 +151,18 @@ async def test_the_state_is_red_while_iterations_with_such_a_loss_are_skipped() 
         assert style_of(app, "running") == app.palette.good.color
 
 
+async def test_an_iteration_that_was_skipped_before_going_back_is_no_loss_of_now() -> None:
+    session = fake_gpt(steps=20)
+    app = app_on("dashboard", session)
+    async with app.run_test(size=(120, 40)) as pilot:
+        row = step_row(np.nan, 1e-3, np.nan, 10.0).tobytes()
+        rows = ((session.run.table(schema.STEP), row),)
+        session.events.append(Skipped(len(session.events), 80, 0.0, "scaler", "skipped", rows=rows))
+        session._changed()
+        await frame(pilot)
+        assert "loss is" not in text_of(app).splitlines()[0]
+
+
 @pytest.mark.parametrize(
     ("ratio", "said"),
     [(1e-3, "moves each parameter a little"), (0.4, "updates above the healthy"), (np.nan, "")],

@@ -297,8 +297,10 @@ def finite(value: float | None) -> float | None:
 
 
 def nonfinite_text(value: float | None) -> str | None:
-    """`nan`, `inf` or `-inf`; None for a finite or missing value."""
-    return nonfinite(value) if value is not None and not math.isfinite(value) else None
+    """`nan`, `inf` or `-inf`; None for a value that is finite, missing or absent."""
+    if value is None or math.isfinite(value) or why_absent(value) is not None:
+        return None
+    return nonfinite(value)
 
 
 def _latest(table: SeriesReader | None, step: int) -> dict[str, float | None]:

@@ -48,7 +48,7 @@ from tui_trainer.run.outcome import (
     print_outcome,
 )
 from tui_trainer.run.rank_control import RankControl
-from tui_trainer.run.rank_server import FAILURE_WAIT_S, LEAVE_S, RankServer
+from tui_trainer.run.rank_server import FAILED_LEAVE_S, FAILURE_WAIT_S, LEAVE_S, RankServer
 from tui_trainer.run.scalars import activated
 from tui_trainer.run.script_branches import ScriptBranches
 from tui_trainer.run.server import Server
@@ -265,7 +265,7 @@ class Host:
         failed = outcome.state == "crashed" or self.stops.exit_status is not None
         failure = ranks.first_failure(FAILURE_WAIT_S if failed else 0.0)
         if not failure:
-            ranks.wait_until_left(LEAVE_S)
+            ranks.wait_until_left(FAILED_LEAVE_S if failed else LEAVE_S)
             failure = ranks.first_failure()
         else:
             ranks.wait_until_left(0.0)

@@ -50,8 +50,9 @@ FIND_S = 60.0
 """How long to look for rank 0, which may be importing from a slow disk."""
 RETRY_S = 0.1
 SEND_TIMEOUT_S = 10.0
-LEAVE_S = 10.0
-"""How long the end of the training waits for unsent messages."""
+LEAVE_S = 8.0
+"""How long the end of the training waits for rank 0 to be found, and then for unsent messages.
+With `rank_host.FLUSH_S` less than the 30 s after which torchrun kills a process."""
 BACKLOG = 20_000
 """Messages kept until rank 0 is found."""
 LINE_CHARACTERS = 4_000

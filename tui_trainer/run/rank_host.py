@@ -23,7 +23,8 @@ from tui_trainer.run.rank_client import Connect, RankClient
 from tui_trainer.run.rank_control import STOP_S, RankFollower
 from tui_trainer.trace.gate import Refusal
 
-FLUSH_S = 20.0
+FLUSH_S = 10.0
+"""How long the end of the training waits for the recorder."""
 REPORT_S = 1.0
 """How often a rank on another machine sends its position."""
 

@@ -58,7 +58,9 @@ MATCH_S = 10.0
 """How long a row waits for rank 0 to end the same step, which determines its lag."""
 STEPS_REMEMBERED = 4096
 LEAVE_S = 20.0
-"""How long the end of the run waits for the other processes to end."""
+"""How long the end of the run waits for the other processes to end …"""
+FAILED_LEAVE_S = 5.0
+"""… and how long after a failure of rank 0, for which they may wait in a collective."""
 FAILURE_WAIT_S = 1.5
 """How long a failure of rank 0 waits for the death of another process that may have caused it."""
 REASON_CHARACTERS = 300

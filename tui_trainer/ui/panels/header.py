@@ -143,12 +143,14 @@ class HeaderLine(Panel):
         is not finite."""
         skipped = self._skipped
         of_skipped = {}
-        if skipped is not None and skipped.step > self.snapshot.status.step:
+        if skipped is not None and skipped.step == self.snapshot.status.step + 1:
             of_skipped = dict(skipped.rows)
         for table in self.snapshot.history.tables_named(schema.STEP):
             loss = table.newest("loss")
             if (row := of_skipped.get(table.table.id)) is not None:
-                loss = float(np.frombuffer(row, np.float32)[schema.STEP_INDEX["loss"]])
+                values = np.frombuffer(row, "<f4", len(row) // 4)
+                if len(values) == len(table.table.columns):
+                    loss = float(values[schema.STEP_INDEX["loss"]])
             if loss is not None and not math.isfinite(loss) and why_absent(loss) is None:
                 return f"loss is {formatting.number(loss, 0)}"
         return ""
