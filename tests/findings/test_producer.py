@@ -21,6 +21,7 @@ from tui_trainer.history.records import Producer
 from tui_trainer.probes import PROBES
 from tui_trainer.probes.nonfinite import ARMED_BY_GROWTH, ARMED_STEPS, OutputSums
 from tui_trainer.trace.gate import Gate
+from tui_trainer.trace.nonfinite_origin import LossOperations
 from tui_trainer.trace.probe import ProbeOptions
 from tui_trainer.trace.tracer import Tracer
 
@@ -247,6 +248,61 @@ def test_operation_outside_of_the_model_is_named_by_its_backward():
     place = f"test_producer.py:{line_of(far_from_zero, 'return ')}"
     found = first_producer(run, options=UNWATCHED)
     assert found == Producer("operation", "", "", "sqrt", place, backward=True)
+
+
+@pytest.mark.parametrize(
+    ("power", "watched"),
+    [
+        (lambda x: x**2, False),
+        (lambda x: x**1.0, False),
+        (lambda x: x**0.5, True),
+        (lambda x: x ** torch.tensor([2.0, 1.0, 3.0]), True),
+        (lambda x: 2**x, True),
+        (lambda x: (x ** (1 + 1j)).real, True),
+    ],
+    ids=["square", "itself", "root", "tensor exponent", "tensor as exponent", "complex exponent"],
+)
+def test_powers_of_any_exponent_are_watched_unless_their_slope_is_finite(power, watched):
+    x = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+
+    def unpacked(_):
+        raise AssertionError("a saved tensor was read")
+
+    operations = LossOperations()
+    operations.model_returned()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpacked):
+        loss = power(x).sum()
+    operations.watch(loss)
+    assert bool(operations._handles) == watched
+    operations.backward_ended()
+
+
+def test_a_loss_with_a_tensor_as_exponent_is_measured_at_every_step():
+    def run():
+        net = Net()
+        optimizer = torch.optim.SGD(net.parameters(), 1e-3)
+        for _ in range(6):
+            x, _ = batch()
+            ((net(x) - 1).abs() ** torch.tensor(1.5)).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    records = records_of(run, options=UNWATCHED)
+    assert [record.step for record in records] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_fault_while_the_loss_is_looked_at_switches_nothing_off(monkeypatch):
+    def fails(node):
+        if node.name() == "ExpBackward0":
+            raise TypeError
+        return False
+
+    monkeypatch.setattr("tui_trainer.trace.nonfinite_origin._is_plain_power", fails)
+    x = torch.ones(3, requires_grad=True)
+    operations = LossOperations()
+    operations.model_returned()
+    operations.watch(x.exp().sqrt().sum())
+    assert not operations._handles
 
 
 def test_nothing_is_kept_of_the_loss_after_the_step():

@@ -223,6 +223,12 @@ class LossOperations:
 
     def watch(self, loss: torch.Tensor) -> None:
         """Backward of a finite loss begins."""
+        try:
+            self._watch(loss)
+        except Exception:  # of a node that is unlike torch's own
+            self.backward_ended()
+
+    def _watch(self, loss: torch.Tensor) -> None:
         self.backward_ended()
         self._kept, self._room = [], MAX_KEPT
         if self._since is None or loss.grad_fn is None or compiled_code_exists():
@@ -233,7 +239,7 @@ class LossOperations:
             if sequence_number(node) < self._since:
                 continue
             operation = node_name(node)
-            if operation not in FINITE_BACKWARD and not _is_plain_power(operation, node):
+            if operation not in FINITE_BACKWARD and not _is_plain_power(node):
                 self._handles.append(node.register_hook(self._keep(operation.lower())))
                 if len(self._handles) == MAX_WATCHED:
                     return
@@ -270,9 +276,14 @@ class LossOperations:
         self._kept, self._since = [], None
 
 
-def _is_plain_power(operation: str, node: Any) -> bool:
+def _is_plain_power(node: Any) -> bool:
     """Such as a square, whose slope is finite everywhere."""
-    return operation == "Pow" and has_saved(node, "exponent") and saved(node, "exponent") >= 1
+    # PowBackward1 and 2, which are called so too, save the exponent as a tensor: reading it would
+    # run the hooks that unpack saved tensors.
+    if node.name() != "PowBackward0" or not has_saved(node, "exponent"):
+        return False
+    exponent = saved(node, "exponent")
+    return isinstance(exponent, (int, float)) and exponent >= 1
 
 
 def _any_wrong(gradients: Sequence[torch.Tensor | None]) -> bool:
