@@ -11,8 +11,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
 from tests.findings.test_trainings import Net, all_findings_of, batch, train
+from tests.trace.support import trace
 from tui_trainer.findings.rules.batch import BadBatchRule
 from tui_trainer.trace.bad_batch import FACTOR
+from tui_trainer.trace.evaluation import SAMPLING_CALLS
 
 Finding = tuple[str, int]
 
@@ -262,7 +264,8 @@ def test_schedule_before_the_step_is_named(accumulate):
     assert not names_of(lambda: loop(accumulate=accumulate))
 
 
-def evaluating(mode):
+def evaluating(mode, passes=3, without_gradients=torch.no_grad):
+    """Every 20 steps on three batches in this mode, or in train() mode on one (`sample`)."""
     net = Net(dropout=0.2)
     optimizer = torch.optim.SGD(net.parameters(), 0.02)
     for step in range(1, 41):
@@ -272,8 +275,9 @@ def evaluating(mode):
         optimizer.step()
         if step % 20 == 0:
             net.train(mode != "eval")
-            with torch.no_grad():
-                for _ in range(3):
+            with without_gradients():
+                x, y = batch()
+                for _ in range(passes):
                     if mode != "sample":
                         x, y = batch()
                     F.cross_entropy(net(x[:16]), y[:16])
@@ -283,7 +287,20 @@ def evaluating(mode):
 def test_evaluation_in_train_mode_is_named():
     assert ("train-mode-evaluation", 21) in names_of(lambda: evaluating("train"))
     assert not names_of(lambda: evaluating("eval"))
-    assert not names_of(lambda: evaluating("sample"))
+
+
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
+def test_one_batch_several_times_in_train_mode_is_sampling(without_gradients):
+    """Twice is an evaluation: for the loss, and for the accuracy."""
+    found = names_of(lambda: evaluating("sample", 2, without_gradients))
+    assert ("train-mode-evaluation", 21) in found
+    assert not names_of(lambda: evaluating("sample", SAMPLING_CALLS, without_gradients))
+
+
+def test_evaluation_in_inference_mode_is_named_and_the_step_after_it_measured():
+    recorder, _ = trace(lambda: evaluating("train", without_gradients=torch.inference_mode))
+    assert [record.step for record in recorder.records] == list(range(1, 41))
+    assert [r.step for r in recorder.records if "evaluated_in_train_mode" in r.signs] == [21]
 
 
 # ---------------------------------------------------------------- weights

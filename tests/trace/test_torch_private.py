@@ -146,6 +146,15 @@ def test_in_place_operations_raise_the_version_of_a_tensor():
     assert torch_private.version_of(tensor) == before + 2
     tensor.data.zero_()
     assert torch_private.version_of(tensor) == before + 2
+    assert torch_private.version_of_value(tensor) == before + 2
+
+
+def test_tensors_of_inference_mode_have_no_version():
+    with torch.inference_mode():
+        tensor = torch.zeros(4)
+    with pytest.raises(RuntimeError):
+        torch_private.version_of(tensor)
+    assert torch_private.version_of_value(tensor) == 0
 
 
 def test_a_sparse_tensor_has_its_values_before_it_is_coalesced():

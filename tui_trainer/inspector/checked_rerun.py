@@ -27,7 +27,7 @@ from tui_trainer.trace.script_frames import script_frames
 from tui_trainer.trace.torch_private import (
     node_name,
     tensors_of,
-    version_of,
+    version_of_value,
     without_torch_function,
 )
 from tui_trainer.trace.tracer import Tracer
@@ -288,7 +288,7 @@ class CheckedRerun:
                 weakref.ref(module),
                 args,
                 kwargs,
-                list(map(version_of, given)),
+                list(map(version_of_value, given)),
                 torch.default_generator.get_state(),
                 torch.is_autocast_enabled("cpu"),
                 torch.get_autocast_dtype("cpu"),

@@ -24,7 +24,7 @@ from tui_trainer.trace.torch_private import (
     remove_function_mode,
     tree_flatten,
     tree_unflatten,
-    version_of,
+    version_of_value,
 )
 
 MAX_CALLS = 2_000
@@ -193,7 +193,7 @@ class LossRecorder(TorchFunctionMode):
             return ParameterName(name)
         if tensor.grad_fn is not None:
             raise InspectionError(UNKNOWN)
-        return Constant(tensor, version_of(tensor))
+        return Constant(tensor, version_of_value(tensor))
 
     def _name_of(self, tensor: torch.Tensor) -> str | None:
         if self._names is None:
@@ -206,7 +206,7 @@ class LossRecorder(TorchFunctionMode):
         if name in READING and not _called_by_us():
             self.read = True
         for leaf in call.leaves:
-            if isinstance(leaf, Constant) and version_of(leaf.tensor) != leaf.version:
+            if isinstance(leaf, Constant) and version_of_value(leaf.tensor) != leaf.version:
                 self.missing = f"{name} writes into a tensor that the model has not computed"
                 return
         tensors = [each for each in tree_flatten(result)[0] if isinstance(each, torch.Tensor)]
@@ -261,7 +261,7 @@ def replay(
             case ParameterName(name):
                 return parameters[name]
             case Constant(tensor, version):
-                if version_of(tensor) != version:
+                if version_of_value(tensor) != version:
                     raise InspectionError("the targets of this step have been overwritten since")
                 return tensor.double() if wide and tensor.is_floating_point() else tensor
             case torch.dtype() if wide and leaf.is_floating_point:

@@ -26,7 +26,7 @@ from tui_trainer.trace.torch_private import (
     saved_dim,
     signed,
     tensors_of,
-    version_of,
+    version_of_value,
 )
 
 MAX_CHAIN = 32
@@ -77,7 +77,7 @@ class Kept:
     version: int
 
     def recompute(self, wide: bool) -> torch.Tensor:
-        if version_of(self.tensor) != self.version:
+        if version_of_value(self.tensor) != self.version:
             raise InspectionError("the targets of this step have been overwritten since")
         return self.tensor.double() if wide and self.tensor.is_floating_point() else self.tensor
 
@@ -170,7 +170,7 @@ class LossReplay:
         if not isinstance(value, torch.Tensor):
             return value
         if value.grad_fn is None:
-            return Kept(value, version_of(value))
+            return Kept(value, version_of_value(value))
         return self._derived(value)
 
     def _derived(self, tensor: torch.Tensor) -> Derived:

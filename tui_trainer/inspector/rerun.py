@@ -36,7 +36,7 @@ from tui_trainer.trace.torch_private import (
     tensors_of,
     tree_map,
     unwrapped,
-    version_of,
+    version_of_value,
 )
 from tui_trainer.trace.tracer import Tracer
 
@@ -169,7 +169,7 @@ class StepCapture:
             module=weakref.ref(module),
             args=args,
             kwargs=dict(kwargs),
-            versions=[version_of(each) for each in given],
+            versions=[version_of_value(each) for each in given],
             random=random_state(),
             autocast=[Autocast.now(device) for device in sorted(devices | {"cpu"})],
             training=module.training,
@@ -371,7 +371,7 @@ def copy_parameters(
 def call_again(model: torch.nn.Module, call: ModelCall, wide: bool = False) -> Any:
     """The output of one more call with the same arguments, within `call_context`."""
     given = tensors_of((call.args, call.kwargs))
-    if [version_of(each) for each in given] != call.versions:
+    if [version_of_value(each) for each in given] != call.versions:
         raise InspectionError("the batch of this step has been overwritten since")
     args, kwargs = tree_map(_without_graph, (call.args, call.kwargs))
     if wide:

@@ -27,7 +27,7 @@ from tui_trainer.trace.module_calls import SubmoduleCalls, tensors_in
 from tui_trainer.trace.parameters import TrackedParameters
 from tui_trainer.trace.probe import Probe, ProbeOptions, Readings, StepFacts, Values
 from tui_trainer.trace.script_frames import place_of_call
-from tui_trainer.trace.torch_private import PLAIN, DropoutLayer, is_dense, version_of
+from tui_trainer.trace.torch_private import PLAIN, DropoutLayer, is_dense, version_of_value
 
 
 class NonFiniteProbe(Probe):
@@ -247,7 +247,7 @@ class OutputSums(Probe):
         kind = self._kinds[type(module)]
         single = type(result) in PLAIN
         if single and kind.passing:
-            self._known[id(result)] = weakref.ref(result), version_of(result)
+            self._known[id(result)] = weakref.ref(result), version_of_value(result)
             return
         for tensor in (result,) if single else tensors_in(result):
             if not self._is_known(tensor):
@@ -255,7 +255,7 @@ class OutputSums(Probe):
 
     def _is_known(self, tensor: torch.Tensor) -> bool:
         known = self._known.get(id(tensor))
-        return known is not None and known[0]() is tensor and known[1] == version_of(tensor)
+        return known is not None and known[0]() is tensor and known[1] == version_of_value(tensor)
 
     def _add(
         self,
@@ -273,7 +273,7 @@ class OutputSums(Probe):
         ):
             return
         reference = weakref.ref(tensor)
-        self._known[id(tensor)] = reference, version_of(tensor)
+        self._known[id(tensor)] = reference, version_of_value(tensor)
         owner = weakref.ref(module) if module is not None else None
         held = None
         # Without gradients, as in a checkpointed block, autograd keeps nothing and neither do we.

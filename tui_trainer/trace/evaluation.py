@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 
 from tui_trainer.trace.module_calls import Patches, copy_metadata
 from tui_trainer.trace.script_frames import objects_of_script
-from tui_trainer.trace.torch_private import is_dense, version_of
+from tui_trainer.trace.torch_private import is_dense, version_of_value
 
 functional = torch.nn.functional
 LOSS_FUNCTIONS = (
@@ -329,6 +329,11 @@ USUAL_DISTANCE = 5
 its generator so in every iteration."""
 
 
+SAMPLING_CALLS = 4
+"""Calls with one batch that sample from dropout on purpose; fewer compute the loss, and then the
+accuracy."""
+
+
 class EvaluationModes:
     """Calls without gradients, between two steps, of models in `train()` mode that have layers for
     which that matters."""
@@ -339,7 +344,7 @@ class EvaluationModes:
         self._data: tuple[object, ...] | None = None
         """What the first of these calls was given."""
         self._repeated = False
-        """Whether the others were given the same, which samples with dropout on purpose."""
+        """Whether the others were given the same."""
 
     def evaluated(self, args: tuple[Any, ...]) -> None:
         """A model was called in this way."""
@@ -349,7 +354,7 @@ class EvaluationModes:
         if isinstance(tensor, torch.Tensor) and is_dense(tensor):
             # A weak reference: its address is not used again while it is held.
             memory = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
-            data = (memory, tensor.storage_offset(), tensor.shape, version_of(tensor))
+            data = (memory, tensor.storage_offset(), tensor.shape, version_of_value(tensor))
         if self._calls == 1:
             self._data = data
         else:
@@ -361,7 +366,7 @@ class EvaluationModes:
         `losses`."""
         calls, self._calls = self._calls, 0
         repeated, self._repeated, self._data = self._repeated, False, None
-        if not calls or repeated:
+        if not calls or (repeated and calls >= SAMPLING_CALLS):
             return False
         last, self._last = self._last, step
         return step - last > USUAL_DISTANCE and (calls > 1 or losses > 0)

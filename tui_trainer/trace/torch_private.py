@@ -202,7 +202,14 @@ def base_of(tensor: torch.Tensor) -> torch.Tensor | None:
 
 version_of: Callable[[torch.Tensor], int] = attrgetter("_version")
 """The number of in-place operations on a tensor and its views so far, but for those on `.data`. An
-attrgetter, since it is called for each gradient of a step."""
+attrgetter, since it is called for each gradient of a step. Raises RuntimeError for one made in
+`torch.inference_mode()`."""
+
+
+def version_of_value(tensor: torch.Tensor) -> int:
+    """`version_of` an input or result; 0 for one made in `torch.inference_mode()`, which counts no
+    operations."""
+    return 0 if tensor.is_inference() else version_of(tensor)
 
 
 def stored_values(sparse: torch.Tensor) -> torch.Tensor:

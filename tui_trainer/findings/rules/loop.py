@@ -331,7 +331,8 @@ class TrainModeEvaluation(Rule):
         "batch normalisation: dropout drops activations of the evaluation, and batch normalisation "
         "uses the statistics of each batch and updates its running ones from the evaluation's "
         "data. Single calls, and those that come at almost every step (a GAN's), are not reported, "
-        "nor calls that are all given the same batch, which sample from dropout on purpose."
+        "nor four and more calls that are all given the same batch, which sample from dropout on "
+        "purpose."
     )
     advice = (
         "call model.eval() before an evaluation, and model.train() after it, unless dropout is to "
