@@ -995,6 +995,16 @@ def test_growth_of_small_numbers_is_no_overflow():
     assert not {"no-progress", "updates-small"} & run.found.keys()
 
 
+def test_first_loss_that_is_an_outlier_hides_nothing():
+    stuck, rising = Run(facts={"classes": 10}), Run()
+    for number in range(1, 420):
+        noise = 0.01 * math.sin(number)
+        stuck.step(50.0 if number == 1 else 2.31 + noise)
+        rising.step(50.0 if number == 1 else 2.3 + noise + 0.1 * max(0, number - 200))
+    assert stuck.found["no-progress"].level == "warning"
+    assert rising.found["loss-diverges"].onset > 200
+
+
 @pytest.mark.parametrize("producer", [None, Producer("input", "", "", "mul")])
 @pytest.mark.parametrize(("low", "rows"), [(-1.0, ()), (nan, (3,)), (nan, ())])
 def test_what_is_not_finite_is_said_to_be_the_batch_only_where_that_was_seen(producer, low, rows):

@@ -220,10 +220,16 @@ class LossTrend:
     """Lowest loss of a single step."""
 
     @property
-    def beginning(self) -> float:
-        """The first loss, if it is higher than `start`: a loss may fall by most of its value in the
-        first step."""
-        return max(self.start, self.first[0]) if self.first else math.nan
+    def reference(self) -> float:
+        """`start`, or a tenth of the first loss if that is higher: the loss may fall to almost
+        nothing in the first step. The first loss itself may be an outlier."""
+        return max(self.start, self.first[0] / 10) if self.first else math.nan
+
+    @property
+    def fell_at_once(self) -> bool:
+        """Whether it is below a hundredth of the first loss, and has been for some time."""
+        recent = max((loss for _, loss in self.recent), default=math.inf)
+        return bool(self.first) and recent < self.first[0] / 100
 
     def add(self, step: int, loss: float) -> None:
         if not math.isfinite(loss):

@@ -179,7 +179,7 @@ class NoProgress(Rule):
         least = self.limits["fall"] * abs(float(first.mean()))
         highest = float(recent.max())
         # Where it has fallen within the first steps.
-        below = trend.start - highest >= least or highest < 0.5 * trend.beginning
+        below = trend.start - highest >= least or trend.fell_at_once
         if below or (fall >= least and fall > 2 * error):
             self._reported = True  # it has learnt something: not checked again
             return
@@ -351,7 +351,7 @@ class LossDiverges(Rule):
             return
         if self._varied > trend.count / 2:
             return
-        start = trend.beginning
+        start = trend.reference
         gain = start - trend.best
         lost = self.limits["loss_of_gain"] * max(gain, 0.0)
         if not self._above_best.count:
@@ -371,7 +371,7 @@ class LossDiverges(Rule):
         yield Found(
             onset,
             f"the loss has been rising since step {onset:,}: {trend.fast:.4g} now, "
-            f"{trend.best:.4g} at best (step {trend.best_step:,}), {start:.4g} at the start",
+            f"{trend.best:.4g} at best (step {trend.best_step:,}), {trend.start:.4g} at the start",
             level="error" if trend.fast > 10 * start else None,
             phase="loss",
             evidence=(

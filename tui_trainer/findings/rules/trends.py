@@ -88,7 +88,7 @@ class LossPlateau(Rule):
     def _compare(self, seen: Observation) -> Iterable[Found]:
         values = np.array([mean for _, mean in self._means])
         older, newer = values[: self.BLOCKS // 2], values[self.BLOCKS // 2 :]
-        start, now = self.trend.beginning, float(newer.mean())
+        start, now = self.trend.reference, float(newer.mean())
         gain = start - float(values.min())
         if gain < 0.1 * abs(start) or now < 0.1 * start:
             return  # `no-progress` reports the former

@@ -143,7 +143,7 @@ class PartUpdatedTooMuch(UpdateRatios):
             return
         if self._early is not None and seen.step >= self._early.onset + 2 * self.limits["steps"]:
             early, self._early = self._early, None
-            before = self.trend.beginning
+            before = self.trend.start
             if self.trend.fast >= before - max(self.trend.noise, 0.02 * abs(before)):
                 self._done = True
                 yield early

@@ -230,9 +230,10 @@ class UpdateRatioLow(UpdateRatios):
     def _converged(self) -> bool:
         """Whether the loss has fallen, and is as low as it ever was."""
         trend = self.trend
-        gain = trend.beginning - trend.best
+        gain = trend.start - trend.best
         near = trend.fast - trend.best < 0.05 * gain + 2 * trend.noise
-        return near and gain > max(0.1 * abs(trend.beginning), 4 * trend.noise)
+        fallen = gain > max(0.1 * abs(trend.start), 4 * trend.noise)
+        return (near and fallen) or trend.fell_at_once
 
 
 class UpdatesSmall(UpdateRatios):
@@ -285,8 +286,8 @@ class UpdatesSmall(UpdateRatios):
         start = sum(trend.first) / len(trend.first)
         if trend.fast < start - max(2 * trend.noise, 0.01 * abs(start)):
             return  # the loss falls nevertheless
-        if trend.fast < 0.5 * trend.beginning:
-            return  # it fell in the first steps
+        if trend.fell_at_once:
+            return
         self._done = True
         yield Found(
             self._streak.onset,
