@@ -116,10 +116,26 @@ def test_pauses_hold_all_at_one_boundary(group):
 
 
 def test_phases_are_stepped_by_all(group):
+    step_phases(group, 2 * len(PHASES))
+
+
+def test_one_that_has_reached_its_boundary_and_not_stopped_there_yet_is_not_past_it(monkeypatch):
+    """Or the boundary would be moved one further."""
+    chance = random.Random(0)
+    monkeypatch.setattr(Gate, "_note_time", lambda *_: time.sleep(0.03 * (chance.random() < 0.2)))
+    group = Group(3)
+    group.gate.times_boundaries = True
+    try:
+        step_phases(group, 2 * len(PHASES))
+    finally:
+        group.close()
+
+
+def step_phases(group, count):
     group.moves_on()
     group.control.pause()
     step, number = group.held()
-    for _ in range(2 * len(PHASES)):
+    for _ in range(count):
         group.control.step_phase()
         following = (step, number + 1) if number < len(PHASES) else (step + 1, 1)
         until(lambda wanted=following: group.together() == wanted, f"{following} is reached")

@@ -16,7 +16,7 @@ import threading
 import time
 from typing import Literal
 
-from tui_trainer.protocol import PHASES
+from tui_trainer.protocol import PHASES, Phase
 from tui_trainer.protocol.ranks import SHARED, Boundary, Go, Hold, RankAt, RankPosition, ToRank
 from tui_trainer.run.rank_client import RankClient
 from tui_trainer.run.rank_server import Peer, RankServer
@@ -197,10 +197,8 @@ class RankControl:
 
     def _needed(self, peers: list[Peer]) -> tuple[Boundary, bool]:
         """The first boundary that no process has passed, and whether all are stopped at it."""
-        gate = self._gate
-        held = [gate.mode == "paused"]  # read before its boundary, which may change in between
-        boundaries: list[Boundary] = [gate.boundary]
-        ends = [gate.phase == "step"]
+        boundary, phase, paused = _whereabouts(self._gate)
+        held, boundaries, ends = [paused], [boundary], [phase == "step"]
         for peer in peers:
             at = peer.at  # once: the next message replaces it
             assert at is not None
@@ -212,6 +210,16 @@ class RankControl:
             for boundary, stopped, end in zip(boundaries, held, ends, strict=True)
         )
         return needed, all(held) and len(set(boundaries)) == 1
+
+
+def _whereabouts(gate: Gate) -> tuple[Boundary, Phase | Literal[""], bool]:
+    """The boundary at which the thread is held, or the last that it has left, with the phase that
+    ended there; and whether it is held. One that it has reached but not left is not past it: it may
+    be about to stop there."""
+    held = gate.mode == "paused"  # read first: it may be held by the time its boundary is read
+    if held:
+        return gate.boundary, gate.phase, True
+    return *gate.passed, False
 
 
 class RankFollower:
@@ -279,8 +287,7 @@ class RankFollower:
             while number != self._number:  # answers a message that arrived meanwhile as well
                 number = self._number
                 self._settle()
-                held = gate.mode == "paused"  # read before its boundary: see `RankControl._needed`
-                client.send(RankAt(gate.boundary, gate.phase, held, number))
+                client.send(RankAt(*_whereabouts(gate), number))
 
     def _position(self) -> RankPosition:
         shared = self._gate.shared

@@ -114,6 +114,8 @@ class Gate:
         """Number of completed optimizer steps."""
         self.boundary: Boundary = (0, 0)
         """The boundary that was reached last: its step, and its number within the step from 1."""
+        self.passed: tuple[Boundary, Phase | Literal[""]] = (self.boundary, "")
+        """The boundary that the thread has left last, and the phase that ended there."""
         self.reached_at = 0.0
         """Its time on the monotonic clock; 0.0 unless `times_boundaries` is set."""
         self.times_boundaries = False
@@ -423,12 +425,14 @@ class Gate:
                 self._evaluate_breakpoints(phase, step)
             if self.armed:
                 self._enter(phase, step)
+            self.passed = self.boundary, phase
             return
         self.completed = step
         if phase in self.break_phases:
             self._evaluate_breakpoints(phase, step)
         if self.armed or step >= self._next_scheduled or self.after_step:
             self._enter(phase, step)
+        self.passed = self.boundary, phase
 
     def _note_time(self, phase: Phase, step: int, number: int) -> None:
         self.reached_at = time.monotonic()
