@@ -255,7 +255,7 @@ class UpdatesSmall(UpdateRatios):
         RuleThreshold("ratio", 2e-4, "median of ‖Δw‖/‖w‖ over the weight matrices"),
         RuleThreshold("steps", 60, "number of first steps in which the loss stands still"),
     )
-    explained_by = (*UpdateRatioLow.explained_by, UpdateRatioLow.name)
+    explained_by = (*UpdateRatioLow.explained_by, UpdateRatioLow.name, "signal-vanishes")
     LAST = 300
     """Later a loss that stands still has other reasons."""
 
