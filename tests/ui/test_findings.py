@@ -54,6 +54,18 @@ async def test_worst_finding_is_shown_under_the_header(mode):
         assert FINDINGS_KEY in line
 
 
+async def test_ranks_that_differ_are_shown():
+    session = fake_gpt(300)
+    measured = (Evidence("ranks that clip", "1 of 2", 1.0, 2.0, 2.0),)
+    finding(session, parameters=(), ranks=(1,), evidence=measured)
+    app = app_on("findings", session)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await frame(pilot)
+        text = text_of(app)
+        assert text.count("rank 1") == 2  # in the table, and below it
+        assert "1 of 2, healthy 2" in text
+
+
 async def test_note_makes_no_line():
     session = fake_gpt(300)
     finding(session, level="info")

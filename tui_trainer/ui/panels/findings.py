@@ -162,6 +162,8 @@ class FindingDetail(LineView):
 def band(evidence: Evidence) -> str:
     """`, healthy between 0.0001 and 0.1`; "" where no band is known."""
     low, high = evidence.low, evidence.high
+    if low is not None and low == high:
+        return f", healthy {low:.3g}"
     if low is not None and high is not None:
         return f", healthy between {low:.3g} and {high:.3g}"
     if high is not None:
