@@ -14,6 +14,7 @@ from tests.cli.calling import assert_refused, call
 from tests.recorded_runs import STEPS, directory, fingerprint, home
 from tests.rows import step_row
 from tests.ui.test_replay import BAD, CLIPS, SPIKE, WORSE, loss_at, record_run
+from tui_trainer.history.healthy_ranges import HealthyRange
 from tui_trainer.history.records import StepRecord
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.messages import Status
@@ -25,7 +26,6 @@ from tui_trainer.report.page import render
 from tui_trainer.report.read import ReportData
 from tui_trainer.store.reader import StoredHistory
 from tui_trainer.store.writer import StoreWriter
-from tui_trainer.ui.healthy_ranges import HealthyRange
 
 VOID = {"meta", "br", "hr"}
 

@@ -10,11 +10,11 @@ from tests.rows import step_row
 from tests.ui.fake import FakeSession, fake_gpt, fake_non_finite
 from tests.ui.fake_run import describe, synthesise
 from tests.ui.screens import app_on, frame, text_of
+from tui_trainer.history.healthy_ranges import limit_text
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.events import Skipped
 from tui_trainer.protocol.messages import PhaseReport, Quantity
 from tui_trainer.ui.app import TuiTrainerApp
-from tui_trainer.ui.healthy_ranges import UPDATE_RATIO, HealthyRange, limit_text
 
 LARGE, SMALL = 3, 5
 """Parameters whose updates are too large and too small."""
@@ -37,15 +37,6 @@ def style_of(app: TuiTrainerApp, text: str) -> object:
     raise AssertionError(f"{text!r} is not on the screen")
 
 
-def test_the_band_in_words() -> None:
-    assert UPDATE_RATIO.words == "healthy 1e-4 to 0.1"
-    assert UPDATE_RATIO.describe(0.31) == "above the healthy 1e-4 to 0.1"
-    assert UPDATE_RATIO.describe(2e-6) == "below the healthy 1e-4 to 0.1"
-    assert UPDATE_RATIO.describe(1e-3) == ""
-    assert HealthyRange(high=50).words == "healthy up to 50"
-    assert HealthyRange(low=0.5).words == "healthy from 0.5"
-
-
 async def test_a_clipping_of_scaled_gradients_shows_both_norms_and_the_scale() -> None:
     run = synthesise(describe())
     norms = run.values[run.table(schema.STEP)]
@@ -58,11 +49,6 @@ async def test_a_clipping_of_scaled_gradients_shows_both_norms_and_the_scale() -
         text = text_of(app)
     assert "norm   1.48  clip saw 96821  loss scale 65536" in text
     assert "healthy" not in next(line for line in text.split("\n") if "clip saw" in line)
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_is_not_judged(value: float) -> None:
-    assert UPDATE_RATIO.holds(value)
 
 
 async def test_parameters_colour_updates_and_say_why() -> None:

@@ -12,6 +12,7 @@ from tests.ui.fake import FakeSession, fake_empty, fake_gpt
 from tests.ui.fake_tensors import BIAS, HEAD, WEIGHT
 from tests.ui.screens import SIZES, app_on, frame, settle, text_of, until
 from tui_trainer.client.replay import NO_TENSORS
+from tui_trainer.history.healthy_ranges import HealthyRange
 from tui_trainer.protocol.actions import Pause, Resume
 from tui_trainer.protocol.autograd import CheckGradient, DescribeGraph
 from tui_trainer.protocol.heat_map import HeatMapWindow
@@ -28,7 +29,6 @@ from tui_trainer.protocol.inspection import (
     TensorRef,
 )
 from tui_trainer.ui.app import TuiTrainerApp
-from tui_trainer.ui.healthy_ranges import HealthyRange
 from tui_trainer.ui.panels import tensor_statistics
 from tui_trainer.ui.panels.tensor import Viewport, color_range
 from tui_trainer.ui.panels.tensor_statistics import StatisticsReading, bars, recorded_columns

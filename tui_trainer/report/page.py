@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tui_trainer import __version__
+from tui_trainer.history.healthy_ranges import UPDATE_RATIO
 from tui_trainer.history.loss_spikes import find_spikes
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import schema
@@ -28,7 +29,6 @@ from tui_trainer.protocol.formatting import (
 from tui_trainer.protocol.schema import RunInfo, Scalar
 from tui_trainer.report.charts import COLOURS, panels
 from tui_trainer.report.read import ReportData
-from tui_trainer.ui.healthy_ranges import UPDATE_RATIO
 
 WORST_SHOWN = 12
 EVENTS_SHOWN = 200

@@ -10,11 +10,11 @@ from rich.style import Style
 from textual.geometry import Size
 
 from tui_trainer.client.api import Snapshot
+from tui_trainer.history.healthy_ranges import CLIP_SCALE, GradientNormRange, HealthyRange
 from tui_trainer.protocol import formatting, schema
 from tui_trainer.protocol.absent import Absent, why_absent
 from tui_trainer.protocol.events import Clip
 from tui_trainer.protocol.text import fit
-from tui_trainer.ui.healthy_ranges import CLIP_SCALE, GradientNormRange, HealthyRange
 from tui_trainer.ui.panels.base import (
     NO_STEP_YET,
     Figure,

@@ -11,11 +11,11 @@ from rich.segment import Segment
 from textual.geometry import Size
 
 from tui_trainer.client.api import Snapshot
+from tui_trainer.history.healthy_ranges import HealthyRange
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.events import Evidence, Finding, newest_findings
 from tui_trainer.protocol.text import truncate, truncate_middle, wrap
-from tui_trainer.ui.healthy_ranges import HealthyRange
 from tui_trainer.ui.panels.base import Panel
 from tui_trainer.ui.widgets.axes import step_window
 from tui_trainer.ui.widgets.chart import Chart, compact_number

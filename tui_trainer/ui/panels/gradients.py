@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from textual import events
 
 from tui_trainer.client.api import Snapshot
+from tui_trainer.history.healthy_ranges import GradientNormRange, HealthyRange
 from tui_trainer.protocol import formatting, schema
 from tui_trainer.protocol.absent import Absent, absent, absent_mask, why_absent
 from tui_trainer.protocol.schema import Table
-from tui_trainer.ui.healthy_ranges import GradientNormRange, HealthyRange
 from tui_trainer.ui.panels.base import (
     NO_STEP_YET,
     Figure,

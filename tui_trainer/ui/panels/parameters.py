@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tui_trainer.client.api import Snapshot
+from tui_trainer.history.healthy_ranges import UPDATE_RATIO
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import formatting, schema
 from tui_trainer.protocol.absent import absent_mask, why_absent
 from tui_trainer.protocol.events import NonFinite
 from tui_trainer.protocol.schema import ParameterInfo, RunInfo
-from tui_trainer.ui.healthy_ranges import UPDATE_RATIO
 from tui_trainer.ui.panels.base import newest_row
 from tui_trainer.ui.widgets.braille import sparklines
 from tui_trainer.ui.widgets.table import Cell, RowIds, TableColumn, VirtualTable

@@ -14,10 +14,10 @@ from rich.style import Style
 from textual.geometry import Size
 
 from tui_trainer.client.api import Snapshot
+from tui_trainer.history.healthy_ranges import CLIP_SCALE, UPDATE_RATIO, GradientNormRange
 from tui_trainer.protocol import BETWEEN, PHASES, Phase, formatting, schema
 from tui_trainer.protocol.messages import PhaseReport, Quantity
 from tui_trainer.protocol.text import strip_escapes, truncate_middle
-from tui_trainer.ui.healthy_ranges import CLIP_SCALE, UPDATE_RATIO, GradientNormRange
 from tui_trainer.ui.panels.base import Panel, unavailable_reason
 from tui_trainer.ui.widgets.lines import Row
 

@@ -12,6 +12,7 @@ import numpy as np
 from rich.style import Style
 
 from tui_trainer.client.api import Snapshot
+from tui_trainer.history.healthy_ranges import UPDATE_RATIO
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import Phase, schema
 from tui_trainer.protocol.absent import why_absent
@@ -25,7 +26,6 @@ from tui_trainer.protocol.inspection import (
     TensorRef,
     TensorStatistics,
 )
-from tui_trainer.ui.healthy_ranges import UPDATE_RATIO
 from tui_trainer.ui.panels.base import newest_row, title_line
 from tui_trainer.ui.widgets.braille import sparklines
 from tui_trainer.ui.widgets.lines import BuiltLines, Row, Span

@@ -11,11 +11,11 @@ from rich.cells import cell_len
 from rich.segment import Segment
 from textual.geometry import Size
 
+from tui_trainer.history.healthy_ranges import UPDATE_RATIO
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import formatting, schema
 from tui_trainer.protocol.absent import why_absent
 from tui_trainer.protocol.text import fit
-from tui_trainer.ui.healthy_ranges import UPDATE_RATIO
 from tui_trainer.ui.panels.base import (
     NO_STEP_YET,
     Figure,

@@ -12,12 +12,12 @@ from textual.widget import Widget
 from textual.widgets import Input
 
 from tui_trainer.client.api import Snapshot
+from tui_trainer.history.healthy_ranges import CLIP_SCALE, UPDATE_RATIO
 from tui_trainer.learn.page import NO_BREAK, help_texts, key_labels, titles, words
 from tui_trainer.protocol import Phase
 from tui_trainer.protocol.schema import EXPLODING_NORM, RunInfo
 from tui_trainer.protocol.text import wrap
 from tui_trainer.ui.glyphs import Glyphs
-from tui_trainer.ui.healthy_ranges import CLIP_SCALE, UPDATE_RATIO
 from tui_trainer.ui.panels.attention.statistics import SHOWN_STATISTICS
 from tui_trainer.ui.panels.base import slowed_tables
 from tui_trainer.ui.screens import FURTHER_SCREENS, SCREENS, dialogs

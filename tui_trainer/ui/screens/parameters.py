@@ -14,11 +14,11 @@ from textual.widget import Widget
 from textual.widgets import Input
 
 from tui_trainer.client.api import Snapshot
+from tui_trainer.history.healthy_ranges import UPDATE_RATIO
 from tui_trainer.protocol import formatting, schema
 from tui_trainer.protocol.formatting import counted
 from tui_trainer.protocol.inspection import TensorRef
 from tui_trainer.protocol.text import truncate_middle
-from tui_trainer.ui.healthy_ranges import UPDATE_RATIO
 from tui_trainer.ui.panels.base import placeholder_message, staleness
 from tui_trainer.ui.panels.parameters import (
     MODEL_ORDER,

@@ -15,12 +15,12 @@ from rich.style import Style
 from textual.geometry import Size
 
 from tui_trainer.client.api import RelatedRun
+from tui_trainer.history.healthy_ranges import HealthyRange
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import formatting
 from tui_trainer.protocol.absent import why_absent
 from tui_trainer.protocol.text import strip_escapes, truncate_middle
 from tui_trainer.ui.glyphs import Glyphs
-from tui_trainer.ui.healthy_ranges import HealthyRange
 from tui_trainer.ui.theme import Palette
 from tui_trainer.ui.widgets import braille
 from tui_trainer.ui.widgets.axes import (

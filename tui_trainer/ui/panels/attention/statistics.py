@@ -16,11 +16,11 @@ from tui_trainer.history.columns import (
     layers_in,
     location_of,
 )
+from tui_trainer.history.healthy_ranges import HealthyRange
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import formatting, schema
 from tui_trainer.protocol.absent import Absent, why_absent
 from tui_trainer.protocol.schema import AttentionInfo
-from tui_trainer.ui.healthy_ranges import HealthyRange
 from tui_trainer.ui.panels.base import newest_row
 from tui_trainer.ui.widgets.chart import ChartCurve
 from tui_trainer.ui.widgets.table import NOT_COMPARABLE, Cell
