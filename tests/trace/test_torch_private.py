@@ -157,6 +157,16 @@ def test_tensors_of_inference_mode_have_no_version():
     assert torch_private.version_of_value(tensor) == 0
 
 
+def test_views_share_a_storage_whose_address_is_not_used_again_while_it_is_referred_to():
+    tensor = torch.zeros(4)
+    held = torch_private.storage_of(tensor)
+    assert held == torch_private.storage_of(tensor[1:])
+    assert held != torch_private.storage_of(tensor.clone())
+    del tensor
+    others = [torch.zeros(4) for _ in range(64)]
+    assert held not in [torch_private.storage_of(other) for other in others]
+
+
 def test_a_sparse_tensor_has_its_values_before_it_is_coalesced():
     sparse = torch.sparse_coo_tensor([[0, 0, 1]], [1.0, 2.0, 3.0], (4,))
     assert not sparse.is_coalesced()

@@ -1,4 +1,5 @@
-"""The command line: parses it, runs the command, and turns errors into a message and a status."""
+"""The command line: parses it, runs the command, and turns errors into a message and a status. The
+commands are listed in `cli/commands/__init__.py`."""
 
 from __future__ import annotations
 

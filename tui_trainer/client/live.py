@@ -41,12 +41,12 @@ FASTEST_S, SLOWEST_S = 0.01, 60.0
 """Limits of the interval between polls."""
 FIRST_BACK_OFF_S, LONGEST_BACK_OFF_S = 0.25, 8.0
 STEADY_S = 5.0
-"""After a connection that lasted this long the back-off starts again from the first."""
+"""A connection that lasted this long resets the back-off."""
 NOT_LISTENING_S = 0.05
-"""Pause between two attempts while the run starts to listen."""
+"""Pause between attempts while the run does not listen yet."""
 EAGER_S, EAGER_FACTOR = 0.6, 10
-"""For this long after a command the run is polled this many times as often: a pause takes effect
-only at the end of the running phase."""
+"""How long after a command the run is polled more often, and how many times as often: a pause takes
+effect only at the end of the current phase."""
 SMALLEST_BUDGET, LARGEST_BUDGET = 4 * 1024, 256 * 1024
 """Limits of `Poll.budget`, in bytes."""
 SLOW_UPDATE_S, QUICK_UPDATE_S = 0.3, 0.1

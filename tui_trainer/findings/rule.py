@@ -1,5 +1,6 @@
 """The base class of rules: a check of the measurements, with its documentation; and the settings of
-a user that switch rules and change thresholds, such as `over-fitting=off,loss-diverges.rise=3`."""
+a user that switch rules and change thresholds, such as `over-fitting=off,loss-diverges.rise=3`. The
+rules are listed in `findings/rules/__init__.py`."""
 
 from __future__ import annotations
 

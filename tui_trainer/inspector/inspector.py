@@ -120,7 +120,7 @@ class Inspector:
                 case ReadSettings() | ReadTimeline():
                     raise InspectionError("this run has no settings that can be changed")
                 case WhatIf() | FindLearningRate() | MeasureLandscape() | EstimateCost():
-                    raise InspectionError("this run cannot be experimented with")
+                    raise InspectionError("this run does not support experiments")
 
     def _leaving(self, phase: Phase, step: int) -> None:
         """The run continues from a boundary, to pause within the step."""

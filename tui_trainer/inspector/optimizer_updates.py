@@ -396,8 +396,11 @@ def _place(tensor: torch.Tensor, index: tuple[int, ...] | None) -> tuple[int, ..
     """The index of an entry. Raises InspectionError where there is no such entry."""
     if index is None:
         if tensor.numel() > MAX_ELEMENTS:
-            text = f"it has {tensor.numel():,} entries, of at most {MAX_ELEMENTS:,} as a whole"
-            raise InspectionError(f"{text} the update is explained", "choose an entry")
+            raise InspectionError(
+                f"the tensor has {tensor.numel():,} entries; the update of a whole tensor is "
+                f"explained up to {MAX_ELEMENTS:,}",
+                "choose an entry",
+            )
         return None
     inside = len(index) == tensor.dim() and all(
         0 <= each < size for each, size in zip(index, tensor.shape, strict=True)

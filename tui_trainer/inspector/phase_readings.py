@@ -23,8 +23,8 @@ INSPECTED = 8
 
 
 class PhaseReadings:
-    """Reads tensors whenever a run continues that is to pause again within the step: where it goes
-    by single phases all of them, as far as `MAX_ENTRIES` allows, and else those that were
+    """Reads tensors whenever a paused run continues and will pause again within the step: all of
+    them, up to `MAX_ENTRIES`, if it continues by single phases, otherwise only those that were
     inspected. Used on the training thread."""
 
     def __init__(self, tracer: Tracer) -> None:

@@ -69,7 +69,7 @@ def load_page(name: str, language: str) -> Page:
 
 
 def command_to_try(page: Page) -> tuple[str, ...]:
-    """The first command that a page proposes and that can be run as it stands; () for none."""
+    """The first command that a page proposes and that can be run as is; () for none."""
     for command in _COMMAND.findall(" ".join(page.to_try.split())):
         given = tuple(shlex.split(command))
         if not any(word.isupper() or word.endswith("/") for word in given):

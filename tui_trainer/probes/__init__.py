@@ -10,7 +10,7 @@ from __future__ import annotations
 from tui_trainer.probes.attention.heads import AttentionHeads
 from tui_trainer.probes.attention.health import AttentionHealth
 from tui_trainer.probes.attention.spectrum import AttentionSpectrum
-from tui_trainer.probes.attention.weights import Attention
+from tui_trainer.probes.attention.weights import AttentionWeights
 from tui_trainer.probes.batch import BatchProbe
 from tui_trainer.probes.clipping import ClippingProbe
 from tui_trainer.probes.dropout_modes import DropoutModes
@@ -27,7 +27,7 @@ PROBES: tuple[type[Probe], ...] = (
     Gradients,
     Weights,
     UpdateRatio,
-    Attention,
+    AttentionWeights,
     AttentionSpectrum,
     AttentionHealth,
     AttentionHeads,

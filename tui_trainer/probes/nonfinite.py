@@ -66,7 +66,7 @@ class NonFiniteProbe(Probe):
     ) -> None:
         if found is None or (absent is not None and absent.all()):
             return
-        if math.isfinite(np.add.reduce(found)):  # then each of them is
+        if math.isfinite(np.add.reduce(found)):  # a finite sum has finite terms
             self._present.discard(quantity)
             self._finite_at[quantity] = facts.step
             return

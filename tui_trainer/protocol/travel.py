@@ -1,5 +1,5 @@
-"""Time travel and experiments: the steps that a training can go back to, and experiments that
-leave it as it was, as requests and answers."""
+"""Requests and answers of time travel and experiments: the steps that a training can go back to,
+and experiments that do not change it."""
 
 from __future__ import annotations
 

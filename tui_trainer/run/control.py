@@ -312,10 +312,13 @@ class CommandHandler:
     def _go_back_in_script(
         self, travel: TimeTravel, action: Back, breakpoints: RunBreakpoints
     ) -> str:
-        """The steps of a script are numbered on, so that the step of the condition comes later."""
+        """The step numbers of a script keep increasing, so the step of the condition is shifted."""
         matched = AT_STEP.fullmatch(action.break_at)
         if matched is None:
-            raise Refusal("a script's steps are numbered on: the condition has to name a step")
+            raise Refusal(
+                "going back does not reset the step numbers of a script: "
+                "the condition has to name a step"
+            )
 
         def arrived(shift: int) -> None:
             step = int(matched[1]) + shift

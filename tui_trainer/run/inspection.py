@@ -272,7 +272,7 @@ class RankInspections:
         if found is not None:
             return found
         if not self._ranks.several:
-            raise UserError("this run trains in one process", "without a rank it is looked into")
+            raise UserError("this run trains in one process", "leave out the rank")
         others = ", ".join(str(peer.rank) for peer in sorted(peers, key=lambda peer: peer.rank))
         hint = f"connected are 0, {others}" if others else "only rank 0 is connected"
         raise UserError(f"rank {rank} is not connected", hint)

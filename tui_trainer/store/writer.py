@@ -64,18 +64,17 @@ class TableWriter(Protocol):
 
 
 class DescriptionWriter:
-    """The run's description, and how many steps were dropped."""
+    """Writes the run's description, and how many steps were dropped."""
 
     def __init__(self) -> None:
         self.info: RunInfo | None = None
         self._seq = -1
-        """`seq` of the description in force."""
+        """`seq` of the current description."""
         self._waiting: dict[int, RunInfo] = {}
         self._dropped: list[tuple[int, int]] = []
 
     def describe(self, seq: int, info: RunInfo) -> None:
-        """Take a description. Where it differs from the last one in the cadence of tables alone,
-        it replaces that."""
+        """Take a description. It replaces the last one if only the cadences of tables differ."""
         if self.info is None or _without_cadences(info) != _without_cadences(self.info):
             self._seq = seq
         self.info = self._waiting[self._seq] = info

@@ -57,7 +57,7 @@ def _implementation(config: TrainingConfig, device: torch.device) -> dict[str, b
 
 
 Changed = tuple[int, float]
-"""A step, counted from 0, and the learning rate that it has by a change made while training."""
+"""A step, counted from 0, and the learning rate that a user set for it during training."""
 
 
 class LearningRate:

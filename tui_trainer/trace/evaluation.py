@@ -24,12 +24,11 @@ from types import FrameType
 from typing import Any, Protocol
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.data import DataLoader
 
 from tui_trainer.trace.module_calls import Patches, copy_metadata
 from tui_trainer.trace.script_frames import objects_of_script
-from tui_trainer.trace.torch_private import is_dense, version_of_value
+from tui_trainer.trace.torch_private import is_dense, storage_of, version_of_value
 
 functional = torch.nn.functional
 LOSS_FUNCTIONS = (
@@ -353,8 +352,8 @@ class EvaluationModes:
         data = None
         if isinstance(tensor, torch.Tensor) and is_dense(tensor):
             # A weak reference: its address is not used again while it is held.
-            memory = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
-            data = (memory, tensor.storage_offset(), tensor.shape, version_of_value(tensor))
+            memory, version = storage_of(tensor), version_of_value(tensor)
+            data = (memory, tensor.storage_offset(), tensor.shape, version)
         if self._calls == 1:
             self._data = data
         else:

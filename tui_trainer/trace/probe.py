@@ -3,7 +3,8 @@
 The tracer makes one instance of each registered class for every optimizer. A probe never waits for
 a device: its hooks return tensors, those of all probes travel to the host in one copy, and `rows`
 is called when they have arrived (at once on the CPU, a step later on an accelerator). What else
-observes a traced training implements the interfaces at the end.
+observes a traced training implements the interfaces at the end. The probes are listed in
+`probes/__init__.py`.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ class ProbeSchedule:
                 self._always |= bit
             elif every:
                 self._sometimes.append((every, probe.probe.first_steps, bit))
-                if type(probe.probe).wants is Probe.wants:  # others return them
+                if type(probe.probe).wants is Probe.wants:  # others are asked before a pause
                     self._periodic |= bit
             if "gradient_norms" in probe.hooks and probe.natural == 1:
                 self._with_clipping |= bit
@@ -450,7 +450,7 @@ class ProbeSet:
         return [probe for probe in self.active if probe.name in kept and not probe.failed]
 
     def _call(self, probe: ActiveProbe, hook: Callable[..., Any], *args: Any) -> Any:
-        """Call a hook on the probe's own account; switch the probe off if it raises."""
+        """Call a hook and add its time to the probe's cost; switch the probe off if it raises."""
         if probe.failed:
             return None
         began = perf_counter()

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch.amp.grad_scaler import GradScaler, OptState
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from tui_trainer.protocol.absent import Absent, absent
 
@@ -210,6 +211,12 @@ def version_of_value(tensor: torch.Tensor) -> int:
     """`version_of` an input or result; 0 for one made in `torch.inference_mode()`, which counts no
     operations."""
     return 0 if tensor.is_inference() else version_of(tensor)
+
+
+def storage_of(tensor: torch.Tensor) -> object:
+    """A weak reference to the memory of a tensor, equal for views of the same memory. The address
+    is not used again while the reference is held."""
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
 
 
 def stored_values(sparse: torch.Tensor) -> torch.Tensor:

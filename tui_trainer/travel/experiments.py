@@ -248,11 +248,11 @@ def weights_of(
     snapshot = snapshots.before(step)
     if snapshot is None or snapshot.step != step:
         kept = ", ".join(f"{each:,}" for each in snapshots.steps) or "none"
-        raise Refusal(f"there is no snapshot of step {step:,}", f"kept are: {kept}")
+        raise Refusal(f"there is no snapshot of step {step:,}", f"steps with a snapshot: {kept}")
     state = snapshot.state
     saved = dict(zip(map(id, state.parts.tensors()), state.tensors, strict=True))
     if not all(id(parameter) in saved for parameter in weights):
-        raise Refusal(f"the snapshot of step {step:,} has not all parameters of the model")
+        raise Refusal(f"the snapshot of step {step:,} lacks parameters of the model")
     return [saved[id(parameter)] for parameter in weights]
 
 

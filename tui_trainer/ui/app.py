@@ -1,4 +1,5 @@
-"""The app: polls the session once a frame and hands the snapshot to the screen in front."""
+"""The app: polls the session once a frame and hands the snapshot to the screen in front. The keys
+that control the run are `CONTROL_BINDINGS` in `ui/screens/base.py`."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def _start(run: RunEntry, to: int | None, asked: Branch) -> tuple[int, str]:
             info = client.snapshot.info
             if info is None or info.task != SCRIPT:
                 _wait_until_at(client, to)
-            else:  # its steps are numbered on, and the branch is begun right after going back
+            else:  # its step numbers are not reset: the branch begins right after going back
                 asked = msgspec.structs.replace(asked, back_to=to)
         begun = _accepted(run, client.command_in_control(asked))
         name = begun.message.split()[1]

@@ -66,8 +66,8 @@ def demo(
     if name not in known:
         raise unknown("demo", name, known)
     if cured and (both or against):
-        option = "--both trains" if both else "--against chooses"
-        raise UsageError(f"{option} with and without the fault", "leave out --cured")
+        option = "--both" if both else "--against"
+        raise UsageError(f"{option} and --cured cannot be used together", "leave out --cured")
     chosen = find_demo(name)
     if source:
         print(chosen.script.read_text(encoding="utf-8"), end="")

@@ -179,7 +179,10 @@ def inspect(
     of_modules = modules or kind in ("input", "output")
     place = _index(index, update, kind is not None or save is not None or window is not None)
     if groups and (name is not None or kind or save or window or update):
-        raise UsageError("--groups is about all parameters", "tui-trainer inspect RUN --groups")
+        raise UsageError(
+            "--groups lists the groups of all parameters, not one tensor",
+            "tui-trainer inspect RUN --groups",
+        )
     if name is None and (kind or save or window or update):
         raise UsageError("name a parameter", "tui-trainer inspect RUN NAME --grad")
     if pixels and json:

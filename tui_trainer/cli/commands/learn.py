@@ -110,7 +110,7 @@ def _try(page: Page | None) -> int:
     command = command_to_try(page) if page is not None else ()
     if page is None or not command:
         name = "the list" if page is None else page.name
-        raise UsageError(f"{name} proposes no command that can be run as it stands")
+        raise UsageError(f"{name} proposes no command that can be run as is")
     if why := why_no_screen():
         raise UsageError("--try needs a terminal", why)
     program = [sys.executable, "-P", "-m", "tui_trainer"]

@@ -167,7 +167,7 @@ class SquaredSoftmax(_OfFirstGraph):
 
 
 class LossScaled(_OfFirstGraph):
-    """The loss is a sum where a mean was to be expected."""
+    """The loss is a sum where a mean is expected."""
 
     name = "loss-scaled"
     title = "the loss is not a mean"

@@ -292,15 +292,15 @@ def _linear_norm(norm: FinalNorm) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 def _rows_read(
     read: TailLinear, output: torch.Tensor, row: int, all_rows: bool
 ) -> tuple[slice, int]:
-    """Which rows of the norm's output the first linear layer reads, and the only position where
-    that does not depend on the query, else -1."""
+    """The rows of the norm's output that the first linear layer reads, and their position where it
+    is the same for every query, else -1."""
     limit = tolerance(output.dtype)
     if not read.pooled:
         if read.input.shape == output.shape and deviation(read.input, output) <= limit:
             return _one(row), -1
-        raise StreamError("the linear layer after the final norm does not read it as it is")
+        raise StreamError("the input of the first linear layer is not the output of the final norm")
     if not all_rows:
-        raise StreamError("the positions are pooled, and there are too many to keep them all")
+        raise StreamError("the positions are pooled, and there are too many of them to keep")
     seen = read.input[0]
     if deviation(seen, output[0]) <= limit:
         return _one(0), 0
@@ -309,7 +309,10 @@ def _rows_read(
     last = output.shape[0] - 1
     if deviation(seen, output[last]) <= limit:
         return _one(last), last
-    raise StreamError("what is read of the final norm is neither a position nor the mean of all")
+    raise StreamError(
+        "the input of the first linear layer is neither one position of the final norm's output "
+        "nor the mean of all"
+    )
 
 
 def _chain(tail: Sequence[TailLinear]) -> list[TailLinear]:
@@ -317,10 +320,11 @@ def _chain(tail: Sequence[TailLinear]) -> list[TailLinear]:
     chain = [tail[0]]
     for read in tail[1:]:
         before = chain[-1].output
-        if read.input.shape != before.shape:
-            raise StreamError("more than linear layers lies between the final norm and the logits")
-        if deviation(read.input, before) > tolerance(before.dtype):
-            raise StreamError("more than linear layers lies between the final norm and the logits")
+        same_shape = read.input.shape == before.shape
+        if not same_shape or deviation(read.input, before) > tolerance(before.dtype):
+            raise StreamError(
+                "there are not only linear layers between the final norm and the logits"
+            )
         chain.append(read)
     return chain
 

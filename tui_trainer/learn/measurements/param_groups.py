@@ -1,4 +1,4 @@
-"""How the optimizer knows its parameters: `param_groups` holds the very tensors."""
+"""How the optimizer knows its parameters: `param_groups` holds the same tensor objects."""
 
 from __future__ import annotations
 

@@ -293,7 +293,7 @@ def order_of(even: EvenLayers, uneven: UnevenLayers) -> NDArray[np.intp]:
     return order
 
 
-class Attention(Probe):
+class AttentionWeights(Probe):
     """Table `attention`: the statistics of `schema.ATTENTION_STATISTICS` for each layer.
 
     Weights are those after the step, and their drift is measured from what they were before the

@@ -164,7 +164,7 @@ class HeaderLine(Panel):
         # Once shown it keeps its width, so that nothing moves when the line gets faster.
         self._remote |= (link.latency_ms or 0) >= NOTICEABLE_MS
         live = self._remote and link.state == "live"
-        latency = f" {link.latency_ms or 0:4.0f} ms" if live else ""
+        latency = f" {formatting.milliseconds(link.latency_ms, 8)}" if live else ""
         broken = link.state == "lost" or (link.state == "closed" and not self.snapshot.status.ended)
         style = self.palette.error if broken else self.palette.dim
         return f"{self._role()}{slow}{latency}", style

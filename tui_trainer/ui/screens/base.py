@@ -136,7 +136,7 @@ class ControlScreen(RunScreen):
     """A screen from which the run can be controlled: its bindings include `CONTROL_BINDINGS`."""
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Dim the keys while no run could obey; hide those that a recording has no use for."""
+        """Dim the keys while no run can be controlled; hide those that recordings do not have."""
         if action not in CONTROL_ACTIONS:
             return True
         snapshot = self.context.snapshot

@@ -159,7 +159,7 @@ class ExperimentsDialog(SnapshotDialog):
     ]  # fmt: skip
 
     def __init__(self, changes: str = "") -> None:
-        """`changes`, as typed, are asked as a what-if at once."""
+        """`changes`: settings as typed, for a what-if that is sent when the screen opens."""
         super().__init__()
         self._texts = [changes, *DEFAULTS[1:]]
         self._kind = 0
@@ -289,7 +289,7 @@ class ExperimentsDialog(SnapshotDialog):
         self._say(f"{answer.result.text}; the run is unchanged, and paused")
 
     def action_close(self) -> None:
-        """End the experiment that is under way: another request takes its place. Else close."""
+        """Cancel the running experiment with a request that replaces it, or close the dialog."""
         if self._at_work:
             self._at_work = False
             self.requests.send(ReadTimeline(), lambda _: None)
@@ -307,7 +307,7 @@ def _experiment(kind: int, text: str) -> Experiment:
     words = text.split()
     if kind == 0:
         if not words:
-            raise ConfigurationError("what should be another?", "for example lr=3e-4")
+            raise ConfigurationError("name a setting and its new value", "for example lr=3e-4")
         return WhatIf(parse_changes(words), WHAT_IF_STEPS)
     numbers = [_number(word) for word in words]
     wanted = (2, 1, 1, 2)[kind - 1]

@@ -129,13 +129,13 @@ class ParameterGroupsScreen(DetailScreen):
         view.styles.height = None if beside else min(max(1, view.line_count()), room)
 
     def on_groups_view_rebuilt(self) -> None:
-        """The groups had no width before, or have another one, and need other rows."""
+        """The width of the groups has changed, and with it the number of lines they need."""
         self._lay_out()
 
     # ------------------------------------------------------------ actions
 
     def action_read(self) -> None:
-        """Ask again, also while the run runs."""
+        """Read the groups again, even while the run is running."""
         if not self.context.snapshot.status.ended and not self.requests.pending:
             self.requests.retries = 0
             self._ask()
