@@ -121,7 +121,7 @@ def test_absurd_polls_are_answered(recorder, poll):
     for number in range(1, 5):
         recorder.record(step(number))
     recorder.update_for(poll)
-    assert recorder.watched() == frozenset()
+    assert recorder.watched(1) == frozenset()
 
 
 def test_events_are_dense_and_typed(recorder):
@@ -311,11 +311,11 @@ def test_watch_is_the_union_of_live_viewers(recorder, monkeypatch):
     monkeypatch.setattr(viewer_updates, "WATCH_TIMEOUT_S", 600.0)
     recorder.update_for(Poll(watch=("attention_heads",)), 1)
     recorder.update_for(Poll(watch=("attention_spectrum",)), 2)
-    assert recorder.watched() == {"attention_heads", "attention_spectrum"}
+    assert recorder.watched(1) == {"attention_heads", "attention_spectrum"}
     recorder.viewer_gone(1)
-    assert recorder.watched() == {"attention_spectrum"}
+    assert recorder.watched(1) == {"attention_spectrum"}
     recorder.update_for(Poll(), 2)
-    assert recorder.watched() == frozenset()
+    assert recorder.watched(1) == frozenset()
 
 
 class AtThree(Rule):
@@ -327,22 +327,30 @@ class AtThree(Rule):
         return [Found(3, f"since step 3, at {seen.step}")] if seen.step >= 3 else []
 
 
+CLOSELY = {"needed:update_ratio", "needed:weight_norm"}
+
+
 def test_update_ratios_are_measured_at_every_step_after_a_finding(recorder):
     recorder.evaluate_with(FindingsEngine(rules=[AtThree]))
-    closely = {"needed:update_ratio", "needed:weight_norm"}
     for number in range(1, 3):
         recorder.record(step(number))
     recorder.flush()
-    assert recorder.watched() == frozenset()
+    assert recorder.watched(3) == frozenset()
     for number in range(3, 5):
         recorder.record(step(number))
-        recorder.flush()
-    watched = [recorder.watched() for _ in range(STEPS_AFTER_FINDING + 1)]
-    assert watched == [closely] * STEPS_AFTER_FINDING + [frozenset()]
-    # A finding that was known is no reason.
-    recorder.record(step(5))
+        recorder.flush()  # a finding that was known is no reason
+    # Asked once for each of two optimizers.
+    dense = [n for n in range(1, 30) for _ in range(2) if recorder.watched(n) == CLOSELY]
+    assert dense == [n for n in range(4, 4 + STEPS_AFTER_FINDING) for _ in range(2)]
+
+
+def test_steps_after_a_finding_are_counted_from_the_one_in_progress(recorder):
+    recorder.follow(dict, lambda: 0.0, lambda: 50)
+    recorder.evaluate_with(FindingsEngine(rules=[AtThree]))
+    recorder.record(step(3))
     recorder.flush()
-    assert recorder.watched() == frozenset()
+    dense = [n for n in range(1, 100) if recorder.watched(n) == CLOSELY]
+    assert dense == list(range(51, 51 + STEPS_AFTER_FINDING))
 
 
 def test_a_viewer_is_forgotten_under_the_lock(recorder, monkeypatch):

@@ -65,7 +65,7 @@ class KeepingRecorder:
         if report is not None:
             self.reports.append(report)
 
-    def watched(self) -> frozenset[str]:
+    def watched(self, step: int) -> frozenset[str]:
         return self.topics
 
     # ------------------------------------------------------------ reading back

@@ -91,9 +91,9 @@ class Recorder:
         Set by `rewind`."""
         self.needed_tables: frozenset[str] = frozenset()
         """Tables that have to be measured in every step."""
-        self._dense_steps = 0
-        """Steps from here on in which AFTER_FINDING are measured. Set on the recorder's thread and
-        counted down on the training thread."""
+        self._dense_until = -1
+        """The last of the STEPS_AFTER_FINDING steps in which AFTER_FINDING are measured. Set on the
+        recorder's thread only."""
 
         # Shared with the training thread without a lock.
         self._queue: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
@@ -261,13 +261,12 @@ class Recorder:
         paused = self._paused_s() if self._paused_s else self.throughput.paused_s
         return paused + self.throughput.excluded_s
 
-    def watched(self) -> frozenset[str]:
+    def watched(self, step: int) -> frozenset[str]:
         """The topics on viewers' screens now, and the tables that breakpoints need, or that are
-        measured closely after a finding, as `needed:` and their name. Called once in each step of
-        an optimizer; takes no lock."""
+        measured closely after a finding, as `needed:` and their name. Called once in each `step`
+        of an optimizer; takes no lock."""
         needed = self.needed_tables
-        if self._dense_steps:
-            self._dense_steps -= 1
+        if 0 <= self._dense_until - step < STEPS_AFTER_FINDING:  # not where steps are repeated
             needed = needed | AFTER_FINDING
         if not needed:
             return self._polls.watched
@@ -532,7 +531,9 @@ class Recorder:
         for finding in findings:
             if finding.level != "info" and finding.number not in self._found:
                 self._found.add(finding.number)
-                self._dense_steps = STEPS_AFTER_FINDING
+                # The training is ahead of the records.
+                now = self._current_step() if self._current_step else self._status.step
+                self._dense_until = now + STEPS_AFTER_FINDING
             self._out.append(self._events.add_finding(sanitize_message(finding)))
 
     def _step_ms(self, record: StepRecord) -> float:

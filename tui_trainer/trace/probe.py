@@ -282,8 +282,8 @@ class RecorderLike(Protocol):
     def report(self, report: PhaseReport | None) -> None:
         """What the phase produced at whose end the run is paused; None: it continues."""
 
-    def watched(self) -> frozenset[str]:
-        """Topics that a viewer has on its screen now."""
+    def watched(self, step: int) -> frozenset[str]:
+        """Topics that a viewer has on its screen now, or that are needed in this step."""
 
 
 def skipped_text(scale: float) -> str:

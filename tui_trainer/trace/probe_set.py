@@ -336,7 +336,7 @@ class ProbeSet:
         if self._schedule_outdated:
             self._schedule_outdated = False
             self.schedule.update()
-        self.schedule.begin_step(step, self._recorder.watched(), stops_soon)
+        self.schedule.begin_step(step, self._recorder.watched(step), stops_soon)
 
     def pauses_after_all(self, step: int, read: bool, norms: Readings | None) -> None:
         """The run is about to pause in a step whose forward has begun: measure all that still can
