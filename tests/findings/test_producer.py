@@ -305,6 +305,32 @@ def test_a_fault_while_the_loss_is_looked_at_switches_nothing_off(monkeypatch):
     assert not operations._handles
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("converted", [True, False], ids=["float32 loss", "loss of the dtype"])
+def test_products_that_overflow_in_float16_are_named(dtype, converted):
+    x = torch.full((4,), 1e-3, dtype=dtype, requires_grad=True)
+    operations = LossOperations()
+    operations.model_returned()
+    loss = (x * 300 * 300).to(torch.float32 if converted else dtype).sum()
+    operations.watch(loss)
+    assert bool(operations._handles) == (dtype is torch.float16)
+    loss.backward()
+    operations.backward_ended()
+    assert operations.origin() == ("mul" if dtype is torch.float16 else "")
+
+
+def test_a_fault_while_gradients_are_kept_does_not_end_the_backward():
+    x = torch.ones(3, requires_grad=True)
+    operations = LossOperations()
+    operations.model_returned()
+    loss = x.sqrt().exp().sum()
+    operations.watch(loss)
+    operations._room = None
+    loss.backward()
+    assert x.grad is not None
+    assert operations.origin() == ""
+
+
 def test_nothing_is_kept_of_the_loss_after_the_step():
     torch.manual_seed(0)
     with Tracer(KeepingRecorder(), Gate(), PROBES, UNWATCHED) as tracer:

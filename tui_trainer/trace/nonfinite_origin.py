@@ -33,6 +33,7 @@ from tui_trainer.trace.torch_private import (
     has_saved,
     next_sequence_number,
     node_name,
+    result_of,
     saved,
     saved_tensors,
     sequence_number,
@@ -201,7 +202,17 @@ FINITE_BACKWARD = PASSING | {
     *("AccumulateGrad", "Add", "Sub", "Mul", "Sum", "Mean", "Dot", "Mv", "Mm", "Bmm", "Addmm"),
     *("MseLoss", "SmoothL1Loss", "HuberLoss", "BinaryCrossEntropyWithLogits"),
 }
-"""Operations whose backward makes finite gradients of finite ones."""
+"""Operations whose backward makes finite gradients of finite ones, unless they overflow. That takes
+gradients near 3e38 in float32 and bfloat16; in float16, which ends at 65,504, it is common."""
+NEVER_OVERFLOWING = frozenset(
+    (
+        *("AccumulateGrad", "Sum", "Mean", "Relu", "Abs", "Neg", "Clone", "Alias"),
+        *("View", "UnsafeView", "Reshape", "ReshapeAlias", "Transpose", "T", "Permute"),
+        *("Slice", "Select", "Squeeze", "Unsqueeze", "Split", "SplitWithSizes", "Unbind"),
+        *("Cat", "Stack", "Where", "MaskedFill"),
+    )
+)
+"""Those of them whose backward only moves, divides or drops gradients."""
 
 
 class LossOperations:
@@ -233,13 +244,19 @@ class LossOperations:
         self._kept, self._room = [], MAX_KEPT
         if self._since is None or loss.grad_fn is None or compiled_code_exists():
             return
+        half = loss.dtype is torch.float16
         waiting = [loss.grad_fn]
         seen = {loss.grad_fn}
         for node in waiting:  # grows
             if sequence_number(node) < self._since:
                 continue
             operation = node_name(node)
-            if operation not in FINITE_BACKWARD and not _is_plain_power(node):
+            half = half or (operation == "ToCopy" and _converts_float16(node))
+            if half:
+                watched = operation not in NEVER_OVERFLOWING
+            else:
+                watched = operation not in FINITE_BACKWARD and not _is_plain_power(node)
+            if watched:
                 self._handles.append(node.register_hook(self._keep(operation.lower())))
                 if len(self._handles) == MAX_WATCHED:
                     return
@@ -250,10 +267,13 @@ class LossOperations:
 
     def _keep(self, operation: str) -> Any:
         def keep(results: tuple[Any, ...], given: tuple[Any, ...]) -> None:
-            size = sum(tensor.numel() for tensor in (*results, *given) if tensor is not None)
-            if size <= self._room:
-                self._room -= size
-                self._kept.append((operation, results, given))
+            try:
+                size = sum(tensor.numel() for tensor in (*results, *given) if tensor is not None)
+                if size <= self._room:
+                    self._room -= size
+                    self._kept.append((operation, results, given))
+            except Exception:  # would end the script's backward
+                self._kept, self._room = [], 0
 
         return keep
 
@@ -284,6 +304,12 @@ def _is_plain_power(node: Any) -> bool:
         return False
     exponent = saved(node, "exponent")
     return isinstance(exponent, (int, float)) and exponent >= 1
+
+
+def _converts_float16(node: Any) -> bool:
+    """Whether a conversion to another dtype was given float16, and its gradient is in float16."""
+    before = next((each for each, _ in node.next_functions if each is not None), None)
+    return before is not None and result_of(before)[1] is torch.float16
 
 
 def _any_wrong(gradients: Sequence[torch.Tensor | None]) -> bool:
