@@ -580,6 +580,24 @@ def test_group_whose_first_update_is_as_large_as_its_weights_is_remarked(falls, 
         assert finding.text.startswith("step 1 changed layer7.weight by up to 2 of their size")
 
 
+def test_text_has_no_median_where_no_other_weights_have_a_ratio_that_is_usual():
+    """The others start at zero: their first update is as large as they are then."""
+    run = Run()
+    rms = [0.0] * 7 + [0.1]
+    weights = [
+        InitialWeight(name, 16, 16, size, False, False, "")
+        for name, size in zip(NAMES, rms, strict=True)
+    ]
+    for number in range(1, 60):
+        updates = [1.0] * 7 + [0.8] if number < 6 else None
+        initial = tuple(weights) if number == 1 else ()
+        run.step(2.3 + 0.01 * math.sin(number), updates=updates, initial=initial)
+    text = run.found["part-updated-too-much"].text
+    assert text == (
+        "step 1 changed layer7.weight by up to 0.8 of their size, and the loss does not fall"
+    )
+
+
 def loss_plateau(bug):
     run = Run()
     noise = run.random.standard_normal

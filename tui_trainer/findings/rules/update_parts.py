@@ -183,12 +183,15 @@ class PartUpdatedTooMuch(UpdateRatios):
         assert seen.updates is not None
         listed = sorted(fast, key=lambda name: self.facts.order.get(name, 0))
         largest = max(seen.updates.get(name) or 0.0 for name in listed)
-        others = median_of(ratios[~high])
+        # Weights that start at zero have no ratio, or a large one.
+        rest = ratios[~high]
+        others = f", the other weight matrices by {median_of(rest):.1e} (median)"
+        others = others if len(rest) else ""
         tense = "changes" if when == "each step" else "changed"
         return Found(
             onset,
-            f"{when} {tense} {named(listed)} by up to {largest:.2g} of their size, the other "
-            f"weight matrices by {others:.1e} (median), and the loss does not fall",
+            f"{when} {tense} {named(listed)} by up to {largest:.2g} of their size{others}, "
+            "and the loss does not fall",
             confidence="possible",
             phase="step",
             parameters=tuple(listed[:16]),
