@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.trace.support import EVERYTHING, KeepingRecorder, close, mlp
+from tests.trace.support import EVERYTHING, KeepingRecorder, close, mlp, trace
 from tui_trainer.probes import PROBES, update_ratio
 from tui_trainer.protocol import PHASES
+from tui_trainer.protocol.absent import Absent, absent
 from tui_trainer.protocol.messages import PhaseReport
 from tui_trainer.trace.gate import Gate
+from tui_trainer.trace.live_values import LiveValues
 from tui_trainer.trace.probe import ProbeOptions
+from tui_trainer.trace.step import Clipping
 from tui_trainer.trace.tracer import Tracer
 
 
@@ -168,6 +173,44 @@ def test_a_step_that_is_paused_in_backward_is_measured_in_full(careful: bool):
         assert 11 not in recorder.rows(name)
     (shown,) = next(r.rows for r in recorder.reports if r.phase == "backward")
     close(list(recorder.rows("grad_norm")[12].values()), np.frombuffer(shown.values, "<f4"))
+
+
+def test_a_step_that_a_breakpoint_stops_at_is_measured_in_full_without_a_module():
+    torch.manual_seed(0)
+    tables = ("grad_norm", "weight_norm", "update_ratio")
+    options = ProbeOptions(budget=0.0, cadences=dict.fromkeys(tables, 8))
+    weights = [torch.randn(6, 3, requires_grad=True), torch.zeros(3, requires_grad=True)]
+    optimizer = torch.optim.SGD(weights, lr=0.1)
+
+    def loop() -> None:
+        for _ in range(15):
+            optimizer.zero_grad()
+            logits = torch.randn(4, 6) @ weights[0] + weights[1]
+            F.cross_entropy(logits, torch.randint(0, 3, (4,))).backward()
+            optimizer.step()
+
+    gate = Gate()
+    gate.break_steps = frozenset((12,))
+    recorder, _ = trace(loop, options=options, gate=gate)
+    for name in tables:
+        assert {11, 12, 13}.intersection(recorder.rows(name)) == {12}
+
+
+@pytest.mark.parametrize("kind", ["norm", "value", "hand"])
+def test_clips_within_a_step_are_those_of_the_table(kind):
+    def clipping(before, after):
+        return Clipping(kind, 2.0, before, after, None, kind == "norm", {})
+
+    def live(*clips):
+        measurers = [SimpleNamespace(clips=list(clips))]
+        return LiveValues(SimpleNamespace(registry=SimpleNamespace(measurers=measurers))).clip()
+
+    after = None if kind == "norm" else torch.tensor(2.0)
+    known = live(clipping(torch.tensor(8.0), after), clipping(torch.tensor(2.0), after))
+    close([known["norm_before"], known["norm_after"], known["scale"]], [8.0, 2.0, 0.25])
+    assert math.isnan(live(clipping(torch.tensor(math.nan), after))["scale"])
+    unknown = live(clipping(absent(Absent.CHANGED_BY_HAND), after))
+    assert not {"norm_before", "scale"}.intersection(unknown)
 
 
 def test_weights_too_large_to_copy_are_reported(monkeypatch):

@@ -10,7 +10,7 @@ import numpy as np
 from tui_trainer.history.records import ClipRecord, Floats
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.absent import Absent, absent, float32_row, why_absent
-from tui_trainer.trace.norms import norm_of
+from tui_trainer.trace.norms import clip_scale, norm_of
 from tui_trainer.trace.parameters import TrackedParameters
 from tui_trainer.trace.probe import (
     ClipMeasurement,
@@ -23,22 +23,6 @@ from tui_trainer.trace.probe import (
 
 DOMINANT = 8
 """How many parameters an event names."""
-
-
-def clip_scale(clip: ClipMeasurement) -> float:
-    """What the gradient was multiplied by.
-
-    By norm PyTorch's own formula, min(1, max_norm / (norm + 1e-6)); by value and by hand the norm
-    after over the norm before. nan where a norm is, absent where one is.
-    """
-    before = clip.norm_before
-    if why_absent(before) is not None:
-        return before
-    if clip.kind != "norm":
-        return clip.norm_after / before if before else 1.0
-    if math.isnan(before):
-        return before
-    return min(1.0, clip.max_norm / (before + 1e-6))
 
 
 class ClippingProbe(Probe):
@@ -61,10 +45,10 @@ class ClippingProbe(Probe):
         facts.clips = [clip for clip in facts.clips if not _untouched(clip)]
         if not facts.clips:
             return (None,)
-        hardest, scale = facts.clips[0], clip_scale(facts.clips[0])
+        hardest, scale = facts.clips[0], _scale(facts.clips[0])
         for clip in facts.clips[1:]:
-            if not clip_scale(clip) >= scale:  # also where it is nan
-                hardest, scale = clip, clip_scale(clip)
+            if not _scale(clip) >= scale:  # also where it is nan
+                hardest, scale = clip, _scale(clip)
         before = hardest.norm_before
         if hardest.kind == "norm":
             # The function's own sum of squares in float32 may have underflowed.
@@ -135,6 +119,10 @@ class ClippingProbe(Probe):
         if facts.absent_gradients is not None:
             clipped &= facts.absent_gradients == 0
         return np.where(clipped, norms, 0.0)
+
+
+def _scale(clip: ClipMeasurement) -> float:
+    return clip_scale(clip.kind, clip.max_norm, clip.norm_before, clip.norm_after)
 
 
 def _untouched(clip: ClipMeasurement) -> bool:

@@ -79,8 +79,7 @@ class Clippings:
         self._total_before = None
         if self._measurers and (not two_norm or careful):
             self._total_before = total_norm(parameters)
-        if self._gate.armed:
-            self._reporter.keep_norms(self._measurers, self._gate.stops_soon)
+        self._reporter.keep_norms(self._measurers, self._gate.stops_soon)
         self._phases.run()
         return True
 

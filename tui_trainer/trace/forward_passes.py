@@ -121,7 +121,7 @@ class ForwardPasses:
         if first:
             if not phases.closure:
                 self._registry.refresh()
-            stops_soon = (gate.armed and gate.stops_soon) or phases.step in gate.break_steps
+            stops_soon = gate.stops_soon
             for measurer in self._registry.measurers:
                 measurer.prepare(phases.step, stops_soon)
         for measurer in self._registry.measurers:

@@ -214,10 +214,10 @@ class Gate:
     def stops_soon(self) -> bool:
         """Whether it will probably pause within the current step, so that what only a phase report
         needs should be kept."""
-        target = self._target
-        if self._hold is not None:
+        if self._boundaries_left > 0 or self._hold is not None:
             return True
-        return self._boundaries_left > 0 or (target is not None and target <= self.completed + 1)
+        target, step = self._target, self.completed + 1
+        return step in self.break_steps or (target is not None and target <= step)
 
     @property
     def pauses_next(self) -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
 
+from tui_trainer.protocol.absent import why_absent
+from tui_trainer.trace.norms import clip_scale
 from tui_trainer.trace.optimizer_registry import OptimizerRegistry
 from tui_trainer.trace.probe import Readings, RecorderLike
 from tui_trainer.trace.step_measurer import StepMeasurer
@@ -76,19 +79,15 @@ class LiveValues:
         return tuple(names), norms
 
     def clip(self) -> Mapping[str, float]:
-        """The clipping that cut most, as the columns of table `clip`."""
+        """The clipping that cut most, as the columns of table `clip` without absent values."""
         found: dict[str, float] = {}
         clips = [clip for m in self._run.registry.measurers for clip in m.clips]
         for clip in clips:
+            before = float(clip.norm_before)
+            after = math.nan if clip.norm_after is None else float(clip.norm_after)
+            scale = clip_scale(clip.kind, clip.max_norm, before, after)
             if clip.kind == "norm":
-                before = float(clip.norm_before)
-                scale = min(1.0, clip.max_norm / (before + 1e-6))
                 after = before * scale
-            elif clip.norm_after is not None:
-                before, after = float(clip.norm_before), float(clip.norm_after)
-                scale = after / before if before else 1.0
-            else:
-                continue
             if not scale >= found.get("scale", float("inf")):
                 found = {
                     "max_norm": clip.max_norm,
@@ -96,7 +95,7 @@ class LiveValues:
                     "norm_after": after,
                     "scale": scale,
                 }
-        return found
+        return {name: value for name, value in found.items() if why_absent(value) is None}
 
 
 def on_host(readings: Readings | Sequence[torch.Tensor]) -> list[float]:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tui_trainer.protocol.events import ClipKind
 from tui_trainer.trace.probe import Gradient, Reading, Readings
 from tui_trainer.trace.torch_private import is_sharded, local, norms_of
 
@@ -19,6 +20,19 @@ EXACT_IN_FLOAT32 = (1e-12, 1e12)
 """Norms for which clip_grad_norm_'s own float32 sums of squares are exact."""
 SAFE_SQUARE = 1e-250
 """Between this and its inverse a sum of squares in float64 has all its digits."""
+
+
+def clip_scale(kind: ClipKind, max_norm: float, before: float, after: float) -> float:
+    """What a clipping multiplied the gradients by.
+
+    By norm PyTorch's own formula, min(1, max_norm / (norm + 1e-6)); by value and by hand the norm
+    after over the norm before. nan where a norm is, absent where one is.
+    """
+    if math.isnan(before):
+        return before
+    if kind != "norm":
+        return after / before if before else 1.0
+    return min(1.0, max_norm / (before + 1e-6))
 
 
 class Norms:

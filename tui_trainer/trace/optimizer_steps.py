@@ -84,7 +84,7 @@ class OptimizerSteps:
         self._phases.before_step()
         measurer = self._registry.stepping(optimizer, self._follow_gradients)
         self._open_step.measurer = measurer
-        measurer.prepare(self._phases.step, self._gate.armed and self._gate.stops_soon)
+        measurer.prepare(self._phases.step, self._gate.stops_soon)
         if measurer.norms_read is not None:
             self._waiting.read(measurer)
         if optimizer in self._waiting.rescaled:

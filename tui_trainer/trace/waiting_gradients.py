@@ -106,7 +106,7 @@ class WaitingGradients:
         clipping: ClipKind | Literal[""] = "",
         gradients: list[torch.Tensor | None] | None = None,
     ) -> GradientReading:
-        measurer.prepare(self._phases.step, self._gate.armed and self._gate.stops_soon)
+        measurer.prepare(self._phases.step, self._gate.stops_soon)
         scale = self.scale_of(measurer) if self._scaling.in_use else None
         return measurer.read_gradients(scale, clipping, gradients)
 
