@@ -1023,6 +1023,49 @@ def test_first_loss_that_is_an_outlier_hides_nothing():
     assert rising.found["loss-diverges"].onset > 200
 
 
+def falling(start, *, to, at=0.97, steps=460, warm_up=0, classes=10):
+    run = Run(facts={"classes": classes})
+    for number in range(1, steps):
+        loss = to + (start - to) * at**number + 0.005 * run.random.standard_normal()
+        run.step(loss, rate=1e-3 * min(1.0, number / warm_up) if warm_up else 1e-3)
+    return run
+
+
+@pytest.mark.parametrize("start", [2.35, 2.4, 3.0, 30.0])
+def test_a_loss_that_falls_only_to_that_of_guessing_is_reported(start):
+    found = falling(start, to=math.log(10)).found["no-progress"]
+    assert found.level == "warning"
+    assert "no better than guessing among 10 classes (2.3)" in found.text
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda: falling(2.4, to=2.2),
+        # From large initial weights, and during a long warm-up.
+        lambda: falling(60.0, to=7.0, at=0.995, classes=50_257),
+        lambda: falling(11.2, to=7.0, at=0.9998, warm_up=2000, classes=50_257),
+    ],
+)
+def test_a_loss_above_that_of_guessing_which_still_falls_is_not_reported(run):
+    assert "no-progress" not in run().found
+
+
+@pytest.mark.parametrize("loss", [-1.0, -0.2])
+def test_a_negative_loss_that_stands_still_is_reported(loss):
+    run = Run()
+    for number in range(1, 360):
+        run.step(loss + 0.001 * math.sin(number), updates=[1e-5] * 8 if number % 10 == 1 else None)
+    assert {"no-progress", "updates-small"} <= run.found.keys()
+
+
+def test_a_negative_loss_that_falls_is_not_reported():
+    run = Run()
+    for number in range(1, 360):
+        run.step(0.9**number - 1.0, updates=[1e-5] * 8 if number % 10 == 1 else None)
+    assert not {"no-progress", "updates-small"} & run.found.keys()
+
+
 @pytest.mark.parametrize("producer", [None, Producer("input", "", "", "mul")])
 @pytest.mark.parametrize(("low", "rows"), [(-1.0, ()), (nan, (3,)), (nan, ())])
 def test_what_is_not_finite_is_said_to_be_the_batch_only_where_that_was_seen(producer, low, rows):

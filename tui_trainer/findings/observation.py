@@ -227,9 +227,10 @@ class LossTrend:
 
     @property
     def fell_at_once(self) -> bool:
-        """Whether it is below a hundredth of the first loss, and has been for some time."""
+        """Whether it has been below a hundredth of the first loss for some time, or as far below a
+        negative one."""
         recent = max((loss for _, loss in self.recent), default=math.inf)
-        return bool(self.first) and recent < self.first[0] / 100
+        return bool(self.first) and self.first[0] - recent > 0.99 * abs(self.first[0])
 
     def add(self, step: int, loss: float) -> None:
         if not math.isfinite(loss):

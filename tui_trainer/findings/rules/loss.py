@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tui_trainer.findings.observation import FIRST_LOSSES, Observation
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence, median_of
@@ -119,7 +120,8 @@ class NoProgress(Rule):
         "of classes is known and the loss is not below ln K, the model is no better than guessing. "
         "Causes are labels that do not match the inputs (shuffled separately), inputs without "
         "information, a learning rate that is too low or far too high, and weights that are not "
-        "updated."
+        "updated. A loss that starts above ln K and only falls to it has learnt nothing either: it "
+        "is reported once it stands still at a learning rate that no longer rises."
     )
     advice = (
         "try to overfit a single batch: if that works, look at the data and the labels; if not, at "
@@ -128,7 +130,9 @@ class NoProgress(Rule):
     source = 'Karpathy, A Recipe for Training Neural Networks (2019), "overfit one batch"'
     thresholds = (
         RuleThreshold("steps", 300, "minimum number of steps"),
-        RuleThreshold("fall", 0.01, "smallest fall that counts, as a share of the first losses"),
+        RuleThreshold(
+            "fall", 0.01, "smallest fall that counts, as a share of the first losses or of ln K"
+        ),
     )
     explained_by = (
         "classes-mixed",
@@ -164,10 +168,16 @@ class NoProgress(Rule):
     """Any finding may be the cause, however late its onset."""
 
     def start(self) -> None:
+        self._highest_rate = 0.0
+        self._rose_at = 0
+        """Step at which the learning rate rose last."""
         self._reported = False
 
     def step(self, seen: Observation) -> Iterable[Found]:
         trend = self.trend
+        rate = seen.learning_rate or 0.0
+        if rate > 1.001 * self._highest_rate:
+            self._highest_rate, self._rose_at = rate, seen.step
         if self._reported or trend.count < self.limits["steps"] or seen.step % 50:
             return
         if len(self.facts.optimizers) > 1 or self.facts.resumed:
@@ -178,16 +188,19 @@ class NoProgress(Rule):
         error = math.sqrt(float(first.var()) / len(first) + float(recent.var()) / len(recent))
         least = self.limits["fall"] * abs(float(first.mean()))
         highest = float(recent.max())
+        classes = self.facts.classes
+        chance = math.log(classes) if classes else None
         # Where it has fallen within the first steps.
         below = trend.start - highest >= least or trend.fell_at_once
         if below or (fall >= least and fall > 2 * error):
-            self._reported = True  # it has learnt something: not checked again
-            return
+            if chance is None or float(recent.mean()) < (1 - self.limits["fall"]) * chance:
+                self._reported = True  # it has learnt something: not checked again
+                return
+            if seen.step - self._rose_at < len(recent) or _falls(recent):
+                return  # an initial loss above that of guessing may take longer to come down
         if abs(float(first.mean())) < 1e-12 or trend.fast > 2 * abs(trend.start):
             return
         self._reported = True
-        classes = self.facts.classes
-        chance = math.log(classes) if classes else None
         guessing = chance is not None and float(recent.mean()) > 0.95 * chance
         text = (
             f"after {trend.count:,} steps the loss is {float(recent.mean()):.4g}; it started at "
@@ -207,6 +220,13 @@ class NoProgress(Rule):
                          table="step", column="loss"),
             ),
         )  # fmt: skip
+
+
+def _falls(losses: NDArray[np.float64]) -> bool:
+    """Whether the second half of the losses is lower than the first, outside of their noise."""
+    before, after = np.array_split(losses, 2)
+    error = math.sqrt(float(before.var()) / len(before) + float(after.var()) / len(after))
+    return float(before.mean() - after.mean()) > 2 * error
 
 
 class NoBetterThanPrior(Rule):
