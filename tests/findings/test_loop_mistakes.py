@@ -190,10 +190,13 @@ def test_varying_number_of_calls_is_noticed():
     assert ["calls_vary" in each.signs for each in records] == [False, False, True, True, False]
 
 
-def test_eval_mode_in_the_middle_begins_at_its_first_step():
+@pytest.mark.parametrize("first_trained", [0, 2])
+def test_eval_mode_in_the_middle_begins_at_its_first_step(first_trained: int):
+    """Also where the optimizer does not have the first parameters of the model."""
+
     def run():
         model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 4))
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        optimizer = torch.optim.SGD([*model.parameters()][first_trained:], lr=0.05)
         for step in range(1, 60):
             if step == 10:
                 model.eval()

@@ -57,6 +57,12 @@ def test_a_value_that_is_not_finite_differs_from_one_that_was_not_measured(show)
     assert [show(value).strip() for value in values] == ["–", "nan", "inf", "-inf"]
 
 
+def test_a_small_number_is_not_written_as_zero():
+    assert [f.number(0.0012, 6, digits) for digits in (4, 3, 2)] == [" 0.001", "1.2e-3", "  1e-3"]
+    assert f.number(0.012, 6, 3) == "  0.01"
+    assert f.number(0.0012, 4) == "1e-3"
+
+
 def test_the_weight_of_a_numbered_module_keeps_its_name():
     names = ("head.weight", "head.bias", "layers.0.weight", "0.weight", "update ratio of 2.weight")
     assert [f.parameter_name(name) for name in names] == ["head", *names[1:]]

@@ -9,7 +9,7 @@ from tests.ui.screens import app_on, frame, settle, text_of, until
 from tui_trainer.protocol.actions import Back
 from tui_trainer.protocol.events import Evidence, Finding
 from tui_trainer.ui.app import TuiTrainerApp
-from tui_trainer.ui.panels.findings import FINDINGS_KEY
+from tui_trainer.ui.panels.findings import FINDINGS_KEY, band_of_series
 from tui_trainer.ui.panels.gradients import GradientsPanel
 from tui_trainer.ui.screens import SCREENS
 from tui_trainer.ui.screens.findings import FindingsTable
@@ -210,3 +210,10 @@ async def test_a_narrow_line_and_the_table_name_the_cause_and_its_place(others):
         await frame(pilot)
         row = next(each for each in text_of(app).splitlines() if each.startswith(" error"))
         assert row.split() == ["error", "125", "nan", "or", "inf", "train.py:7"]
+
+
+def test_the_band_of_a_number_of_parameters_is_not_that_of_their_norms() -> None:
+    counted = Evidence("parameters without a gradient", "3", 3.0, None, 0.0, "grad_norm", "w")
+    assert band_of_series(counted).limits == ()
+    norm = Evidence("gradient norm", "3", 3.0, None, 0.5, "step", "grad_norm_preclip")
+    assert band_of_series(norm).limits == (0.5,)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from textual._xterm_parser import XTermParser
+from textual.app import App
 from textual.color import Color
 from textual.events import Key
 from textual.theme import BUILTIN_THEMES, Theme
@@ -15,6 +16,7 @@ from textual.theme import BUILTIN_THEMES, Theme
 from tests.ui.fake import fake_gpt
 from tests.ui.screens import app_on, settle
 from tui_trainer.ui import textual_hacks, theme
+from tui_trainer.ui.app import TuiTrainerApp
 
 MARKS = ("faint", "loss_raw")
 THEMES = {
@@ -111,6 +113,17 @@ def test_the_answer_about_the_background_never_becomes_keys(
     assert answers == [pytest.approx((1.0, 0.5, 0.0), abs=1e-3)]
     assert theme.is_light(1, 1, 0.9)
     assert not theme.is_light(0.1, 0.1, 0.2)
+
+
+async def test_a_theme_of_ours_is_used_that_the_environment_has_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Textual reads $TEXTUAL_THEME when it is imported, and does not know the theme then."""
+    monkeypatch.setattr(App.__dict__["theme"], "_default", theme.LIGHT.name)
+    app = TuiTrainerApp(fake_gpt(30), theme_name=theme.LIGHT.name)
+    async with app.run_test(size=(100, 30)) as pilot:
+        await settle(pilot)
+        assert app.palette.text == palette_of(theme.LIGHT).text
 
 
 async def test_a_screen_behind_another_takes_over_a_new_theme() -> None:

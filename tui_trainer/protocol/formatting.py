@@ -36,7 +36,8 @@ def nonfinite(value: float) -> NonFiniteValue:
 def number(value: float | None, width: int = 8, digits: int = 4) -> str:
     """About `digits` significant digits, fewer where `width` is too small for them.
 
-    Fixed-point down to 0.001, with the decimals of values below 1 in line, and scientific beyond.
+    Fixed-point down to 0.001 (0.01 with three digits), with the decimals of values below 1 in line,
+    and scientific beyond.
     """
     shown = _number(value, digits)
     while width and len(shown) > width and digits > 1 and value is not None:
@@ -69,7 +70,7 @@ def _number(value: float | None, digits: int) -> str:
     if value == 0:
         return f"{0:.{digits - 1}f}"
     size = abs(value)
-    if 1e-3 <= size < 10**digits:
+    if max(1e-3, 10.0 ** (1 - digits)) <= size < 10**digits:
         decimals = max(0, digits - 1 - math.floor(math.log10(size))) if size >= 1 else digits - 1
         return f"{value:.{decimals}f}"
     if 10**digits <= size < 1e6:

@@ -66,9 +66,9 @@ class BackwardPasses:
         self._observers = observers
         self._calls = 0
         """Calls of models since the last backward."""
-        self._in_eval_mode: set[int] = set()
-        """Identities of the first trained parameter of each model that was called in `eval()` mode
-        since the last backward."""
+        self._in_eval_mode: dict[int, weakref.ref[torch.nn.Module]] = {}
+        """The models that were called in `eval()` mode since the last backward, by the identity of
+        their first trained parameter: a wrapper has that of what it wraps."""
 
     def reset(self) -> None:
         """What is open belongs to no step."""
@@ -82,9 +82,20 @@ class BackwardPasses:
             return
         trained = next((id(p) for p in module.parameters() if p.requires_grad), 0)
         if module.training:
-            self._in_eval_mode.discard(trained)
+            self._in_eval_mode.pop(trained, None)
         elif trained and depends_on_mode(module):
-            self._in_eval_mode.add(trained)
+            self._in_eval_mode[trained] = weakref.ref(module)
+
+    def _called_in_eval_mode(self, measurer: StepMeasurer) -> bool:
+        """Whether any of those models has a parameter of this optimizer."""
+        ids = measurer.tracked.ids
+        models = (reference() for reference in self._in_eval_mode.values())
+        return any(
+            id(parameter) in ids
+            for model in models
+            if model is not None
+            for parameter in model.parameters()
+        )
 
     def model_returned(self) -> None:
         """A model was called for training."""
@@ -287,6 +298,6 @@ class BackwardPasses:
             self._waiting.add_unclaimed(backward)
         for measurer in reached:
             measurer.add_pass(backward)
-            if self._in_eval_mode and not self._in_eval_mode.isdisjoint(measurer.tracked.ids):
+            if self._in_eval_mode and self._called_in_eval_mode(measurer):
                 measurer.noticed.add("eval_mode")
         self._in_eval_mode.clear()

@@ -182,6 +182,9 @@ class TuiTrainerApp(App[int]):
             self.add_mode(entry.mode, entry.factory())
         for own_theme in theme.THEMES:
             self.register_theme(own_theme)
+        if self.theme == theme_name:
+            # Textual has taken the name from $TEXTUAL_THEME before the theme was registered.
+            self.set_reactive(App.theme, "textual-dark")
         self.theme = theme_name
         self._theme_to_remember = False
         """Whether a change of the theme is one that the user made."""

@@ -171,6 +171,20 @@ def band(evidence: Evidence) -> str:
     return f", healthy from {low:.3g}" if low is not None else ""
 
 
+OTHER_QUANTITIES = (
+    *("median", "share", "loss, ", "parameters ", "step at", "measured steps", "softmax"),
+    *("fall of", "gradient norm, first quarter"),
+)
+"""First words of evidence that is of another kind than the series that goes with it."""
+
+
+def band_of_series(evidence: Evidence) -> HealthyRange:
+    """The healthy band of the charted series, which is not that of a number of parameters, say."""
+    if evidence.quantity.startswith(OTHER_QUANTITIES):
+        return HealthyRange()
+    return HealthyRange(evidence.low, evidence.high)
+
+
 class EvidenceChart(LineView):
     """The series of a finding's evidence, with the healthy band and the onset."""
 
@@ -210,8 +224,7 @@ class EvidenceChart(LineView):
         steps = step_window(series.last_step or 0, None, self._total)
         window = series.window([self._column], *steps, 2 * self.chart.plot_width(size.width))
         band = Band.from_window(window, 0, palette.norm)
-        on_axis = not evidence.quantity.startswith(("median", "share", "loss, "))
-        limits = [each for each in (evidence.low, evidence.high) if each is not None and on_axis]
+        limits = band_of_series(evidence).limits
         self.chart.log = _spans_decades(band, limits) or None
         layers: list[Layer] = [band, ChartMarker(palette.error, self._onset)]
         layers += [Threshold(palette.good, x) for x in limits if x > 0 or not self.chart.log]
@@ -226,7 +239,7 @@ class EvidenceChart(LineView):
         """`grad_norm head.weight  0.31  healthy 1e-4 to 0.1 ╌  since step 120 ┆`, as much as fits;
         the signs are those of the lines in the chart."""
         value = series.newest_measured(evidence.column)
-        healthy = HealthyRange(evidence.low, evidence.high)
+        healthy = band_of_series(evidence)
         if value is None:
             spans = []
         else:

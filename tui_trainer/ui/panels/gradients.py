@@ -17,7 +17,7 @@ from tui_trainer.client.api import Snapshot
 from tui_trainer.history.healthy_ranges import GradientNormRange, HealthyRange
 from tui_trainer.protocol import formatting, schema
 from tui_trainer.protocol.absent import Absent, absent, absent_mask, why_absent
-from tui_trainer.protocol.schema import Table
+from tui_trainer.protocol.schema import RunInfo, Table
 from tui_trainer.ui.panels.base import (
     NO_STEP_YET,
     Figure,
@@ -172,6 +172,9 @@ class GradientsPanel(VirtualTable):
         self._total_norm = 0.0
         self._norm_range = GradientNormRange()
         self._provisional = False
+        self._info: RunInfo | None = None
+        self._updated = True
+        """As `_all_updated`, of the parameters in `_info`."""
         self._trends: dict[int, str] = {}
         self._trend_rows: list[int] = []
         """The rows in view when the trends were drawn."""
@@ -316,8 +319,8 @@ class GradientsPanel(VirtualTable):
         if self.name_tree.leaf_count and self._measured:
             style = palette.provisional if self._provisional else palette.norm
             table = self.snapshot.history.table(schema.STEP)
-            # Of several optimizers it is the norm over all of them, and the range that of one.
-            alone = table is not None and len(self._gradients.tables) == 1
+            # The range is that of one optimizer's own gradients; the total is of all in the table.
+            alone = len(self._gradients.tables) == 1 and self._all_updated()
             healthy = self._norm_range.of(table) if alone and table is not None else HealthyRange()
             large = not healthy.holds(self._total_norm)
             style = palette.warning if large else style
@@ -337,6 +340,15 @@ class GradientsPanel(VirtualTable):
             figures.append(("of", f"{self.name_tree.leaf_count:,} parameters", palette.dim))
         right = "" if self.sort_key == "model" else f"by {self.sort_key}"
         return [title_line(self, width, "Gradients", figures, right)]
+
+    def _all_updated(self) -> bool:
+        """Whether there is no trainable parameter that no optimizer holds."""
+        info = self.snapshot.info
+        if info is not self._info:
+            self._info = info
+            parameters = info.parameters if info is not None else ()
+            self._updated = all(each.optimizer or not each.trainable for each in parameters)
+        return self._updated
 
     def _age(self) -> str:
         """How old the norms are, where measuring was slowed down to stay within the budget."""

@@ -198,7 +198,7 @@ class ParametersScreen(DetailScreen):
         ellipsis = self.context.glyphs.ellipsis
         dtype = truncate_middle(parameter.dtype, MAX_DTYPE_WIDTH, ellipsis)
         optimizer = truncate_middle(parameter.optimizer, MAX_OPTIMIZER_WIDTH, ellipsis)
-        facts = f"{shape}  {dtype}  {parameter.numel:,} elements"
+        facts = f"{shape}  {dtype}  {formatting.counted(parameter.numel, 'element')}"
         by = f"updated by {optimizer}" if optimizer else "not updated"
         pieces: list[Span] = [(parameter.name, "accent"), (facts, "dim"), (by, "dim")]
         if parameter.sharded:
