@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import msgspec
 import numpy as np
 
 from tui_trainer.findings.engine import FindingsEngine
@@ -57,13 +60,21 @@ class Run:
         ranks=0,
         dtype="float32",
         kinds=RULES,
+        names=NAMES,
+        shapes=None,
     ):
+        """`names`: of eight parameters; `shapes`: of those that are not (16, 16)."""
         self.faults: list[str] = []
         self.engine = FindingsEngine(parse_settings(rules, RULES), self.faults.append, kinds)
         self.info = RunInfo(
             name="run",
             task="script",
-            tables=TABLES,
+            tables=tuple(
+                msgspec.structs.replace(table, columns=tuple(map(Column, names)))
+                if len(table.columns) == len(NAMES) and table.columns[0].name == NAMES[0]
+                else table
+                for table in TABLES
+            ),
             optimizers=tuple(optimizers),
             facts=facts or {},
             total_steps=total_steps,
@@ -75,13 +86,13 @@ class Run:
             parameters=tuple(
                 ParameterInfo(
                     name,
-                    (16, 16),
+                    (shapes or {}).get(name, (16, 16)),
                     dtype,
-                    256,
+                    math.prod((shapes or {}).get(name, (16, 16))),
                     "" if name in outside else optimizers[0],
                     name not in frozen,
                 )
-                for name in NAMES
+                for name in names
             ),
         )
         self.engine.describe(self.info)

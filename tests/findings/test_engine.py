@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 
@@ -52,6 +53,28 @@ class Failing(Rule):
         if seen.step == 3:
             raise ZeroDivisionError("3")
         return [Found(seen.step, "said")] if seen.step == 1 else []
+
+
+class Symptom(Rule):
+    """Is seen at the first step."""
+
+    name = "symptom"
+    title = needs = explanation = advice = source = "nothing"
+    explained_by = ("non-finite",)
+
+    def step(self, seen):
+        return [Found(1, "said")] if seen.step == 1 else []
+
+
+@pytest.mark.parametrize("bad", [1, 11])
+def test_nan_is_no_cause_of_what_began_before_it(bad):
+    run = Run(kinds=[Symptom, *RULES])
+    for number in range(1, 13):
+        value = math.nan if number >= bad else None
+        run.step(value, nonfinite=[("loss", "", "nan", None)] if value else ())
+    found = run.found
+    assert (found["symptom"].onset, found["non-finite"].onset) == (1, bad)
+    assert (found["symptom"].cause is not None) == (bad == 1)
 
 
 def test_rule_that_fails_is_switched_off_and_reported_once():

@@ -23,6 +23,7 @@ from tui_trainer.history.records import (
 from tui_trainer.protocol.absent import Absent, absent
 
 nan, inf = math.nan, math.inf
+NOT_REACHED = absent(Absent.NOT_REACHED)
 Case = Callable[[bool], Run]
 """bug or not → the run."""
 
@@ -65,6 +66,43 @@ def not_in_optimizer(bug):
             gradients[2] = gradients[3] = absent(Absent.NOT_REACHED)
         run.step(gradients=gradients)
     return run
+
+
+FORGOTTEN = ("body.weight", "head.weight", "head.bias", "out.bias", *NAMES[:3], "param_7")
+"""Names of a model, and of a parameter of the optimizer that no model has."""
+BIASES = {"head.bias": (1,), "out.bias": (1,), "param_7": (1,)}
+
+
+def run_with_orphan(reached=(), **changed):
+    """Twenty steps in which backward reaches the model, and param_7 only if it is in `reached`."""
+    run = Run(names=FORGOTTEN, **changed)
+    for _ in range(20):
+        gradients = [0.3 if name != "param_7" or name in reached else NOT_REACHED
+                     for name in FORGOTTEN]  # fmt: skip
+        run.step(gradients=gradients)
+    return run.found
+
+
+def test_forgotten_head_is_not_said_to_be_replaced_for_a_shape_of_its_bias():
+    head = ("head.weight", "head.bias")
+    for reached in ((), ("param_7",)):
+        found = run_with_orphan(reached, outside=head, shapes={"head.weight": (1, 16), **BIASES})
+        assert found["not-in-optimizer"].parameters == head
+        assert "keep their initial values" in found["not-in-optimizer"].text
+        assert ("never-reached" in found) == (not reached)
+
+
+@pytest.mark.parametrize("reached", [(), ("param_7",)])
+def test_layer_is_said_to_be_replaced_where_the_old_one_gets_no_gradient(reached):
+    found = run_with_orphan(reached, outside=("head.weight",))
+    assert ("created before they were replaced" in found["not-in-optimizer"].text) == (not reached)
+    assert set(found) == {"not-in-optimizer"}
+
+
+def test_frozen_parameter_of_the_same_shape_does_not_hide_what_is_never_reached():
+    found = run_with_orphan(outside=("out.bias",), frozen=("out.bias",), shapes=BIASES)
+    assert set(found) == {"never-reached"}
+    assert found["never-reached"].parameters == ("param_7",)
 
 
 def never_reached(bug):
@@ -888,11 +926,45 @@ def test_nan_loss_that_a_scaler_skipped_is_a_warning_once_training_goes_on(skips
     for _ in range(30):
         run.step()
     for _ in range(skips):
-        run.skip("scaler", 1024.0, nan)
+        run.skip("scaler", 1.0, nan)
     run.step(rate=1e-3)
     found = run.found["non-finite"]
     assert (found.level, found.onset) == (level, 31)
+    # The lowest loss scale was reached for the loss alone: no error under a warning.
+    assert run.found["loss-scale"].level == "warning"
     assert ("step 31 was made with a finite loss" in found.text) == (level == "warning")
+
+
+def skipping(*losses):
+    """The last report of `non-finite` after these losses; those that are not finite are skipped,
+    and so is an infinite gradient of a finite one ("overflow")."""
+    run = Run()
+    for loss in losses:
+        if loss == "overflow":
+            run.skip("scaler", 1024.0, 2.3)
+        elif math.isfinite(loss):
+            run.step(loss)
+        else:
+            run.skip("scaler", 1024.0, nan)
+    return run.found["non-finite"]
+
+
+def test_ten_skipped_losses_remain_an_error_after_a_later_single_one():
+    found = skipping(2.3, *[nan] * 12, *[2.2] * 5, nan, *[2.1] * 5)
+    assert found.level == "error"
+    assert found.text.endswith("10 in a row like it: nothing was trained")
+
+
+def test_overflow_after_a_skipped_loss_does_not_hide_that_training_goes_on():
+    found = skipping(2.3, nan, "overflow", 2.2, 2.1)
+    assert found.level == "warning"
+    assert "step 2 was made with a finite loss" in found.text
+
+
+def test_ten_skipped_losses_after_a_single_one_are_an_error():
+    found = skipping(2.3, nan, 2.2, *[nan] * 12, 2.2)
+    assert (found.level, found.onset) == ("error", 2)
+    assert found.text.endswith("and 10 in a row like it before step 3: nothing was trained")
 
 
 @pytest.mark.parametrize("reason", ["scaler", "hand"])

@@ -165,6 +165,8 @@ class RunFacts:
         self.ranks = 0
         """Number of processes of a distributed training."""
         self.device = ""
+        self.replaced: frozenset[str] = frozenset()
+        """Parameters of an optimizer that `not-in-optimizer` has said the model no longer has."""
 
     def update(self, info: RunInfo) -> None:
         if info.parameters is not self._infos:

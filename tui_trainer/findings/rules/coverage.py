@@ -18,15 +18,23 @@ MAX_CHANGES = 4
 """Changes of a report of `never-reached` before the last one."""
 
 
-def _replaced(facts: RunFacts) -> list[str]:
-    """Parameters of an optimizer that no model has, while one has others of the same shape that no
-    optimizer holds."""
-    shapes = {info.shape for info in facts.parameters.values() if not info.optimizer}
-    return [
-        name
-        for name, info in facts.parameters.items()
-        if info.optimizer and info.shape in shapes and NO_MODEL.fullmatch(name)
-    ]
+def _replaced(facts: RunFacts, row: TableRow, outside: Iterable[str]) -> frozenset[str]:
+    """Parameters of an optimizer in whose place the model has those of `outside`: no model has
+    them, they get no gradient, and each matrix of `outside` has the shape of one of them. Empty
+    where that does not explain all matrices: biases alone have equal shapes by chance."""
+    orphans = {
+        name: info.shape
+        for name, absent in zip(row.names, row.absent.tolist(), strict=True)
+        if absent
+        and NO_MODEL.fullmatch(name)
+        and (info := facts.parameters.get(name)) is not None
+        and info.optimizer
+    }
+    shapes = {facts.parameters[name].shape for name in outside}
+    matrices = {shape for shape in shapes if len(shape) >= 2} or shapes
+    if not matrices <= set(orphans.values()):
+        return frozenset()
+    return frozenset(name for name, shape in orphans.items() if shape in shapes)
 
 
 class NotInOptimizer(Rule):
@@ -88,7 +96,9 @@ class NotInOptimizer(Rule):
         numel = sum(self.facts.parameters[name].numel for name in names)
         advice = ""
         why = "they keep their initial values, unless the script itself changes them"
-        if _replaced(self.facts):
+        replaced = _replaced(self.facts, row, names)
+        if replaced:
+            self.facts.replaced |= replaced
             why = (
                 "it holds others of the same shape, which the model no longer has: it was created "
                 "before they were replaced"
@@ -179,7 +189,6 @@ class NeverReached(Rule):
             return
         self._done = True
         never = np.flatnonzero(self._counts == self._rows).tolist()
-        replaced = _replaced(self.facts)  # reported by `not-in-optimizer`
         names = [
             self._names[index]
             for index in never
@@ -187,7 +196,7 @@ class NeverReached(Rule):
             and info.optimizer
             and info.trainable
             and info.numel
-            and info.name not in replaced
+            and info.name not in self.facts.replaced  # reported by `not-in-optimizer`
         ]
         own = [
             name

@@ -87,6 +87,7 @@ class NonFiniteRule(Rule):
             "error when later ones are finite",
         ),
     )
+    exact = True
     explained_by = (
         "input-scale",
         "initial-scale",
@@ -110,6 +111,11 @@ class NonFiniteRule(Rule):
         self._skips = 0
         """Iterations in a row that a GradScaler skipped, with a loss that was not finite."""
         self._skipped: Found | None = None
+        """What was reported of the first of them."""
+        self._lasting = False
+        """Whether there have been so many in a row that it remains an error."""
+        self._recovering = False
+        """Whether no step with a finite loss has been made since the last of them."""
 
     def skipped(self, skipped: SkippedStep) -> Iterable[Found]:
         if skipped.reason != "scaler" or self._found:
@@ -119,6 +125,7 @@ class NonFiniteRule(Rule):
             self._skips = 0
             return
         self._skips += 1
+        self._recovering = True
         if self._skipped is None:
             value, producer = nonfinite(loss), skipped.producer
             origin, advice, phase = _origin_of_loss(value, producer, skipped.bad_batch)
@@ -133,16 +140,20 @@ class NonFiniteRule(Rule):
                 evidence=(_of_loss(value), *_rerun(producer)),
             )
             yield self._skipped
-        elif self._skips == self.limits["skips"]:
+        elif self._skips == self.limits["skips"] and not self._lasting:
+            self._lasting = True
+            later = skipped.step != self._skipped.onset
+            where = f" before step {skipped.step:,}" if later else ""
             self._skipped = replace(
                 self._skipped,
-                text=f"{self._skipped.text}, and {self._skips} in a row like it: nothing was "
-                "trained",
+                text=f"{self._skipped.text}, and {self._skips} in a row like it{where}: nothing "
+                "was trained",
             )
             yield self._skipped
 
     def step(self, seen: Observation) -> Iterable[Found]:
-        if self._skips and seen.loss is not None and math.isfinite(seen.loss):
+        if self._recovering and seen.loss is not None and math.isfinite(seen.loss):
+            self._recovering = False
             yield from self._recovered(seen.step)
         self._skips = 0
         if seen.nonfinite and not self._found:
@@ -162,7 +173,7 @@ class NonFiniteRule(Rule):
 
     def _recovered(self, step: int) -> Iterable[Found]:
         """The first step after iterations that a GradScaler has skipped."""
-        if self._skipped is not None and self._skips < self.limits["skips"]:
+        if self._skipped is not None and not self._lasting:
             text = f"{self._skipped.text}; step {step:,} was made with a finite loss"
             yield replace(self._skipped, text=text, level="warning")
 

@@ -79,7 +79,7 @@ class LossScale(Rule):
             skipped.step,
             text,
             parameters=tuple(each.parameter for each in skipped.nonfinite if each.parameter),
-            level="error" if at_floor else None,
+            level="error" if at_floor and self._broken < self._count else None,
             advice=advice,
             confidence="certain",
             phase="step",
