@@ -77,14 +77,14 @@ def is_to_be_drawn(screen: Screen[Any]) -> bool:
 
 
 async def come_to_rest(app: App[Any]) -> None:
-    """Until no message, layout or refresh is left, and one screen has replaced another: what a
-    layout changes may need a layout again."""
+    """Until no message, layout or refresh is left, the screen has the size of the terminal, and one
+    screen has replaced another. What a layout changes may need a layout again."""
     for _ in range(MAX_ROUNDS):
         await run_what_is_ready()
         if not app._running or not app.screen_stack:
             return
-        if getattr(app, "_screen_switch", None) is not None:
-            continue
+        if app._resize_event is not None or getattr(app, "_screen_switch", None) is not None:
+            continue  # until a timer
         screen = app.screen
         if app._batch_count or not screen.is_current or not is_to_be_drawn(screen):
             return
