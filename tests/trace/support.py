@@ -96,14 +96,14 @@ class CountingGate(Gate):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.passed: list[tuple[str, int]] = []
+        self.reached_boundaries: list[tuple[str, int]] = []
 
     def reached(self, phase: str, step: int) -> None:
-        self.passed.append((phase, step))
+        self.reached_boundaries.append((phase, step))
         super().reached(phase, step)
 
     def phases(self, step: int) -> list[str]:
-        return [phase for phase, at in self.passed if at == step]
+        return [phase for phase, at in self.reached_boundaries if at == step]
 
 
 def trace(

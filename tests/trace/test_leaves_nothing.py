@@ -174,9 +174,9 @@ def test_saved_copied_and_pickled_models_hold_nothing_of_ours():
         loaded = torch.load(saved, weights_only=False)["model"]
         assert torch.equal(loaded.head.weight, model.head.weight)
         # A copy of the root is no root: calling it is no phase.
-        boundaries = len(gate.passed)
+        boundaries = len(gate.reached_boundaries)
         twin(torch.randint(0, 11, (1, 4)))
-        assert len(gate.passed) == boundaries
+        assert len(gate.reached_boundaries) == boundaries
 
     gate = CountingGate()
     trace(loop, gate=gate)

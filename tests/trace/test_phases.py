@@ -462,7 +462,7 @@ def test_other_threads_pass_by():
         thread.join()
 
     recorder, gate = trace(loop)
-    assert gate.passed == []
+    assert gate.reached_boundaries == []
     assert recorder.records == []
 
 
