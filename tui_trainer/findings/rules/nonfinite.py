@@ -35,6 +35,10 @@ SLOPES = {
         ("sqrt", "log", "log2", "log10"),
         ": its slope is infinite at zero (add a small number to what it is given)",
     ),
+    **dict.fromkeys(
+        ("linalgvectornorm", "norm", "cdist"),
+        ": it has no slope at zero (add a small number to what it is given)",
+    ),
     "pow": ": a power below 1 has an infinite slope at zero (add a small number to its base)",
     "rsqrt": ": it and its slope are infinite at zero (add a small number to what it is given)",
     "div": ": its divisor must not be zero, nor too small (add a small number to it)",
