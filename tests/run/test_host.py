@@ -308,7 +308,7 @@ def test_nan_is_null_with_its_word(place):
     third = of("step", lines)[2]
     assert third["loss"] is None
     assert third["nonfinite"]["loss"] == "nan"
-    assert "a learning rate that is too high" in lines[-1]["hint"]
+    assert "what the loss is multiplied by" in lines[-1]["hint"]
     assert of("event", lines)[0]["kind"] == "nonfinite"
 
 
