@@ -213,6 +213,24 @@ def test_clips_within_a_step_are_those_of_the_table(kind):
     assert not {"norm_before", "scale"}.intersection(unknown)
 
 
+def test_a_parameter_that_no_optimizer_updates_is_not_taken_for_one_that_is_lost():
+    torch.manual_seed(0)
+    model, recorder, gate = mlp(), KeepingRecorder(), Gate(paused=True)
+    optimizer = torch.optim.SGD(model[2].parameters(), lr=0.1)
+    driver = phase_by_phase(gate, 12)
+    with Tracer(recorder, gate, PROBES, EVERYTHING):
+        for _ in range(2):
+            optimizer.zero_grad()
+            F.cross_entropy(model(torch.randn(4, 6)), torch.randint(0, 3, (4,))).backward()
+            optimizer.step()
+    gate.end()
+    driver.join(240)
+    report = next(r for r in recorder.reports if (r.step, r.phase) == (2, "step"))
+    assert report.summary == "step 2 is complete"
+    named = [q.name for q in report.quantities if q.name.startswith("update ratio")]
+    assert sorted(named) == ["update ratio of 2.bias", "update ratio of 2.weight"]
+
+
 def test_weights_too_large_to_copy_are_reported(monkeypatch):
     monkeypatch.setattr(update_ratio, "MAX_HOST_BYTES", 300)
     reports, _, _ = reports_of(2, SMALL_COPIES)

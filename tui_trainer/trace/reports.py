@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from tui_trainer.protocol import PHASES, Phase, schema
+from tui_trainer.protocol.absent import why_absent
 from tui_trainer.protocol.formatting import counted, shape_text
 from tui_trainer.protocol.messages import PhaseReport, Quantity, Rows
 from tui_trainer.trace.live_values import TracedStep
@@ -188,8 +189,9 @@ class PhaseReporter:
                 continue
             _, updates, ratios = latest
             finite = [math.isfinite(ratio) for ratio in ratios]
-            lost += len(finite) - sum(finite)
-            order = sorted(range(len(ratios)), key=lambda i: (finite[i], -ratios[i]))[:LARGEST]
+            there = [i for i, ratio in enumerate(ratios) if why_absent(ratio) is None]
+            lost += sum(not finite[i] for i in there)
+            order = sorted(there, key=lambda i: (finite[i], -ratios[i]))[:LARGEST]
             quantities.append(Quantity(_qualified(measurer, "norm of the update"), _total(updates)))
             for i in order:
                 name = measurer.tracked.names[i]
