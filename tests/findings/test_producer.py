@@ -20,6 +20,7 @@ from tests.trace.support import KeepingRecorder
 from tui_trainer.history.records import Producer
 from tui_trainer.probes import PROBES
 from tui_trainer.probes.nonfinite import ARMED_BY_GROWTH, ARMED_STEPS, OutputSums
+from tui_trainer.trace import nonfinite_origin
 from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.nonfinite_origin import LossOperations
 from tui_trainer.trace.probe import ProbeOptions
@@ -293,7 +294,7 @@ def test_a_loss_with_a_tensor_as_exponent_is_measured_at_every_step():
 
 def test_a_fault_while_the_loss_is_looked_at_switches_nothing_off(monkeypatch):
     def fails(node):
-        if node.name() == "ExpBackward0":
+        if node.name() == "SqrtBackward0":
             raise TypeError
         return False
 
@@ -301,7 +302,7 @@ def test_a_fault_while_the_loss_is_looked_at_switches_nothing_off(monkeypatch):
     x = torch.ones(3, requires_grad=True)
     operations = LossOperations()
     operations.model_returned()
-    operations.watch(x.exp().sqrt().sum())
+    operations.watch(x.sqrt().log().sum())
     assert not operations._handles
 
 
@@ -329,6 +330,54 @@ def test_a_fault_while_gradients_are_kept_does_not_end_the_backward():
     loss.backward()
     assert x.grad is not None
     assert operations.origin() == ""
+
+
+def test_the_operations_of_a_loss_are_searched_for_only_now_and_then(monkeypatch):
+    looked_at = 0
+    searched = nonfinite_origin._is_plain_power
+
+    def counted(node):
+        nonlocal looked_at
+        looked_at += 1
+        return searched(node)
+
+    monkeypatch.setattr(nonfinite_origin, "_is_plain_power", counted)
+    x = torch.ones(3, requires_grad=True)
+    operations = LossOperations()
+
+    def watched(loss):
+        nonlocal looked_at
+        looked_at = 0
+        operations.model_returned()
+        value = loss()
+        operations.watch(value)
+        found = len(operations._handles)
+        operations.backward_ended()
+        return found
+
+    def plain():
+        return (x - 1).mul(2).sqrt().mean()
+
+    def penalised():
+        return plain() + x.log().sum()
+
+    for _ in range(nonfinite_origin.FIRST_SEARCHES):
+        assert watched(plain) == 1
+        assert looked_at
+    assert watched(plain) == 1
+    assert not looked_at
+    assert watched(penalised) == 2, "a term was added"
+    assert looked_at
+    for number in range(1, nonfinite_origin.SEARCH_EVERY - 1):
+        assert watched(lambda: x.sqrt().mul(2).mul(3).mean()) == 1, number
+    assert not looked_at
+    assert watched(lambda: x.log().mul(2).mul(3).mean()) == 1, "another operation at its place"
+    assert looked_at
+    for _ in range(nonfinite_origin.SEARCH_EVERY):
+        watched(lambda: x.log().mul(2).mul(3).mean())
+        if looked_at:
+            break
+    assert looked_at, "in case that something else has changed"
 
 
 def test_nothing_is_kept_of_the_loss_after_the_step():

@@ -200,7 +200,8 @@ MAX_KEPT = 1 << 20
 """Numbers in the gradients that are kept."""
 FINITE_BACKWARD = PASSING | {
     *("AccumulateGrad", "Add", "Sub", "Mul", "Sum", "Mean", "Dot", "Mv", "Mm", "Bmm", "Addmm"),
-    *("MseLoss", "SmoothL1Loss", "HuberLoss", "BinaryCrossEntropyWithLogits"),
+    *("MseLoss", "SmoothL1Loss", "HuberLoss", "BinaryCrossEntropyWithLogits", "Exp", "Rsub"),
+    *("Softplus", "LogSigmoid", "Sin", "Cos", "Maximum", "Minimum", "Max", "Min", "Amax", "Amin"),
 }
 """Operations whose backward makes finite gradients of finite ones, unless they overflow. That takes
 gradients near 3e38 in float32 and bfloat16; in float16, which ends at 65,504, it is common."""
@@ -213,6 +214,25 @@ NEVER_OVERFLOWING = frozenset(
     )
 )
 """Those of them whose backward only moves, divides or drops gradients."""
+FIRST_SEARCHES = 4
+"""Passes through losses of one form whose graphs are searched, and …"""
+SEARCH_EVERY = 64
+"""… of the later ones each such. In between the operations are where they were found."""
+MAX_FORMS = 16
+MAX_CHILDREN = 8
+"""Of a node, as far as they tell the form of a loss."""
+
+_Path = tuple[int, ...]
+"""From a node to one of those before it: indices into `next_functions`."""
+
+
+@dataclass(slots=True)
+class _LossForm:
+    """Losses with the same last operations, which come from the same line as a rule."""
+
+    passes: int = 0
+    suspects: tuple[tuple[_Path, type, str], ...] = ()
+    """Where the operations are that are watched, their types and their names."""
 
 
 class LossOperations:
@@ -228,6 +248,7 @@ class LossOperations:
         self._kept: list[tuple[str, tuple[Any, ...], tuple[Any, ...]]] = []
         """(operation, gradients of its inputs, of its result), in the order of backward."""
         self._room = 0
+        self._forms: dict[tuple[object, ...], _LossForm] = {}
 
     def model_returned(self) -> None:
         self._since = next_sequence_number()
@@ -242,12 +263,40 @@ class LossOperations:
     def _watch(self, loss: torch.Tensor) -> None:
         self.backward_ended()
         self._kept, self._room = [], MAX_KEPT
-        if self._since is None or loss.grad_fn is None or compiled_code_exists():
+        root = loss.grad_fn
+        if self._since is None or root is None or compiled_code_exists():
             return
-        half = loss.dtype is torch.float16
-        waiting = [loss.grad_fn]
-        seen = {loss.grad_fn}
-        for node in waiting:  # grows
+        for node, operation in self._suspects(root, loss.dtype):
+            self._handles.append(node.register_hook(self._keep(operation.lower())))
+
+    def _suspects(self, root: Any, dtype: torch.dtype) -> list[tuple[Any, str]]:
+        """The operations to watch before `root`, and their names."""
+        assert self._since is not None
+        key = (dtype, *_form(root))
+        form = self._forms.get(key)
+        if form is None:
+            if len(self._forms) == MAX_FORMS:
+                self._forms.clear()
+            form = self._forms[key] = _LossForm()
+        form.passes += 1
+        if form.passes > FIRST_SEARCHES and form.passes % SEARCH_EVERY:
+            known = [(_follow(root, path), name) for path, _, name in form.suspects]
+            kinds = [kind for _, kind, _ in form.suspects]
+            if [type(node) for node, _ in known] == kinds and all(
+                sequence_number(node) >= self._since for node, _ in known
+            ):
+                return known
+        found = self._search(root, half=dtype is torch.float16)
+        form.suspects = tuple((path, type(node), operation) for path, node, operation in found)
+        return [(node, operation) for _, node, operation in found]
+
+    def _search(self, root: Any, *, half: bool) -> list[tuple[_Path, Any, str]]:
+        """The operations, and where they are. `half`: gradients are of float16."""
+        assert self._since is not None
+        found: list[tuple[_Path, Any, str]] = []
+        waiting: list[tuple[_Path, Any]] = [((), root)]
+        seen = {root}
+        for path, node in waiting:  # grows
             if sequence_number(node) < self._since:
                 continue
             operation = node_name(node)
@@ -257,13 +306,14 @@ class LossOperations:
             else:
                 watched = operation not in FINITE_BACKWARD and not _is_plain_power(node)
             if watched:
-                self._handles.append(node.register_hook(self._keep(operation.lower())))
-                if len(self._handles) == MAX_WATCHED:
-                    return
-            for before, _ in node.next_functions:
+                found.append((path, node, operation))
+                if len(found) == MAX_WATCHED:
+                    break
+            for index, (before, _) in enumerate(node.next_functions):
                 if before is not None and before not in seen and len(seen) < MAX_OUTSIDE:
                     seen.add(before)
-                    waiting.append(before)
+                    waiting.append(((*path, index), before))
+        return found
 
     def _keep(self, operation: str) -> Any:
         def keep(results: tuple[Any, ...], given: tuple[Any, ...]) -> None:
@@ -294,6 +344,26 @@ class LossOperations:
     def stepped(self) -> None:
         """The gradients have been used."""
         self._kept, self._since = [], None
+
+
+def _form(root: Any) -> tuple[type, ...]:
+    """Types of the last operations of a loss: a term that is added to it is one of them."""
+    kinds = [type(root)]
+    for child, _ in root.next_functions[:MAX_CHILDREN]:
+        if child is not None:
+            kinds.append(type(child))
+            kinds += [type(node) for node, _ in child.next_functions[:MAX_CHILDREN]]
+    return tuple(kinds)
+
+
+def _follow(root: Any, path: _Path) -> Any | None:
+    node = root
+    for index in path:
+        following = node.next_functions
+        if index >= len(following) or following[index][0] is None:
+            return None
+        node = following[index][0]
+    return node
 
 
 def _is_plain_power(node: Any) -> bool:
