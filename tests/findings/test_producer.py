@@ -292,6 +292,18 @@ def test_a_loss_with_a_tensor_as_exponent_is_measured_at_every_step():
     assert [record.step for record in records] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_sigmoid_by_hand_whose_exponential_overflows_is_named():
+    x = torch.tensor([1.0, 100.0], requires_grad=True)
+    operations = LossOperations()
+    operations.model_returned()
+    loss = (1 / (1 + x.exp())).sum()
+    operations.watch(loss)
+    loss.backward()
+    operations.backward_ended()
+    assert x.grad.isnan().tolist() == [False, True]
+    assert operations.origin() == "exp"
+
+
 def test_a_fault_while_the_loss_is_looked_at_switches_nothing_off(monkeypatch):
     def fails(node):
         if node.name() == "SqrtBackward0":
