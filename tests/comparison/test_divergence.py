@@ -137,6 +137,7 @@ def test_gradients_scaled_in_one_run_only_are_named_before_their_update(tmp_path
     assert first.quantity == "gradient norm after clipping"
     texts = [first.text_of(value) for value in first.values]
     assert sorted(texts) == ["1.5", "the step had no such phase"]
+    assert sorted(first.short_texts(*first.values)) == ["1.5", "none"]
     assert first.others == 1
     # A clipping that changed nothing later is not looked for.
     a, b = training(30), training(30)

@@ -57,10 +57,10 @@ class FirstDifference:
     """Step and values of the quantity in both runs, at the nearest steps that both measured."""
 
     def short_texts(self, x: float, y: float) -> tuple[str, str]:
-        """Both values with as many digits as it takes to distinguish them."""
+        """Both values for a narrow column, with as many digits as it takes to distinguish them;
+        `none` for one that is absent."""
         if x == y or not (math.isfinite(x) and math.isfinite(y)) or self.table == schema.PHASE_MS:
-            a, b = self.text_of(x), self.text_of(y)
-            return (f"{x:.5g}", f"{y:.5g}") if math.isfinite(x) and math.isfinite(y) else (a, b)
+            return _short(x), _short(y)
         for digits in range(3, 9):
             a, b = f"{x:.{digits}g}", f"{y:.{digits}g}"
             if a != b:
@@ -383,6 +383,12 @@ class _TablePair:
                 strict=True,
             )
         ]
+
+
+def _short(value: float) -> str:
+    if math.isfinite(value):
+        return f"{value:.5g}"
+    return nonfinite(value) if why_absent(value) is None else "none"
 
 
 def _presence(values: Floats) -> Floats:
