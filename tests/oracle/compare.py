@@ -28,10 +28,6 @@ LARGEST, SMALLEST = 3.4e38, 1e-37
 WORDS = {"nan", "inf", "-inf"}
 
 
-SUM_OF_TIMES = "(a sum of measured times)"
-"""The end of the text of a difference that depends on the clock."""
-
-
 @dataclass(frozen=True)
 class Difference:
     """A written value that is wrong, or a true value that is missing."""
@@ -356,7 +352,7 @@ def _parts(line: Object) -> Found:
     if min(parts, default=0.0) < 0:
         yield f"step {line['step']}: negative times in {line['phase_ms']}"
     if not whole or abs(whole - sum(parts)) > 0.01 * whole + 0.02:
-        yield f"step {line['step']}: phases of {sum(parts)} ms, step of {whole} ms {SUM_OF_TIMES}"
+        yield f"step {line['step']}: phases of {sum(parts)} ms, step of {whole} ms"
 
 
 def shared_phases(comparison: Comparison) -> Found:

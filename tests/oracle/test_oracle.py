@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from tests.integrations.seen import compared
 from tests.oracle import adapter
-from tests.oracle.compare import SUM_OF_TIMES, Difference, differences
+from tests.oracle.compare import Difference, differences
 from tests.oracle.generator import (
     Clip,
     Loop,
@@ -38,15 +38,7 @@ SHARDS = range(-(-LOOPS // LOOPS_PER_TEST))
 
 
 def found_in(loop: Loop) -> list[Difference]:
-    """The differences of this loop. Those of a sum of times are found twice, or not at all: the
-    system may suspend the thread between two readings of the clock."""
-    found = _differences_of(loop)
-    if found and all(each.text.endswith(SUM_OF_TIMES) for each in found):
-        found = _differences_of(loop)
-    return found
-
-
-def _differences_of(loop: Loop) -> list[Difference]:
+    """The differences of this loop."""
     script = script_of(loop)
     truth, alone = adapter.run_alone(script)
     with tempfile.TemporaryDirectory() as folder:
