@@ -53,7 +53,7 @@ class Model(nn.Module):
 model = Model()
 if bug == "untied":
     model.head.weight = nn.Parameter(model.embedding.weight.detach().clone())
-rate = {"no-warm-up": 0.3, "adam-warm-up": 3e-3}.get(bug, 1e-3)
+rate = {"rate-too-high": 0.3, "adam-warm-up": 3e-3}.get(bug, 1e-3)
 optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
 warm_up = 30 if bug == "adam-warm-up" else 0
 if bug == "gan":

@@ -76,7 +76,7 @@ CASES = (
     Case("digits", "evaluate-in-train-mode", "train-mode-evaluation", 51),
     Case("digits", "group-at-zero", "part-not-updated", steps=150),
     Case("letters", "untied", "untied-weights", steps=150),
-    Case("letters", "no-warm-up", "no-warm-up", steps=150),
+    Case("letters", "rate-too-high", "update-ratio-high", steps=150),
     Case("letters", "slow-input", "input-bound", within=70, steps=150),
     Case("digits", "none"),
     Case("digits", "accumulate", steps=100),

@@ -44,6 +44,67 @@ def test_cause_that_is_found_after_its_effect_takes_it_over():
     assert run.causes == ["update-ratio-high"]
 
 
+def test_a_learning_rate_far_too_high_is_not_said_to_lack_a_warm_up():
+    run = Run(attention=True)
+    for number in range(1, 60):
+        run.step(min(2.9 * 2.0**number, 1300.0), rate=0.3, updates=[3.0] * 8)
+    assert run.causes == ["update-ratio-high"]
+    cause = run.found["update-ratio-high"]
+    assert cause.level == "error"
+    assert run.found["no-warm-up"].cause == run.found["loss-diverges"].cause == cause.number
+
+
+class Slight(Rule):
+    """A warning from the first step on."""
+
+    name = "slight"
+    title = "slight"
+    needs = explanation = advice = source = "nothing"
+
+    def step(self, seen):
+        return [Found(1, f"at step {seen.step}")] if seen.step in (1, 6) else []
+
+
+class Grave(Slight):
+    """Its effect, which is an error from the fourth step on."""
+
+    name = "grave"
+    explained_by = ("slight",)
+
+    def step(self, seen):
+        return [Found(2, "grave", level="error" if seen.step > 3 else "info")]
+
+
+def test_a_cause_has_the_worst_level_of_itself_and_its_effects():
+    run = Run(kinds=[Slight, Grave])
+    levels = []
+    for _ in range(7):
+        run.step()
+        levels.append(run.found["slight"].level)
+    assert levels == ["warning"] * 3 + ["error"] * 4
+    assert run.found["slight"].text == "at step 6"
+    assert run.found["grave"].cause == run.found["slight"].number
+
+
+class Root(Slight):
+    """The cause of `slight`, which is found after it and its effects."""
+
+    name = "root"
+
+    def step(self, seen):
+        return [Found(1, "root")] if seen.step == 5 else []
+
+
+def test_a_cause_that_turns_out_to_be_an_effect_has_its_own_level_again():
+    kind = type("Slight", (Slight,), {"explained_by": ("root",)})
+    run = Run(kinds=[kind, Grave, Root])
+    for _ in range(5):
+        run.step()
+    assert run.causes == ["root"]
+    levels = {rule: found.level for rule, found in run.found.items()}
+    assert levels == {"root": "error", "slight": "warning", "grave": "error"}
+
+
 class Failing(Rule):
     name = "failing"
     title = "fails"

@@ -18,7 +18,8 @@ run: it is shown under the header of the screens and on the screen *Findings* (`
 replayed and exported, and included in `tui-trainer show`, `show --json`, `--json` and the report.
 Each finding has a level (`error`, `warning`, `info`), an *onset* (the first step at which it held),
 a location, the numbers that it is based on with their healthy ranges, and what to look at next.
-Symptoms of one cause are grouped: the finding of the cause comes first, with its effects below it.
+Symptoms of one cause are grouped: the finding of the cause comes first, with its effects below it,
+and has the worst level of them all.
 
 `tui-trainer check --steps 300 train.py` runs some steps of a script without a screen and prints
 the findings, `tui-trainer check gpt --steps 300` those of a task, with the options of the task;

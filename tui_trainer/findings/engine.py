@@ -17,7 +17,7 @@ from tui_trainer.findings.rules.nonfinite import origin_text
 from tui_trainer.history.records import Floats, Producer, SkipRecord, StepRecord
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.absent import why_absent
-from tui_trainer.protocol.events import Finding
+from tui_trainer.protocol.events import LEVEL_ORDER, Finding, Level
 from tui_trainer.protocol.schema import RunInfo
 
 MAX_FINDINGS = 200
@@ -86,6 +86,8 @@ class FindingsEngine:
         self._failed: set[str] = set()
         self.findings: list[Finding] = []
         """Findings by number, as last reported."""
+        self._own_levels: list[Level] = []
+        """The level of each finding without its effects."""
         self._numbers: dict[tuple[str, str, str], int] = {}
         self._updates: dict[int, int] = {}
 
@@ -219,6 +221,7 @@ class FindingsEngine:
                 self._set(finding, changed)
         for number in list(changed):
             self._link(self.findings[number], changed, step, time)
+        self._raise_levels(changed, step, time)
         return list(changed.values())
 
     def _finding(
@@ -250,13 +253,15 @@ class FindingsEngine:
             ranks=found.ranks,
         )
         if number == len(self.findings):
+            self._own_levels.append(finding.level)
             return finding
-        known = self.findings[number]
-        if (known.text, known.level) == (finding.text, finding.level):
+        known, level = self.findings[number], self._own_levels[number]
+        if (known.text, level) == (finding.text, finding.level):
             return None
         updates = self._updates[number] = self._updates.get(number, 0) + 1
-        if updates > MAX_UPDATES and finding.level == known.level:
+        if updates > MAX_UPDATES and finding.level == level:
             return None
+        self._own_levels[number] = finding.level
         return msgspec.structs.replace(finding, cause=known.cause)
 
     def _set(self, finding: Finding, changed: dict[int, Finding]) -> None:
@@ -294,6 +299,19 @@ class FindingsEngine:
             if other.cause == finding.number and other.number != cause:
                 moved = msgspec.structs.replace(other, cause=cause, step=step, time=time)
                 self._set(moved, changed)
+
+    def _raise_levels(self, changed: dict[int, Finding], step: int, time: float) -> None:
+        """Give causes the worst level of themselves and their effects: where only causes are shown,
+        a warning must not hide an error."""
+        levels = list(self._own_levels)
+        for finding in self.findings:
+            if finding.cause is not None:
+                own, cause = self._own_levels[finding.number], finding.cause
+                levels[cause] = min(levels[cause], own, key=LEVEL_ORDER.__getitem__)
+        for finding, level in zip(tuple(self.findings), levels, strict=True):
+            if finding.level != level:
+                raised = msgspec.structs.replace(finding, level=level, step=step, time=time)
+                self._set(raised, changed)
 
     def _explains(self, cause: Finding, effect: Finding) -> bool:
         slack = 0 if cause.rule in self._exact else self._slack[effect.rule]

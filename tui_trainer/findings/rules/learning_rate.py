@@ -155,7 +155,9 @@ class NoWarmUp(Rule):
         "An Adam-like optimizer trains attention layers at its full learning rate from the first "
         "step on. Its estimate of the second moment is then based on a handful of gradients, and "
         "its updates are as large as they can be. The rule reports it only if the loss rises well "
-        "above its first value."
+        "above its first value. Where updates are too large as well, the learning rate itself is "
+        "too high: Adam's updates of noisy gradients become about four times smaller than its "
+        "first ones, and even a quarter of 20 % of a weight is too much."
     )
     advice = "raise the learning rate linearly over the first 100 to 2,000 steps, or lower it"
     source = (
@@ -166,6 +168,9 @@ class NoWarmUp(Rule):
         RuleThreshold("rise", 0.2, "rise of the loss over its first value, as a share of it"),
         RuleThreshold("steps", 200, "number of first steps that are checked"),
     )
+    explained_by = ("update-ratio-high",)
+    slack = 200
+    """As long as the steps that are checked."""
 
     def start(self) -> None:
         self._first_rate: float | None = None

@@ -78,7 +78,6 @@ class UpdateRatioHigh(UpdateRatios):
         "initial-scale",
         "gradients-kept",
         "learning-rate-jump",
-        "no-warm-up",
         "initial-loss",
     )
 
