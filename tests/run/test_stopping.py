@@ -98,7 +98,7 @@ def test_a_script_that_makes_no_step_is_interrupted_with_a_warning(script, check
     script.timers.run_down()
     assert len(script.interrupts) == 1
     (warning,) = script.warnings
-    assert "20 s" in warning
+    assert "20.0 s" in warning
     assert ("checkpoint" in warning) == checkpoint
     assert script.timers.set == []
 
@@ -111,7 +111,7 @@ def test_a_script_with_long_steps_is_waited_for_longer(script):
     assert [seconds for seconds, _ in script.timers.set] == [GRACE_STEPS * 100.0 - GRACE_S]
     script.timers.run_down()
     assert len(script.interrupts) == 1
-    assert "300 s" in script.warnings[0]
+    assert "5 min 00 s" in script.warnings[0]
 
 
 def test_a_script_that_is_at_the_gate_is_not_interrupted(script):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from tui_trainer.protocol.absent import why_absent
 from tui_trainer.protocol.events import (
     Clip,
     Event,
@@ -66,6 +65,8 @@ def _number(value: float | None, digits: int) -> str:
     if value is None:
         return MISSING
     if not math.isfinite(value):
+        from tui_trainer.protocol.absent import why_absent  # which imports NumPy
+
         return MISSING if why_absent(value) is not None else nonfinite(value)
     if value == 0:
         return f"{0:.{digits - 1}f}"
