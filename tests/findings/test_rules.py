@@ -19,6 +19,7 @@ from tui_trainer.history.records import (
     Producer,
     UnitsRecord,
     UnitsShare,
+    WeightDecay,
 )
 from tui_trainer.protocol.absent import Absent, absent
 
@@ -208,12 +209,43 @@ def updates_small(bug):
     return run
 
 
-def weights_shrink(bug):
+STRONG_DECAY = WeightDecay(1.0)
+
+
+def weights_shrink(bug, decay=STRONG_DECAY, rate=5e-3, **first):
     run = Run()
     for number in range(1, 120):
         norm = 0.993**number if bug else 1 if number < 5 else 0.5  # clamped once
-        run.step(weights=[10 * norm] * 8 if number % 10 == 1 else None)
+        run.step(
+            rate=rate,
+            weights=[10 * norm] * 8 if number % 10 == 1 else None,
+            **({"weight_decay": decay, **first} if number == 1 else {}),
+        )
     return run
+
+
+@pytest.mark.parametrize(
+    ("decay", "rate", "found"),
+    [
+        (None, 1e-2, False),  # small targets: the data make the weights smaller
+        (WeightDecay(1e-2), 1e-2, False),
+        (WeightDecay(0.5), 1e-2, True),
+        (WeightDecay(1e-4, divided=True), 1e-3, False),
+        (WeightDecay(0.5, divided=True), 5e-3, True),
+    ],
+)
+def test_weights_that_shrink_are_reported_where_decay_explains_it(decay, rate, found):
+    run = weights_shrink(True, decay, rate)
+    assert ("weights-shrink" in run.found) == found
+    if found:
+        assert run.found["weights-shrink"].advice == "divide weight_decay by 10 or more"
+
+
+def test_weights_that_shrink_under_a_penalty_are_reported():
+    run = weights_shrink(True, None, loss_graph=PLAIN._replace(penalty=True))
+    found = run.found["weights-shrink"]
+    assert found.text.endswith("the loss has a penalty on them")
+    assert "weight_decay" not in found.advice
 
 
 def gradients_vanish(bug):

@@ -328,3 +328,35 @@ def test_constant_that_is_not_finite_is_not_taken_for_the_batch():
     assert "a constant" in found.text
     assert "rows" not in found.advice
     assert found.phase == "loss"
+
+
+@pytest.mark.parametrize(
+    ("make", "found"),
+    [
+        (lambda weights: torch.optim.SGD(weights, 0.1), False),
+        (lambda weights: torch.optim.SGD(weights, 0.1, weight_decay=1e-3), False),
+        (lambda weights: torch.optim.SGD(weights, 0.01, momentum=0.9, weight_decay=0.2), True),
+        (lambda weights: torch.optim.Adam(weights, 5e-3, weight_decay=1e-4), False),
+        (lambda weights: torch.optim.Adam(weights, 5e-3, weight_decay=1.0), True),
+        (lambda weights: torch.optim.AdamW(weights, 5e-3), False),
+        (lambda weights: torch.optim.AdamW(weights, 1e-3, weight_decay=15.0), True),
+    ],
+)
+def test_weights_that_the_data_make_smaller_are_no_finding(make, found):
+    def regress():
+        layer = nn.Linear(20, 1)
+        optimizer = make(layer.parameters())
+        small = 0.01 * torch.randn(20, 1)
+        before = layer.weight.norm().item()
+        for _ in range(60):
+            # With small inputs the data say little about the weights, and the decay decides.
+            x = torch.randn(64, 20) * (0.1 if found else 1.0)
+            optimizer.zero_grad()
+            F.mse_loss(layer(x), x @ small + 0.01 * torch.randn(64, 1)).backward()
+            optimizer.step()
+        shares.append(layer.weight.norm().item() / before)
+
+    shares = []
+    rules = [each.rule for each in findings_of(regress)]
+    assert shares[0] < 0.75
+    assert ("weights-shrink" in rules) == found

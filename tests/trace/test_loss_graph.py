@@ -112,3 +112,34 @@ def test_several_terms_and_no_graph(x, y):
     penalty = sum(each.square().sum() for each in model.parameters())
     assert loss_graph_of((F.cross_entropy(model(x), y) + penalty).grad_fn).rows == 0
     assert loss_graph_of(torch.tensor(1.0).grad_fn) is None
+
+
+def of_norms(model):
+    return torch.stack([p.norm() for p in model.parameters()]).sum()
+
+
+@pytest.mark.parametrize(
+    ("penalty", "expected"),
+    [
+        (lambda model: 0.1 * sum(p.square().sum() for p in model.parameters()), True),
+        (lambda model: 0.1 * sum((p * p).sum() for p in model.parameters()), True),
+        (lambda model: sum(p.abs().sum() for p in model.parameters()) / 10, True),
+        (lambda model: 1e-4 * of_norms(model) ** 2, True),
+        (lambda model: 0.5 * model[0].weight.norm() ** 2, True),
+        (lambda model: torch.cat([p.view(-1) for p in model.parameters()]).pow(2).sum(), True),
+        (lambda model: model[0].bias.square().sum(), False),
+        (lambda model: 0.0, False),
+    ],
+)
+def test_penalty_on_the_weights(x, y, penalty, expected):
+    model = layers(nn.ReLU())
+    for loss in (F.cross_entropy(model(x), y), (model(x)[:, 0] - y).square().mean()):
+        graph = loss_graph_of((8 * (loss + penalty(model))).grad_fn)
+        assert graph.penalty == expected
+
+
+def test_rows_of_an_embedding_can_be_penalised():
+    table = nn.Embedding(4, 3)
+    rows = table(torch.arange(3))
+    for loss, expected in ((rows.square().mean(), True), ((rows - 1).square().mean(), False)):
+        assert loss_graph_of((loss + rows.sum()).grad_fn).penalty == expected

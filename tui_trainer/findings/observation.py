@@ -25,6 +25,7 @@ from tui_trainer.history.records import (
     SkipRecord,
     StepRecord,
     UnitsRecord,
+    WeightDecay,
 )
 from tui_trainer.protocol import schema
 from tui_trainer.protocol.absent import Absent, absent_mask, why_absent
@@ -126,6 +127,7 @@ class Observation:
     kept_update: float | None = None
     initial: tuple[InitialWeight, ...] = ()
     epsilon: float | None = None
+    weight_decay: WeightDecay | None = None
 
 
 @dataclass(slots=True)
@@ -304,6 +306,7 @@ class Reader:
             kept_update=record.kept_update,
             initial=record.initial,
             epsilon=record.epsilon,
+            weight_decay=record.weight_decay,
         )
         if record.classes is not None and record.classes > 1 and not self.facts.of_task:
             self.facts.classes = record.classes

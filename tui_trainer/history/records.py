@@ -175,6 +175,18 @@ class LossGraph(NamedTuple):
     """Whether the scores of that softmax are concatenated of several tensors."""
     softmax_layers: tuple[str, ...] = ()
     """Names of the weights of those layers, where they are known."""
+    penalty: bool = False
+    """Whether a norm or a power of a weight matrix is added to it."""
+
+
+class WeightDecay(NamedTuple):
+    """The weight decay of an optimizer."""
+
+    factor: float
+    """Times the learning rate, the share of the weights that it removes in a step. That of SGD is
+    multiplied by what momentum makes of it."""
+    divided: bool = False
+    """Whether it is added to the gradient, whose root mean square the optimizer divides it by."""
 
 
 class BadBatch(NamedTuple):
@@ -262,6 +274,8 @@ class StepRecord:
     initial: tuple[InitialWeight, ...] = ()
     epsilon: float | None = None
     """The smallest `eps` of an optimizer of Adam's family, at its first step."""
+    weight_decay: WeightDecay | None = None
+    """The largest of the groups that have matrices, at the first step; None without."""
 
 
 @dataclass(frozen=True, slots=True)

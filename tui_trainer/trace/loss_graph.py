@@ -32,6 +32,9 @@ _ON_THE_WAY = _VIEWS | frozenset(
 """Between a loss and the output of the model."""
 _LAYERS = {"AddmmBackward0": 1, "MmBackward0": 0, "ConvolutionBackward0": 0}
 """Linear maps, and the position of what they map among their inputs."""
+_SUMS = ("Add", "Sub", "Mul", "Div", "Neg", "Sum", "Mean", "Sqrt", "Stack", "Cat", "Select")
+"""Between a loss and the penalties in it."""
+_NORMS = ("Pow", "Abs", "LinalgVectorNorm", "Norm")
 
 
 def _no_name(parameter: Any) -> str:
@@ -86,7 +89,53 @@ def _read(loss: Any, name_of: Callable[[Any], str]) -> LossGraph:
         mixed_view,
         name.startswith(("LogSoftmax", "Softmax")) and _is_joined(node.next_functions[0][0]),
         tuple(name for weight in behind if (name := name_of(_leaf(weight)))),
+        _has_penalty(loss),
     )
+
+
+def _has_penalty(loss: Any) -> bool:
+    """Whether sums and factors alone lie between the loss and a norm or a power of a matrix, or of
+    rows of it."""
+    seen, waiting = {loss}, deque([loss])
+    while waiting and len(seen) < MAX_NODES:
+        node = waiting.popleft()
+        below = [child for child, _ in node.next_functions if child is not None]
+        name = node.name().partition("Backward")[0]
+        squared = name == "Mul" and len(below) == 2 and below[0] is below[1]
+        if (name in _NORMS or squared) and below:
+            if _has_matrix(below[0]):
+                return True
+            if name == "Pow":
+                waiting += _norms_of(below[0])
+        elif name in _SUMS or node.name() in _VIEWS:
+            for child in below:
+                if child not in seen:
+                    seen.add(child)
+                    waiting.append(child)
+    return False
+
+
+def _norms_of(node: Any) -> list[Any]:
+    """The norms that it is the sum of."""
+    if "Norm" in node.name():
+        return [node]
+    if not node.name().startswith(("Sum", "Stack")):
+        return []
+    return [norm for child, _ in node.next_functions if child for norm in _norms_of(child)]
+
+
+def _has_matrix(node: Any) -> bool:
+    """Whether it is a parameter of two dimensions or more, a view of one, rows of an embedding, or
+    several of these in one tensor."""
+    node = _without_views(node)
+    if node is None:
+        return False
+    if node.name().startswith("Embedding"):
+        return _has_matrix(node.next_functions[0][0])
+    if node.name().startswith(("Cat", "Stack")):
+        return any(_has_matrix(child) for child, _ in node.next_functions)
+    leaf = _leaf(node)
+    return leaf is not None and leaf.dim() >= 2
 
 
 def _is_joined(node: Any) -> bool:

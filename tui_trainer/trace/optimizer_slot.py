@@ -7,6 +7,7 @@ in the same tables under the same names.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,12 +15,19 @@ from dataclasses import dataclass, field
 import msgspec
 import torch
 
+from tui_trainer.history.records import WeightDecay
 from tui_trainer.protocol.schema import Column, Table
 from tui_trainer.trace.parameters import parameters_of
 from tui_trainer.trace.probe import RecorderLike
 
 Optimizer = torch.optim.Optimizer
 ADAMS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam)
+DIVIDING = (
+    *(torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax),
+    *(torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.RMSprop),
+)
+"""Optimizers that divide the gradient, with the weight decay in it, by its root mean square, unless
+a group has `decoupled_weight_decay`."""
 
 
 @dataclass(eq=False)
@@ -56,6 +64,25 @@ class OptimizerSlot:
         if optimizer is None or not issubclass(self.kind, ADAMS):
             return None
         return min((float(group["eps"]) for group in optimizer.param_groups), default=None)
+
+    @property
+    def weight_decay(self) -> WeightDecay | None:
+        """The largest of its groups that have matrices; None without."""
+        optimizer = self.optimizer()
+        found = []
+        for group in () if optimizer is None else optimizer.param_groups:
+            factor = group.get("weight_decay", 0)
+            # Reading a tensor could wait for the device.
+            if not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
+                continue
+            if all(parameter.dim() < 2 for parameter in group["params"]):
+                continue
+            divided = issubclass(self.kind, DIVIDING) and not group.get("decoupled_weight_decay")
+            momentum = group.get("momentum", 0)
+            if issubclass(self.kind, torch.optim.SGD) and 0 < momentum < 1:
+                factor /= 1 - momentum
+            found.append(WeightDecay(float(factor), divided))
+        return max(found, default=None)
 
     def occupy(self, optimizer: Optimizer) -> None:
         self.optimizer = weakref.ref(optimizer)

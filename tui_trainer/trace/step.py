@@ -32,6 +32,7 @@ from tui_trainer.history.records import (
     Sign,
     SkipRecord,
     StepRecord,
+    WeightDecay,
 )
 from tui_trainer.protocol import formatting
 from tui_trainer.protocol.absent import Absent, absent, why_absent
@@ -244,6 +245,7 @@ class CompletedStep:
     producer: Producer | None = None
     bad_batch: BadBatch | None = None
     epsilon: float | None = None
+    weight_decay: WeightDecay | None = None
     """As in `StepRecord`."""
 
     def facts(self, header: Values) -> StepFacts:
@@ -418,6 +420,7 @@ def record_of(step: CompletedStep, probes: ProbeSet) -> tuple[StepRecord, StepFa
         kept_update=facts.kept_update,
         initial=facts.initial,
         epsilon=step.epsilon,
+        weight_decay=step.weight_decay,
     )
     return record, facts, spent
 

@@ -636,7 +636,9 @@ class StepMeasurer:
                 completed.classes = self._classes()
             completed.producer = completed.producer or backward.producer
             completed.bad_batch = completed.bad_batch or backward.bad_batch
-        completed.epsilon = None if self._steps else self.slot.epsilon
+        if not self._steps:
+            completed.epsilon = self.slot.epsilon
+            completed.weight_decay = self.slot.weight_decay
         self.marks.use()
         self.unstepped = None
         self._steps += 1

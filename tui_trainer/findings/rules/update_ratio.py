@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from tui_trainer.findings.observation import Observation, TableRow
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence, median_of
+from tui_trainer.history.records import WeightDecay
 from tui_trainer.protocol.formatting import percent
 from tui_trainer.protocol.schema import HEALTHY_UPDATE_RATIO
 
@@ -417,25 +418,34 @@ class UpdatesUndone(Rule):
 class WeightsShrink(Rule):
     """Decay or a penalty removes the weights faster than they learn."""
 
-    reads = "weights"
     name = "weights-shrink"
     title = "the weights shrink"
-    needs = "the weight norms of the first 200 steps"
+    needs = (
+        "the weight norms of the first 200 steps, and weight decay of an optimizer or a penalty in "
+        "the autograd graph of the first loss"
+    )
     explanation = (
         "The norm of all weight matrices has fallen by a quarter within the first steps, at one "
-        "measurement after the other. Training makes it grow or leaves it; weight decay of the "
-        "usual strength takes a few percent in that time. A decay or a penalty that is so strong "
-        "decides what the weights become, not the data."
+        "measurement after the other, and the loss has a penalty on the weights, or weight decay "
+        "alone explains half of that. Usual weight decay takes a few percent in that time. A decay "
+        "or a penalty that is so strong decides what the weights become, not the data. Without "
+        "either it is the data that make the weights smaller, as where targets are small."
     )
     advice = "divide weight_decay, or the factor of the penalty in the loss, by 10 or more"
     source = "over-regularization is a fault of TheDeepChecker (Braiek & Khomh, TOSEM 2023)"
     thresholds = (
         RuleThreshold("share", 0.75, "of the first norm"),
         RuleThreshold("steps", 200, "number of first steps that are checked"),
+        RuleThreshold("decay", 0.5, "of the fall that weight decay explains"),
     )
-    explained_by = ("non-finite",)
 
     def start(self) -> None:
+        self._decay: WeightDecay | None = None
+        self._penalty = False
+        self._decayed = 0.0
+        """Logarithm of what weight decay alone would have divided the weights by."""
+        self._before = 0
+        """The last step at which they were measured."""
         self._names: tuple[str, ...] = ()
         self._matrices: list[int] = []
         self._first = 0.0
@@ -445,18 +455,29 @@ class WeightsShrink(Rule):
         self._done = False
 
     def step(self, seen: Observation) -> Iterable[Found]:
+        if self._done:
+            return
+        self._decay = seen.weight_decay or self._decay
+        self._penalty |= seen.loss_graph is not None and seen.loss_graph.penalty
         row = seen.weights
-        if row is None or self._done:
+        if row is None:
+            return
+        if (~row.finite & ~row.absent).any() or (self._decay is None and not self._penalty):
+            self._done = True
             return
         if row.names is not self._names:
             self._names = row.names
+            self._decayed = 0.0
             self._matrices = [i for i, name in enumerate(row.names) if self.facts.is_matrix(name)]
             self._first, self._onset = 0.0, seen.step
         values = row.values[self._matrices]
         norm = float(np.sqrt(np.square(values[np.isfinite(values)], dtype=np.float64).sum()))
         if not self._first:
             self._first = self._last = norm
+            self._before = seen.step
             return
+        self._decayed += (seen.step - self._before) * self._rate(seen, norm)
+        self._before = seen.step
         if seen.step > self.limits["steps"]:
             self._done = True
             return
@@ -465,12 +486,23 @@ class WeightsShrink(Rule):
         # A script that clamps its weights makes them shrink once.
         if norm > self.limits["share"] * self._first or self._falls < 3:
             return
+        by_decay = self._decayed >= self.limits["decay"] * math.log(self._first / max(norm, 1e-30))
+        if not by_decay and not self._penalty:
+            return
         self._done = True
         names = [row.names[index] for index in self._matrices]
+        if by_decay:
+            taken = -math.expm1(-self._decayed)
+            why = f"weight decay alone takes {percent(taken, 0, 0)} in that time"
+            advice = "divide weight_decay by 10 or more"
+        else:
+            why = "the loss has a penalty on them"
+            advice = "divide the factor of the penalty in the loss by 10 or more"
         yield Found(
             self._onset,
             f"the norm of all weight matrices has fallen from {self._first:.3g} to {norm:.3g} in "
-            f"{seen.step - self._onset} steps",
+            f"{seen.step - self._onset} steps: {why}",
+            advice=advice,
             phase="step",
             parameters=tuple(names[:8]),
             evidence=(
@@ -478,6 +510,21 @@ class WeightsShrink(Rule):
                          table="weight_norm", column=names[0]),
             ),
         )  # fmt: skip
+
+    def _rate(self, seen: Observation, norm: float) -> float:
+        """Share of the weights that weight decay removes in a step like this one."""
+        if self._decay is None or seen.learning_rate is None:
+            return 0.0
+        rate = seen.learning_rate * self._decay.factor
+        if not self._decay.divided:
+            return rate
+        if seen.gradient_norm is None:
+            return 0.0
+        sizes = [info.numel for name in self._names if (info := self.facts.parameters.get(name))]
+        matrices = [self.facts.parameters[self._names[index]].numel for index in self._matrices]
+        gradient = seen.gradient_norm / math.sqrt(max(1, sum(sizes)))
+        decay = self._decay.factor * norm / math.sqrt(max(1, sum(matrices)))
+        return rate / max(math.hypot(gradient, decay), 1e-30)
 
 
 def _share(ratio: float) -> str:
