@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from textual import events
+from textual.keys import _character_to_key
+
 from tests.ui.fake import fake_gpt
 from tests.ui.screens import app_on, frame, settle, text_of
 from tui_trainer.protocol.actions import AddBreakpoint, ChangeBreakpoint, DeleteBreakpoint
@@ -89,3 +92,20 @@ async def test_a_small_terminal_shows_the_tab_of_the_culprit() -> None:
         await settle(pilot)
         assert panel.display
         assert panel.current_row == panel.name_tree.names.index(name)
+
+
+async def test_keys_that_come_in_one_piece_take_effect_in_their_order() -> None:
+    session = fake_gpt(steps=20)
+    app = app_on("dashboard", session)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await frame(pilot)
+        await pilot.press("b")
+        await settle(pilot)
+        await pilot.press(*"loss >> 1", "enter")
+        await settle(pilot)
+        for key in ("ctrl+u", *"loss>5", "enter"):
+            name = _character_to_key(key) if len(key) == 1 else key
+            app.post_message(events.Key(name, key if len(key) == 1 else None))
+        await frame(pilot)
+        await settle(pilot)
+        assert session.sent == [AddBreakpoint("loss>5")]

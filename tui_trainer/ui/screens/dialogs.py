@@ -16,6 +16,7 @@ from textual.widgets.option_list import Option
 from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol.formatting import shape_text
 from tui_trainer.protocol.inspection import TensorInfo, TensorList, TensorRef
+from tui_trainer.ui.widgets.prompt_input import PromptInput
 
 MAX_NOTE_LENGTH = 200
 KEYS_HINT = "[dim]enter: confirm, escape: cancel[/dim]"
@@ -46,7 +47,9 @@ class NumberPrompt(ModalScreen[float | None]):
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog"):
             yield Static(self._question, markup=False)
-            yield Input(self._value, type="integer" if self._whole else "number", compact=True)
+            yield PromptInput(
+                self._value, type="integer" if self._whole else "number", compact=True
+            )
             yield Static("", classes="error", markup=False)
             yield Static(KEYS_HINT)
 
@@ -80,7 +83,7 @@ class TextPrompt(ModalScreen[str | None]):
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog"):
             yield Static(self._question, markup=False)
-            yield Input(
+            yield PromptInput(
                 self._value, max_length=MAX_NOTE_LENGTH, select_on_focus=False, compact=True
             )
             yield Static(f"\n{KEYS_HINT}")
@@ -168,7 +171,7 @@ class TensorDialog(ModalScreen[TensorRef | None]):
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog"):
             yield Static("Inspect a tensor", markup=False)
-            yield Input(placeholder="words of its name: head grad", compact=True)
+            yield PromptInput(placeholder="words of its name: head grad", compact=True)
             yield OptionList(compact=True, markup=False)
             yield Static("enter: inspect, down: list, escape: cancel", classes="keys", markup=False)
 
