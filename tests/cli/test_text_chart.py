@@ -56,3 +56,18 @@ def test_an_axis_is_logarithmic_where_one_value_would_flatten_the_others():
     assert len(middle) > 2
     rest = TextCurve(range(1, 100), values[1:], values[1:])
     assert "log" not in "".join(text_chart([rest], 72, 10))
+
+
+def test_an_axis_is_logarithmic_where_one_curve_would_flatten_another():
+    healthy = [2.3 - 0.002 * step for step in range(100)]
+    diverging = [2.3 + 25.0 * step for step in range(100)]
+    lines = text_chart(
+        [
+            TextCurve(range(1, 101), healthy, healthy, "*"),
+            TextCurve(range(1, 101), diverging, diverging, "o"),
+        ],
+        72,
+        10,
+    )
+    assert "log" in "".join(lines[:2])
+    assert "*" in "".join(lines)

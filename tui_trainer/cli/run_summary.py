@@ -52,11 +52,13 @@ ATTENTION_SHOWN = ("cos_qk", "cos_qv", "cos_kv", "drift_q", "drift_k", "drift_v"
 
 @dataclass(frozen=True)
 class SummaryCurve:
-    """A series over the whole run, in at most CURVE_POINTS buckets of steps."""
+    """A series over the whole run, in at most CURVE_POINTS buckets of steps. Buckets in which
+    nothing was measured are left out."""
 
     steps: tuple[int, ...] = ()
     """The first step of each bucket."""
     low: tuple[float | None, ...] = ()
+    """None where only values that are not finite were measured."""
     high: tuple[float | None, ...] = ()
     last: float | None = None
 
@@ -318,7 +320,7 @@ def _curve(table: SeriesReader | None, name: str, step: int) -> SummaryCurve:
         return SummaryCurve()
     buckets = max(1, min(CURVE_POINTS, table.rows))
     window = table.window([column], table.first_step, table.last_step + 1, buckets)
-    kept = np.flatnonzero(window.filled)
+    kept = np.flatnonzero(np.isfinite(window.low[:, 0]) | window.nonfinite[:, 0])
     last = table.value_at(name, step)
     if last is not None and why_absent(last) is not None and table.last_step <= step:
         last = table.newest_measured(name)

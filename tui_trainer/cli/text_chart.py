@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 X_TICKS = 6
 MIN_WIDTH = 30
-LOG_FROM = 1000.0
-"""Times the median, from which a largest value makes the axis logarithmic."""
+LOG_FROM = 50.0
+"""Times the median of the lowest curve, from which a largest value makes the axis logarithmic: on a
+linear one that curve would be a straight line at the bottom."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,14 @@ def text_chart(curves: Sequence[TextCurve], width: int, height: int) -> list[str
 
     A curve passes through the lowest and the highest value of every bucket, so that no spike is
     lost, and is interrupted where a bucket has no finite value. The axis is logarithmic, with `log`
-    at its top, where the largest value would flatten all others.
+    at its top, where the largest value would flatten a curve.
     """
     points = [_points(curve) for curve in curves]
     finite = [y for _, ys, _ in points for y in ys]
     if not finite or width < MIN_WIDTH:
         return []
-    log = min(finite) > 0 and max(finite) > LOG_FROM * statistics.median(finite)
+    lowest = min(statistics.median(ys) for _, ys, _ in points if ys)
+    log = min(finite) > 0 and max(finite) > LOG_FROM * lowest
     if log:
         points = [(xs, [math.log10(y) for y in ys], gaps) for xs, ys, gaps in points]
         finite = [math.log10(y) for y in finite]
