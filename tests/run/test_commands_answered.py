@@ -118,7 +118,7 @@ def test_a_checkpoint_that_a_pause_overtakes_is_not_waited_for():
     assert control._written(status, [])
     run = RunEntry("gpt-one", Path("/none"), "live", RunState(name="gpt-one"), "")
     with pytest.raises(CommandError, match="paused after backward") as failed:
-        control._check_checkpoint(Checkpoint(), run, status, [])
+        control._written_checkpoint(Checkpoint(), run, status, [])
     assert "once the step is complete" in failed.value.hint
     assert not control._written(Status(state="paused", phase="step", step=12), [])
 
