@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.findings.synthetic import NAMES, NO_LOSS, Run
+from tui_trainer.findings.observation import RECENT_LOSSES, LossTrend
 from tui_trainer.findings.rules import RULES
 from tui_trainer.history.records import (
     BadBatch,
@@ -1135,6 +1136,15 @@ def falling(start, *, to, at=0.97, steps=460, warm_up=0, classes=10):
     return run
 
 
+def test_a_loss_has_fallen_at_once_only_when_the_first_is_no_longer_recent():
+    trend = LossTrend()
+    for step in range(1, RECENT_LOSSES // 2 + 1):
+        trend.add(step, 1e6 if step == 1 else 1.0)
+        assert not trend.fell_at_once
+    trend.add(step + 1, 1.0)
+    assert trend.fell_at_once
+
+
 @pytest.mark.parametrize("start", [2.35, 2.4, 3.0, 30.0])
 def test_a_loss_that_falls_only_to_that_of_guessing_is_reported(start):
     found = falling(start, to=math.log(10)).found["no-progress"]
@@ -1146,6 +1156,7 @@ def test_a_loss_that_falls_only_to_that_of_guessing_is_reported(start):
     "run",
     [
         lambda: falling(2.4, to=2.2),
+        lambda: falling(230.0, to=50.0),  # a hundred times the cross-entropy, and it converges
         # From large initial weights, and during a long warm-up.
         lambda: falling(60.0, to=7.0, at=0.995, classes=50_257),
         lambda: falling(11.2, to=7.0, at=0.9998, warm_up=2000, classes=50_257),

@@ -131,6 +131,36 @@ def test_one_that_has_reached_its_boundary_and_not_stopped_there_yet_is_not_past
         group.close()
 
 
+def test_one_that_leaves_its_boundary_late_is_not_waited_for_there(monkeypatch):
+    """It would wait for the others in the collective of the forward, and they for it at the
+    boundary before."""
+    first, leave, reached = [], Gate._leave, Gate.reached
+
+    def late(gate, phase):
+        if gate in first and phase == "zero_grad":
+            time.sleep(0.3)
+        leave(gate, phase)
+
+    def behind(gate, phase, step):
+        if gate not in first and phase == "zero_grad":
+            time.sleep(0.15)
+        reached(gate, phase, step)
+
+    monkeypatch.setattr(Gate, "_leave", late)
+    monkeypatch.setattr(Gate, "reached", behind)
+    group = Group(3)
+    first.append(group.peers[0].gate)
+    try:
+        for _ in range(3):
+            group.moves_on()
+            until(lambda: group.gate.boundary < first[0].boundary, "rank 0 is behind")
+            group.control.pause()
+            group.held()
+            group.control.resume()
+    finally:
+        group.close()
+
+
 def step_phases(group, count):
     group.moves_on()
     group.control.pause()

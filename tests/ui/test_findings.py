@@ -215,5 +215,7 @@ async def test_a_narrow_line_and_the_table_name_the_cause_and_its_place(others):
 def test_the_band_of_a_number_of_parameters_is_not_that_of_their_norms() -> None:
     counted = Evidence("parameters without a gradient", "3", 3.0, None, 0.0, "grad_norm", "w")
     assert band_of_series(counted).limits == ()
+    shrunk = Evidence("‖W‖ relative to its first value", "0.7", 0.7, 0.9, None, "weight_norm", "w")
+    assert band_of_series(shrunk).limits == ()
     norm = Evidence("gradient norm", "3", 3.0, None, 0.5, "step", "grad_norm_preclip")
     assert band_of_series(norm).limits == (0.5,)

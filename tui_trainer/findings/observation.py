@@ -233,8 +233,10 @@ class LossTrend:
     def fell_at_once(self) -> bool:
         """Whether it has been below a hundredth of the first loss for some time, or as far below a
         negative one."""
-        recent = max((loss for _, loss in self.recent), default=math.inf)
-        return bool(self.first) and self.first[0] - recent > 0.99 * abs(self.first[0])
+        newest = [loss for _, loss in self.recent][-(RECENT_LOSSES // 2) :]
+        if len(newest) < RECENT_LOSSES // 2 or self.count == len(newest):
+            return False  # the first one is among them
+        return self.first[0] - max(newest) > 0.99 * abs(self.first[0])
 
     def add(self, step: int, loss: float) -> None:
         if not math.isfinite(loss):

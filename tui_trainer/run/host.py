@@ -265,7 +265,7 @@ class Host:
         failed = outcome.state == "crashed" or self.stops.exit_status is not None
         failure = ranks.first_failure(FAILURE_WAIT_S if failed else 0.0)
         if not failure:
-            ranks.wait_until_left(FAILED_LEAVE_S if failed else LEAVE_S)
+            ranks.wait_until_left(FAILED_LEAVE_S if outcome.state == "crashed" else LEAVE_S)
             failure = ranks.first_failure()
         else:
             ranks.wait_until_left(0.0)

@@ -425,14 +425,21 @@ class Gate:
                 self._evaluate_breakpoints(phase, step)
             if self.armed:
                 self._enter(phase, step)
-            self.passed = self.boundary, phase
+            self._leave(phase)
             return
         self.completed = step
         if phase in self.break_phases:
             self._evaluate_breakpoints(phase, step)
         if self.armed or step >= self._next_scheduled or self.after_step:
             self._enter(phase, step)
+        self._leave(phase)
+
+    def _leave(self, phase: Phase) -> None:
         self.passed = self.boundary, phase
+        # A process that follows rank 0 may have reported the boundary before, and was then to be
+        # held at this one: it reports that it has passed, before it waits for the others.
+        if self.times_boundaries and self.armed:
+            self._call_hook(self.hooks.changed)
 
     def _note_time(self, phase: Phase, step: int, number: int) -> None:
         self.reached_at = time.monotonic()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
 
-from tui_trainer.protocol.absent import why_absent
+from tui_trainer.protocol.absent import Absent, absent, why_absent
 from tui_trainer.trace.norms import clip_scale
 from tui_trainer.trace.optimizer_registry import OptimizerRegistry
 from tui_trainer.trace.probe import Readings, RecorderLike
@@ -84,7 +83,8 @@ class LiveValues:
         clips = [clip for m in self._run.registry.measurers for clip in m.clips]
         for clip in clips:
             before = float(clip.norm_before)
-            after = math.nan if clip.norm_after is None else float(clip.norm_after)
+            after = clip.norm_after
+            after = absent(Absent.NOT_MEASURED) if after is None else float(after)
             scale = clip_scale(clip.kind, clip.max_norm, before, after)
             if clip.kind == "norm":
                 after = before * scale

@@ -198,6 +198,9 @@ class NoProgress(Rule):
                 return
             if seen.step - self._rose_at < len(recent) or _falls(recent):
                 return  # an initial loss above that of guessing may take longer to come down
+            if float(recent.mean()) > 1.2 * chance:
+                self._reported = True  # a multiple of the cross-entropy, or another loss since
+                return
         if abs(float(first.mean())) < 1e-12 or trend.fast > 2 * abs(trend.start):
             return
         self._reported = True

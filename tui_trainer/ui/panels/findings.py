@@ -173,7 +173,7 @@ def band(evidence: Evidence) -> str:
 
 OTHER_QUANTITIES = (
     *("median", "share", "loss, ", "parameters ", "step at", "measured steps", "softmax"),
-    *("fall of", "gradient norm, first quarter"),
+    *("fall of", "gradient norm, first quarter", "first loss", "‖W‖ relative"),
 )
 """First words of evidence that is of another kind than the series that goes with it."""
 
