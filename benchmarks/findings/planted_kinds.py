@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -105,7 +106,8 @@ CASES = (
 
 def check(case: Case) -> tuple[list[dict], str]:
     """The findings of a program that are no effects, and what went wrong, if anything."""
-    command = ["tui-trainer", "check", "--json", "--steps", str(case.steps)]
+    command = [sys.executable, "-P", "-m", "tui_trainer", "check", "--json"]
+    command += ["--steps", str(case.steps)]
     command += [str(HERE / f"{case.script}.py"), case.bug, str(case.steps * 4)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     try:
