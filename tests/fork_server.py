@@ -6,9 +6,9 @@ Each request on the Unix socket FD names the arguments, environment and director
 brings its standard streams; the answer is the process's number. `tests/processes.py` asks.
 
 Importing PyTorch and, at the first optimizer, its compiler takes a process four seconds of
-processor time; a fork has them at once. Of tui_trainer those modules are imported here that need
-neither PyTorch nor Textual and do nothing when they are imported. PyTorch is hidden until the
-process imports it.
+processor time; a fork has them at once. Most modules of tui_trainer do nothing when they are
+imported and are imported here, too: a tenth of a second for each command, app or training. PyTorch
+and what imports it are hidden until the process imports one of them.
 
 A process that has a terminal, the app, or that starts a run otherwise gets a fork server of its
 own, a child of it: the run process that it starts is forked there. So does a worker of
@@ -39,7 +39,7 @@ import time
 import types
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
 STACKS = "TUI_TRAINER_TEST_STACKS"
@@ -48,29 +48,34 @@ MADV_COLLAPSE = 25
 
 
 class HiddenTorch(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds `torch` as if it had not been imported, and gives what has been."""
+    """Finds `torch`, and modules of tui_trainer that import it, as if they had not been imported,
+    and gives what has been. `early` are the modules that were there before it."""
 
-    def __init__(self) -> None:
-        names = [name for name in sys.modules if name.partition(".")[0] == "torch"]
-        self.modules = {name: sys.modules.pop(name) for name in names}
-        self.spec = self.modules["torch"].__spec__
+    def __init__(self, early: Collection[str]) -> None:
+        hidden = ("torch", "tui_trainer")
+        names = [name for name in sys.modules if name.partition(".")[0] in hidden]
+        self.modules = {name: sys.modules.pop(name) for name in names if name not in early}
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: Any = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != "torch":
+        if name not in self.modules:
             return None
-        found = importlib.machinery.ModuleSpec(name, self, origin=self.spec.origin)
-        found.submodule_search_locations = self.spec.submodule_search_locations
+        spec = self.modules[name].__spec__
+        assert spec is not None
+        found = importlib.machinery.ModuleSpec(name, self, origin=spec.origin, loader_state=spec)
+        found.submodule_search_locations = spec.submodule_search_locations
         return found
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
-        return self.modules["torch"]
+        return self.modules[spec.name]
 
     def exec_module(self, module: types.ModuleType) -> None:
-        module.__spec__ = self.spec
+        assert module.__spec__ is not None
+        module.__spec__ = module.__spec__.loader_state
         sys.modules.update(self.modules)
-        sys.meta_path.remove(self)
+        if self in sys.meta_path:  # two threads may import two of them
+            sys.meta_path.remove(self)
 
 
 def serve(asking: socket.socket) -> tuple[dict[str, Any], list[int]]:
@@ -228,7 +233,10 @@ def fork_own_server(descriptors: list[int]) -> tuple[socket.socket | None, Any]:
 if __name__ == "__main__":
     _filters = warnings.filters[:]
     _asking = socket.socket(fileno=int(sys.argv[1]))
+    _early: set[str] = set()
     for _name in sys.argv[2:]:
+        if _name == "torch":
+            _early |= sys.modules.keys()
         __import__(_name)
     warnings.simplefilter("ignore", DeprecationWarning)  # of forking where there are threads
     gc.collect()
@@ -250,13 +258,11 @@ if __name__ == "__main__":
         if _request["starts"]:
             subprocess.Popen = _popen  # type: ignore[misc]
             write_stacks_on_signal()
-    if "torch" not in sys.modules:
+    if "torch" in sys.modules:
+        sys.meta_path.insert(0, HiddenTorch(_early))
+    _ending: BaseException | None = None
+    try:
         run(_request["arguments"])
-    else:
-        sys.meta_path.insert(0, HiddenTorch())
-        _ending: BaseException | None = None
-        try:
-            run(_request["arguments"])
-        except BaseException as _fault:
-            _ending = _fault
-        leave(_ending)
+    except BaseException as _fault:
+        _ending = _fault
+    leave(_ending)

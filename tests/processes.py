@@ -32,16 +32,30 @@ READ_AT_START = ("PYTHON", "OMP_", "GOMP_", "MKL_", "KMP_", "OPENBLAS_", "LD_", 
 """What begins with one of these takes effect as an interpreter starts or a library is loaded."""
 UNDERSTOOD = ("PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE", "GOMP_SPINCOUNT")
 """But these are set when a process is forked, or change nothing of a process with one thread."""
-OURS = ("tui_trainer.cli.start", "tui_trainer.run.host", "tui_trainer.run.script")
-"""What every process that trains imports of the product, without PyTorch and Textual."""
 LIBRARIES = (
-    *("cyclopts", "msgspec", "numpy", "platformdirs", "psutil", "rich.console", "rich.table"),
-    *("sqlite3", "tui_trainer.cli.main", *OURS),
+    *("asyncio", "cyclopts", "cyclopts.config", "cyclopts.help", "docstring_parser", "jinja2"),
+    *("msgspec", "numpy", "platformdirs", "psutil"),
+    *("rich.console", "rich.live", "rich.panel", "rich.table", "sqlite3"),
+    *("tui_trainer.cli.main", "tui_trainer.cli.start", "tui_trainer.run.host"),
+    *("tui_trainer.run.output", "tui_trainer.run.script"),
+    *("tui_trainer.run.sinks.jsonlines", "tui_trainer.run.sinks.plain"),
+    *("tui_trainer.cli.commands.autograd", "tui_trainer.cli.commands.control"),
+    *("tui_trainer.cli.commands.experiments", "tui_trainer.cli.commands.show"),
+    *("tui_trainer.client.connection", "tui_trainer.comparison.divergence"),
 )
+"""What commands import, without PyTorch and Textual."""
 WITH_TORCH = (
-    *(*LIBRARIES, "numpy.ctypeslib", "numpy.ma", "PIL.Image", "safetensors.torch"),
-    *("textual.app", "torch", "torch._dynamo"),
+    *(*LIBRARIES, "numpy.ctypeslib", "numpy.ma", "PIL.Image", "textual.app"),
+    *("tui_trainer.ui.app", "tui_trainer.ui.replay_app", "tui_trainer.ui.screens.dashboard"),
+    *("torch", "torch._dynamo", "torch.profiler._cupti_monitor", "safetensors.torch"),
+    *("tui_trainer.inspector.checked_rerun", "tui_trainer.inspector.inspector"),
+    *("tui_trainer.probes", "tui_trainer.run.checkpoints", "tui_trainer.run.frameworks"),
+    *("tui_trainer.run.progress", "tui_trainer.run.task_training"),
+    *("tui_trainer.tasks.gpt.training", "tui_trainer.tasks.vit.training"),
+    "tui_trainer.travel.time_travel",
 )
+"""What an app or a training imports as well. Modules of tui_trainer that come after PyTorch are
+hidden with it until they are imported."""
 PR_SET_CHILD_SUBREAPER = 36
 
 
