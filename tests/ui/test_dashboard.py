@@ -8,7 +8,7 @@ from textual import events
 from tests.ui import fake
 from tests.ui.fake import FakeSession
 from tests.ui.fake_run import describe, synthesise, with_unseen
-from tests.ui.screens import frame, until
+from tests.ui.screens import frame, settle, until
 from tui_trainer.protocol import PHASES, actions, schema
 from tui_trainer.ui.app import TuiTrainerApp
 from tui_trainer.ui.panels.attention.overview import LayersTable, TrendChart
@@ -402,17 +402,34 @@ async def test_mouse_wheel_and_clicks():
         assert table.top > top
 
 
+def backgrounds(app: TuiTrainerApp) -> set[str]:
+    return {
+        segment.style.bgcolor.name
+        for strip in app.screen._compositor.render_strips()
+        for segment in strip
+        if segment.style and segment.style.bgcolor
+    }
+
+
 async def test_a_change_of_theme_recolours_everything():
     async with app_of(fake.fake_gpt(300)).run_test(size=(120, 40)) as pilot:
         pilot.app.theme = "tui-trainer-light"
         await pilot.pause()
-        dark = {
-            segment.style.bgcolor.name
-            for strip in pilot.app.screen._compositor.render_strips()
-            for segment in strip
-            if segment.style and segment.style.bgcolor and segment.text.strip()
-        }
-        assert "#11151c" not in dark
+        assert "#11151c" not in backgrounds(pilot.app)
+
+
+async def test_a_change_of_theme_recolours_the_screens_behind():
+    async with app_of(fake.fake_gpt(300)).run_test(size=(120, 40)) as pilot:
+        assert "#11151c" in backgrounds(pilot.app)
+        await pilot.press("3")
+        await pilot.pause()
+        pilot.app.theme = "tui-trainer-light"
+        await pilot.pause()
+        await pilot.press("1")
+        await pilot.pause()
+        await until(pilot, lambda: pilot.app.current_mode == "dashboard", "the dashboard")
+        await settle(pilot)
+        assert "#11151c" not in backgrounds(pilot.app)
 
 
 async def test_ascii_mode_draws_nothing_but_ascii():

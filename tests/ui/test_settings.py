@@ -46,8 +46,7 @@ async def test_settings_are_shown_changed_and_undone() -> None:
         await pilot.press("escape", "ctrl+b")
         await settle(pilot)
         assert session.sent[-1] == Branch((SettingChange("clip", 0.5),))
-        await pilot.press("ctrl+u")
-        for key in (*"lr=1", "ctrl+b"):  # as fast as a terminal or ssh may send them
+        for key in ("ctrl+u", *"lr=1", "ctrl+b"):  # as fast as a terminal or ssh may send them
             app.post_message(events.Key(key, key if len(key) == 1 else None))
         await until(pilot, lambda: session.sent[-1] == Branch((SettingChange("lr", 1.0),)), "lr=1")
         await pilot.press("ctrl+u", "ctrl+o")

@@ -402,7 +402,10 @@ class TuiTrainerApp(App[int]):
         """Draw a screen that came to the front, and watch the tables that it shows."""
         self._watch_topics()
         if isinstance(screen, RunScreen) and screen.is_mounted:
-            screen.show(self.snapshot)
+            drawn = self._drawn_version
+            self.draw_frame()  # the newest values at once: the next frame has nothing to change
+            if self._drawn_version == drawn:
+                screen.show(self.snapshot)
             if screen.wanted:
                 screen.select(screen.wanted)
                 screen.wanted = ""

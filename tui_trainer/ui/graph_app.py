@@ -39,6 +39,7 @@ from tui_trainer.ui.panels.scalar_graph.state import GraphState
 from tui_trainer.ui.screens.base import MIN_SIZE, FoldingScreen, RunScreen
 from tui_trainer.ui.theme import initial_theme
 from tui_trainer.ui.widgets.key_line import KeyLine, TooSmall
+from tui_trainer.ui.widgets.ordered_input import OrderedInput
 from tui_trainer.ui.widgets.tabs import TabLine
 
 PANELS = ("graph", "nodes", "sweep", "descent")
@@ -66,7 +67,7 @@ class GraphPrompt(ModalScreen[str | None]):
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog"):
             yield Static(self._question, markup=False)
-            yield Input(self._value, compact=True)
+            yield OrderedInput(self._value, compact=True)
             yield Static("", classes="error", markup=False)
             yield Static(self._keys, classes="keys", markup=False)
 

@@ -87,8 +87,8 @@ class RunScreen(Screen[Any]):
 
     def __init__(self) -> None:
         super().__init__()
-        self._styled = True
-        """Whether its styles follow the style sheet: it has not been behind another screen."""
+        self._styled_for = self._style_conditions()
+        """What its styles followed when another screen came to the front."""
         if self.context.link.cell_updates:
             textual_hacks.use_cell_compositor(self)
         # As Textual sets them once the screen is mounted, and then finds all styles once more.
@@ -114,13 +114,18 @@ class RunScreen(Screen[Any]):
 
     def on_screen_resume(self, event: events.ScreenResume) -> None:
         """Draw what has arrived while another screen was in front."""
-        event.refresh_styles = not self._styled
-        self._styled = True
+        event.refresh_styles = self._styled_for != self._style_conditions()
         self.context.screen_resumed(self)
 
     def on_screen_suspend(self) -> None:
-        """The theme may change while another screen is in front."""
-        self._styled = False
+        """Note what the styles follow, which may change while another screen is in front."""
+        self._styled_for = self._style_conditions()
+
+    def _style_conditions(self) -> tuple[object, ...]:
+        """What the style sheet depends on besides the widgets of this screen: the app's classes,
+        which name the theme, and whether the terminal has the focus. Textual finds the styles of
+        a screen that comes to the front once more in any case, a sixth of the time of a switch."""
+        return (self.app.classes, self.app.app_focus)
 
 
 def pause_label(snapshot: Snapshot) -> str:

@@ -22,7 +22,7 @@ from tui_trainer.protocol.messages import Breakpoint
 from tui_trainer.protocol.schema import RunInfo
 from tui_trainer.ui.screens import app_context
 from tui_trainer.ui.screens.dialogs import NumberPrompt, SnapshotDialog
-from tui_trainer.ui.widgets.prompt_input import PromptInput
+from tui_trainer.ui.widgets.ordered_input import OrderedInput
 
 EXAMPLES = "such as loss > 3 * ema(loss), nonfinite, grad_norm(any) > 10 at backward"
 
@@ -146,7 +146,7 @@ class BreakpointsDialog(SnapshotDialog):
         with Vertical(classes="dialog"):
             yield Static("Breakpoints: pause when a condition is met", markup=False)
             yield BreakpointList()
-            yield PromptInput(
+            yield OrderedInput(
                 placeholder="condition",
                 compact=True,
                 suggester=ConditionSuggester(lambda: app_context(self).snapshot.info),

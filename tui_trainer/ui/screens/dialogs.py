@@ -16,7 +16,7 @@ from textual.widgets.option_list import Option
 from tui_trainer.client.api import Snapshot
 from tui_trainer.protocol.formatting import shape_text
 from tui_trainer.protocol.inspection import TensorInfo, TensorList, TensorRef
-from tui_trainer.ui.widgets.prompt_input import PromptInput
+from tui_trainer.ui.widgets.ordered_input import OrderedInput
 
 MAX_NOTE_LENGTH = 200
 KEYS_HINT = "[dim]enter: confirm, escape: cancel[/dim]"
@@ -47,7 +47,7 @@ class NumberPrompt(ModalScreen[float | None]):
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog"):
             yield Static(self._question, markup=False)
-            yield PromptInput(
+            yield OrderedInput(
                 self._value, type="integer" if self._whole else "number", compact=True
             )
             yield Static("", classes="error", markup=False)
@@ -83,7 +83,7 @@ class TextPrompt(ModalScreen[str | None]):
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog"):
             yield Static(self._question, markup=False)
-            yield PromptInput(
+            yield OrderedInput(
                 self._value, max_length=MAX_NOTE_LENGTH, select_on_focus=False, compact=True
             )
             yield Static(f"\n{KEYS_HINT}")
@@ -171,7 +171,7 @@ class TensorDialog(ModalScreen[TensorRef | None]):
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog"):
             yield Static("Inspect a tensor", markup=False)
-            yield PromptInput(placeholder="words of its name: head grad", compact=True)
+            yield OrderedInput(placeholder="words of its name: head grad", compact=True)
             yield OptionList(compact=True, markup=False)
             yield Static("enter: inspect, down: list, escape: cancel", classes="keys", markup=False)
 

@@ -40,6 +40,7 @@ from tui_trainer.ui.widgets.axes import AXIS_WIDTH
 from tui_trainer.ui.widgets.chart import Chart
 from tui_trainer.ui.widgets.chart_layers import Layer, Line, Points
 from tui_trainer.ui.widgets.lines import LineView, Row
+from tui_trainer.ui.widgets.ordered_input import OrderedInput
 from tui_trainer.ui.widgets.tabs import TabLine
 
 KINDS = ("What if", "Learning rate", "Gradient", "Random", "Snapshots")
@@ -177,7 +178,7 @@ class ExperimentsDialog(SnapshotDialog):
         with Vertical(classes="dialog"):
             yield Static("Experiment: the run is restored afterwards", markup=False)
             yield TabLine(KINDS)
-            yield Input(self._texts[0], compact=True, select_on_focus=False)
+            yield OrderedInput(self._texts[0], compact=True, select_on_focus=False)
             yield Static("", classes="error", markup=False)
             yield Static(ABOUT[0], classes="about", markup=False)
             yield CurvesChart()

@@ -31,6 +31,7 @@ from tui_trainer.protocol.settings import (
 from tui_trainer.ui.screens import app_context
 from tui_trainer.ui.screens.dialogs import SnapshotDialog
 from tui_trainer.ui.screens.inspection_requests import InspectionRequests
+from tui_trainer.ui.widgets.ordered_input import OrderedInput
 
 EXAMPLES = "such as lr=3e-4, lr[1]=1e-3, betas=0.9,0.95, clip=off, freeze=blocks.0.*"
 IN_THE_PAST = (
@@ -101,7 +102,7 @@ class SettingsDialog(SnapshotDialog):
         with Vertical(classes="dialog"):
             yield Static("Change a setting of the training, from the next step on", markup=False)
             yield SettingsTable()
-            yield Input(
+            yield OrderedInput(
                 placeholder="change",
                 suggester=SuggestFromList(names),
                 compact=True,

@@ -23,6 +23,7 @@ from tui_trainer.protocol.travel import LONG_S, ReadTimeline, Timeline
 from tui_trainer.ui.screens import app_context
 from tui_trainer.ui.screens.dialogs import SnapshotDialog
 from tui_trainer.ui.screens.inspection_requests import InspectionRequests
+from tui_trainer.ui.widgets.ordered_input import OrderedInput
 
 NEWEST = "newest step"
 KEYS = "left, right: one step, enter: go there, tab: step or memory, escape: close"
@@ -96,7 +97,9 @@ class TimelineDialog(SnapshotDialog):
         with Vertical(classes="dialog"):
             yield Static("Go to a step", markup=False)
             yield TimelineList()
-            yield Input(placeholder="step, or memory for snapshots such as 512MB", compact=True)
+            yield OrderedInput(
+                placeholder="step, or memory for snapshots such as 512MB", compact=True
+            )
             yield Static("", classes="error", markup=False)
             yield Static("", classes="about", markup=False)
             yield Static(KEYS, classes="keys", markup=False)

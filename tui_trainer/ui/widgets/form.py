@@ -14,6 +14,7 @@ from textual.message import Message
 from textual.widgets import Input, RadioButton, RadioSet, Static
 
 from tui_trainer.config.errors import ConfigurationError
+from tui_trainer.ui.widgets.ordered_input import OrderedInput
 
 
 class _Choice(RadioButton):
@@ -188,7 +189,7 @@ def switch(on: bool, *, id: str) -> ChoiceRow:
 
 def text_field(value: str = "", *, id: str, placeholder: str = "", wide: bool = False) -> Input:
     """An input field whose cursor does not blink: over SSH each blink would be sent."""
-    field = Input(
+    field = OrderedInput(
         value, placeholder=placeholder, compact=True, id=id, classes="-text" if wide else ""
     )
     field.cursor_blink = False

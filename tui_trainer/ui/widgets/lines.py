@@ -246,7 +246,7 @@ def _row(rows: list[Row], y: int) -> Row:
 
 def _drawable(row: Row) -> Row:
     """`row` without characters that would move the cursor, wherever a text comes from."""
-    if all(segment.text.isprintable() for segment in row):
+    if "".join([segment.text for segment in row]).isprintable():
         return row
     return [Segment(strip_escapes(segment.text), segment.style) for segment in row]
 

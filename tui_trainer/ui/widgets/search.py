@@ -6,10 +6,11 @@ from typing import ClassVar
 
 from textual.binding import Binding, BindingType
 from textual.message import Message
-from textual.widgets import Input
+
+from tui_trainer.ui.widgets.ordered_input import OrderedInput
 
 
-class SearchInput(Input):
+class SearchInput(OrderedInput):
     """Hidden until `open`. Enter keeps the text, escape clears it, and either closes the line.
 
     `Input.Changed` is posted as the text is typed, `Closed` when the line is hidden again.

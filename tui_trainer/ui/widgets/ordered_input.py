@@ -8,7 +8,7 @@ from textual.widgets import Input
 from tui_trainer.ui.textual_hacks import bindings_of
 
 
-class PromptInput(Input):
+class OrderedInput(Input):
     """Textual inserts a character at once, but finds the action of a key such as `ctrl+u` only
     after the event has passed every parent: keys that come in one piece, as over ssh or while the
     machine is busy, would change places."""
