@@ -47,7 +47,8 @@ LIBRARIES = (
 WITH_TORCH = (
     *(*LIBRARIES, "numpy.ctypeslib", "numpy.ma", "PIL.Image", "textual.app"),
     *("tui_trainer.ui.app", "tui_trainer.ui.replay_app", "tui_trainer.ui.screens.dashboard"),
-    *("torch", "torch._dynamo", "torch.profiler._cupti_monitor", "safetensors.torch"),
+    *("torch", "torch._dynamo", "torch._inductor.compile_fx", "torch.profiler._cupti_monitor"),
+    "safetensors.torch",
     *("tui_trainer.inspector.checked_rerun", "tui_trainer.inspector.inspector"),
     *("tui_trainer.probes", "tui_trainer.run.checkpoints", "tui_trainer.run.frameworks"),
     *("tui_trainer.run.progress", "tui_trainer.run.task_training"),
@@ -152,9 +153,9 @@ class Popen(subprocess.Popen[Any]):
     """`subprocess.Popen`, of a forked interpreter where that is the same; with `torch=False` of one
     that has not imported PyTorch, for commands that do not either: it ends sooner. `cold=True` is
     `subprocess.Popen`. With `starts=True`, or `--detach`, what the process itself starts is forked
-    as well. So it is with `terminal=True`, which asks for a new session: standard input becomes the
-    controlling terminal. `worker=True` is for a process that imports this module: what it starts
-    here is forked from its own start."""
+    as well, and so are torchrun's processes. So it is with `terminal=True`, which asks for a new
+    session: standard input becomes the controlling terminal. `worker=True` is for a process that
+    imports this module: what it starts here is forked from its own start."""
 
     def __init__(
         self,
@@ -169,7 +170,7 @@ class Popen(subprocess.Popen[Any]):
     ) -> None:
         self._libraries = WITH_TORCH if torch else LIBRARIES
         self._cold = cold or COLD
-        self._starts = starts or terminal or "--detach" in args
+        self._starts = starts or terminal or "--detach" in args or "torch.distributed.run" in args
         self._terminal = terminal
         self._worker = worker
         super().__init__(args, **options)

@@ -389,6 +389,7 @@ def test_torchrun_is_started_for_nproc(place):
     command = [sys.executable, *RUN[:-1], "--json", "--nproc", "2", "--name", "launched"]
     done = processes.run(
         [*command, "train.py"],
+        starts=True,
         cwd=place.path,
         env={**environment, "OMP_NUM_THREADS": "1"},
         capture_output=True,
