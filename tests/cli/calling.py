@@ -25,8 +25,10 @@ def call(
     timeout: float = 240,
     torch: bool = True,
     cold: bool = False,
+    starts: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Run `tui-trainer arguments…` in `cwd`, with its runs there too; never on a terminal."""
+    """Run `tui-trainer arguments…` in `cwd`, with its runs there too; never on a terminal.
+    `starts`: it starts a process."""
     environment = {
         **os.environ,
         "TUI_TRAINER_RUNS_DIR": str(cwd / "runs"),
@@ -39,6 +41,7 @@ def call(
         [*COMMAND, *map(str, arguments)],
         torch=torch and command in TRAINS,
         cold=cold,
+        starts=starts,
         cwd=cwd,
         env=environment,
         input=stdin,

@@ -17,7 +17,8 @@ from tui_trainer.ui.related_runs import find_related, open_related
 
 OPTIONS = """
     --steps 12 --layers 1 --width 16 --heads 2 --block-size 8 --batch-size 4 --threads 1
-    --device cpu --eval-batches 1 --eval-every 3 --sample-every 1000 --snapshots 64MB
+    --device cpu --eval-batches 1 --eval-every 3 --sample-every 1000 --sample-length 8
+    --snapshots 64MB
 """
 
 
@@ -145,7 +146,7 @@ def state_at_nine(run: Path) -> dict[str, object]:
 
 SMALL = "--steps 12 --layers 1 --width 16 --heads 2 --batch-size 4 --threads 1 --device cpu"
 RANDOM = {
-    "gpt": ("--block-size", "8", "--eval-batches", "1", "--dropout", "0.1"),
+    "gpt": ("--block-size", "8", "--eval-batches", "1", "--sample-length", "8", "--dropout", "0.1"),
     "vit": ("--dropout", "0.1", "--shift", "1", "--flip"),
 }
 

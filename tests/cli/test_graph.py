@@ -28,7 +28,7 @@ def torch_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_json_in_a_process_of_its_own(tmp_path: Path) -> None:
-    done = call(*LESSON, "--json", cwd=tmp_path)
+    done = call(*LESSON, "--json", cwd=tmp_path, starts=True)
     assert (done.returncode, done.stderr) == (0, "")
     made = json.loads(done.stdout)
     nodes = {node["name"]: node for node in made["nodes"]}

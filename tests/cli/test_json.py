@@ -16,8 +16,9 @@ LAYER = {"layer", "cos_qk", "cos_qv", "cos_kv", "drift_q", "drift_k", "drift_v"}
 PHASES = {"zero_grad", "forward", "loss", "backward", "clip", "step"}
 
 
-def json_lines(*arguments: str, cwd: Path) -> list[dict[str, Any]]:
-    done = call(*arguments, *SHORT, cwd=cwd)
+def json_lines(task: str, *arguments: str, cwd: Path) -> list[dict[str, Any]]:
+    samples = ("--sample-length", "8") if task == "gpt" else ()
+    done = call(task, *arguments, *samples, *SHORT, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 

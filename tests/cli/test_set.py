@@ -15,8 +15,8 @@ from tui_trainer.runs.registry import resolve
 
 OPTIONS = """
     --steps 40 --layers 1 --width 16 --heads 2 --block-size 8 --batch-size 4 --threads 1
-    --device cpu --eval-batches 1 --sample-every 1000 --warmup-steps 0 --schedule constant
-    --learning-rate 0.001 --checkpoint-every 6
+    --device cpu --eval-batches 1 --sample-every 1000 --sample-length 8 --warmup-steps 0
+    --schedule constant --learning-rate 0.001 --checkpoint-every 6
 """
 
 

@@ -28,7 +28,7 @@ from tui_trainer.store.reader import StoredHistory
 from tui_trainer.store.schema import StoreError
 
 T = TypeVar("T")
-TRAINS = ("gpt", "vit", "run", "check")
+TRAINS = ("gpt", "vit", "run", "check", "doctor", "graph")
 """Commands that import PyTorch, or start a process that does."""
 
 
