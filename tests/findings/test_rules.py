@@ -265,6 +265,23 @@ def gradients_explode(bug):
     return run
 
 
+@pytest.mark.parametrize(("falls", "last", "found"), [
+    (False, 0.5, True),
+    (True, 0.5, False),
+    (False, 50.0, False),  # all of the gradients are large: the loss may be a sum
+])  # fmt: skip
+def test_gradients_that_explode_through_time_are_named_where_nothing_is_learnt(falls, last, found):
+    run = Run()
+    for number in range(1, 80):
+        loss = 2.3 * 0.99**number if falls else 2.3 + 0.01 * math.sin(number)
+        gradients = [300.0, 200.0, 100.0, 0.3, 0.3, 0.3, 0.3, last]
+        run.step(loss, norm=374.0, gradients=gradients, clip=[5.0, 374.0, 5.0, 5 / 374, 1.0])
+    assert ("gradients-explode" in run.found) == found
+    if found:
+        finding = run.found["gradients-explode"]
+        assert (finding.onset, finding.parameters[0]) == (1, NAMES[0])
+
+
 def clipped_to_nothing(bug):
     run = Run()
     for _ in range(150):
@@ -425,6 +442,21 @@ def constant_labels(bug, number):
     )
 
 
+@pytest.mark.parametrize(("positive", "found"), [(0, True), (20, False)])
+def test_constant_targets_of_a_binary_loss_are_named_after_a_thousand_examples(positive, found):
+    run = Run()
+    for number in range(1, 120):
+        high = 1.0 if positive and number % positive == 1 else 0.0
+        name = "binary_cross_entropy_with_logits"
+        given = tensor("target", 0.0, high, name=name, shape=(32,))
+        run.step(batch=batch_of(given))
+    assert ("constant-labels" in run.found) == found
+    if found:
+        finding = run.found["constant-labels"]
+        assert finding.onset == 1
+        assert finding.step * 32 >= 1000
+
+
 def label_range(bug, number):
     low = -1.0 if bug else 0.0
     return batch_of(tensor("target", low, 1.0, name="binary_cross_entropy_with_logits"))
@@ -456,6 +488,20 @@ def no_better_than_prior(bug):
 def adam_epsilon(bug):
     run = Run()
     run.step(epsilon=1e-16 if bug else 1e-8)
+    for _ in range(3):
+        run.step()
+    return run
+
+
+def test_eps_that_outweighs_the_gradients_is_remarked():
+    run = Run()
+    run.step(epsilon=1.0)
+    assert run.found["adam-epsilon"].evidence[0].high == 1e-2
+
+
+def momentum_high(bug):
+    run = Run()
+    run.step(momentum=0.999 if bug else 0.9)
     for _ in range(3):
         run.step()
     return run
@@ -567,6 +613,14 @@ def schedule_ends(bug):
     return run
 
 
+def test_schedule_of_unknown_length_ends_early_once_half_of_the_steps_came_after_it():
+    run = Run()
+    for number in range(1, 100):
+        run.step(rate=1e-3 * 0.8**number)
+        assert ("schedule-ends-early" in run.found) == (number >= 64)
+    assert run.found["schedule-ends-early"].onset == 32
+
+
 def zero_gradients(bug):
     run = Run()
     for number in range(1, 60):
@@ -642,6 +696,8 @@ def test_group_whose_first_update_is_as_large_as_its_weights_is_remarked(falls, 
     for number in range(1, 60):
         loss = 2.3 + 0.01 * math.sin(number) if not falls else 2.3 * 0.98**number
         updates = [1e-3] * 7 + [2 / number]
+        if zero and number == 1:
+            updates = [absent(Absent.ZERO_WEIGHTS)] * 8
         initial = tuple(weights) if number == 1 else ()
         run.step(loss, updates=updates if number < 6 or number % 10 == 1 else None, initial=initial)
     assert ("part-updated-too-much" in run.found) == found
@@ -660,12 +716,13 @@ def test_text_has_no_median_where_no_other_weights_have_a_ratio_that_is_usual():
         for name, size in zip(NAMES, rms, strict=True)
     ]
     for number in range(1, 60):
-        updates = [1.0] * 7 + [0.8] if number < 6 else None
+        zero = absent(Absent.ZERO_WEIGHTS) if number == 1 else 1.0
+        updates = [zero] * 7 + [0.8] if number < 6 else None
         initial = tuple(weights) if number == 1 else ()
         run.step(2.3 + 0.01 * math.sin(number), updates=updates, initial=initial)
     text = run.found["part-updated-too-much"].text
     assert text == (
-        "step 1 changed layer7.weight by up to 0.8 of their size, and the loss does not fall"
+        "step 2 changed layer7.weight by up to 0.8 of their size, and the loss does not fall"
     )
 
 
@@ -677,6 +734,27 @@ def loss_plateau(bug):
         fall = 1.5 * min(1, number / 100) if bug else 0.45 * math.log10(number)
         run.step(2.5 - fall + 0.02 * noise())
     return run
+
+
+def test_updates_after_which_the_loss_rises_are_the_cause_of_a_divergence():
+    run = Run()
+    weights = [InitialWeight(name, 16, 16, 0.1, False, False, "") for name in NAMES]
+    for number in range(1, 60):
+        updates = [1e-3] * 7 + [1.7 / number]
+        initial = tuple(weights) if number == 1 else ()
+        loss = min(10.0, 1.0 + 0.9 * number)
+        run.step(loss, updates=updates if number < 6 or number % 10 == 1 else None, initial=initial)
+    finding = run.found["part-updated-too-much"]
+    assert (finding.level, finding.onset, finding.cause) == ("warning", 1, None)
+    assert finding.text.endswith("and the loss rises")
+    assert run.found["loss-diverges"].cause == finding.number
+
+
+def test_updates_are_not_the_cause_of_a_loss_that_falls_without_bound():
+    run = Run()
+    for number in range(1, 60):
+        run.step(-(2.0**number) if number < 50 else -inf, updates=[0.9] * 8)
+    assert "update-ratio-high" not in run.found
 
 
 def overflow_ahead(bug):
@@ -729,6 +807,7 @@ CASES: dict[str, tuple[Case, int]] = {
     "unbalanced-classes": (of_batches(unbalanced_classes), 1),
     "no-better-than-prior": (no_better_than_prior, 1),
     "adam-epsilon": (adam_epsilon, 1),
+    "momentum-high": (momentum_high, 1),
     "signal-vanishes": (signal_vanishes, 1),
     "label-range": (of_batches(label_range), 1),
     "loss-broadcasts": (of_batches(loss_broadcasts), 1),

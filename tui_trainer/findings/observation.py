@@ -127,6 +127,7 @@ class Observation:
     kept_update: float | None = None
     initial: tuple[InitialWeight, ...] = ()
     epsilon: float | None = None
+    momentum: float | None = None
     weight_decay: WeightDecay | None = None
 
 
@@ -308,6 +309,7 @@ class Reader:
             kept_update=record.kept_update,
             initial=record.initial,
             epsilon=record.epsilon,
+            momentum=record.momentum,
             weight_decay=record.weight_decay,
         )
         if record.classes is not None and record.classes > 1 and not self.facts.of_task:

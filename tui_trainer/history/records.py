@@ -268,12 +268,14 @@ class StepRecord:
     bad_batch: BadBatch | None = None
     units: UnitsRecord | None = None
     dropout_off: tuple[str, ...] | None = None
+    """Dropout layers in `eval()` mode in a model in `train()` mode; None: not looked at."""
     kept_update: float | None = None
     """How much of the change that the step before made was still there: 1 where all was."""
-    """Dropout layers in `eval()` mode in a model in `train()` mode; None: not looked at."""
     initial: tuple[InitialWeight, ...] = ()
     epsilon: float | None = None
     """The smallest `eps` of an optimizer of Adam's family, at its first step."""
+    momentum: float | None = None
+    """The largest momentum of its groups, Adam's first beta included, at its first step."""
     weight_decay: WeightDecay | None = None
     """The largest of the groups that have matrices, at the first step; None without."""
 

@@ -66,6 +66,18 @@ class OptimizerSlot:
         return min((float(group["eps"]) for group in optimizer.param_groups), default=None)
 
     @property
+    def momentum(self) -> float | None:
+        """The largest momentum of its groups, Adam's first beta included; None without."""
+        optimizer = self.optimizer()
+        found = []
+        for group in () if optimizer is None else optimizer.param_groups:
+            value = group.get("momentum", (group.get("betas") or (None,))[0])
+            # Reading a tensor could wait for the device.
+            if isinstance(value, (int, float)) and value > 0:
+                found.append(float(value))
+        return max(found, default=None)
+
+    @property
     def weight_decay(self) -> WeightDecay | None:
         """The largest of its groups that have matrices; None without."""
         optimizer = self.optimizer()

@@ -245,6 +245,7 @@ class CompletedStep:
     producer: Producer | None = None
     bad_batch: BadBatch | None = None
     epsilon: float | None = None
+    momentum: float | None = None
     weight_decay: WeightDecay | None = None
     """As in `StepRecord`."""
 
@@ -420,6 +421,7 @@ def record_of(step: CompletedStep, probes: ProbeSet) -> tuple[StepRecord, StepFa
         kept_update=facts.kept_update,
         initial=facts.initial,
         epsilon=step.epsilon,
+        momentum=step.momentum,
         weight_decay=step.weight_decay,
     )
     return record, facts, spent

@@ -638,6 +638,7 @@ class StepMeasurer:
             completed.bad_batch = completed.bad_batch or backward.bad_batch
         if not self._steps:
             completed.epsilon = self.slot.epsilon
+            completed.momentum = self.slot.momentum
             completed.weight_decay = self.slot.weight_decay
         self.marks.use()
         self.unstepped = None

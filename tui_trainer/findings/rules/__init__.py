@@ -32,6 +32,7 @@ from tui_trainer.findings.rules.learning_rate import (
     AdamEpsilon,
     LearningRateJump,
     LearningRateZero,
+    MomentumHigh,
     NoWarmUp,
 )
 from tui_trainer.findings.rules.loop import (
@@ -130,6 +131,7 @@ RULES: tuple[type[Rule], ...] = (
     LearningRateJump,
     NoWarmUp,
     AdamEpsilon,
+    MomentumHigh,
     UpdateRatioHigh,
     UpdateRatioLow,
     UpdatesSmall,

@@ -421,7 +421,7 @@ class MostlyFrozen(Rule):
             f"only {numel:,} of {total:,} weights are trained "
             f"({trained_share}): {named([info.name for info in trained])}",
             confidence="certain",
-            parameters=tuple(info.name for info in trained[:8]),
+            parameters=tuple(info.name for info in infos if not info.trainable)[:8],
             evidence=(
                 evidence("share of the model that is trained", numel / total,
                          low=self.limits["share"], text=trained_share),

@@ -8,12 +8,14 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from tui_trainer.findings.observation import Observation
+from tui_trainer.findings.observation import Observation, TableRow
 from tui_trainer.findings.rule import Found, Rule, RuleThreshold, Streak, evidence
 from tui_trainer.protocol.schema import EXPLODING_NORM, FIRST_NORMS
 
 MIN_DEPTH = 4
 """Minimum number of weight matrices for a comparison over depth."""
+STANDS_STILL = 60
+"""Steps after which gradients that are huge from the start should have moved the loss."""
 EVERY = 5
 """Every n-th measured row is examined."""
 
@@ -26,6 +28,18 @@ class _Depth(Rule):
         self._matrices: NDArray[np.intp] = np.zeros(0, np.intp)
         self._rows = 0
 
+    def matrices(self, row: TableRow) -> NDArray[np.intp]:
+        """Where a row has the weight matrices that an optimizer holds, in the model's order."""
+        if row.names is not self._names:
+            self._names = row.names
+            chosen = [
+                i
+                for i, name in enumerate(row.names)
+                if self.facts.is_matrix(name) and self.facts.parameters[name].optimizer
+            ]
+            self._matrices = np.array(chosen, np.intp)
+        return self._matrices
+
     def quarters(self, seen: Observation) -> tuple[float, float, str, str] | None:
         """Geometric mean of the gradient norms of the first and of the last quarter, and the name
         of the first and of the last matrix; None where this step is not examined."""
@@ -35,21 +49,14 @@ class _Depth(Rule):
         self._rows += 1
         if self._rows % EVERY != 1:
             return None
-        if row.names is not self._names:
-            self._names = row.names
-            chosen = [
-                i
-                for i, name in enumerate(row.names)
-                if self.facts.is_matrix(name) and self.facts.parameters[name].optimizer
-            ]
-            self._matrices = np.array(chosen, np.intp)
-        if len(self._matrices) < MIN_DEPTH:
+        matrices = self.matrices(row)
+        if len(matrices) < MIN_DEPTH:
             return None
-        norms = row.values[self._matrices]
+        norms = row.values[matrices]
         there = np.isfinite(norms)
         if int(there.sum()) < MIN_DEPTH:
             return None
-        norms, indices = norms[there], self._matrices[there]
+        norms, indices = norms[there], matrices[there]
         quarter = max(1, len(norms) // 4)
         logs = np.log(np.maximum(norms.astype(np.float64), 1e-38))
         first, last = math.exp(logs[:quarter].mean()), math.exp(logs[-quarter:].mean())
@@ -121,8 +128,9 @@ class GradientsExplode(_Depth):
     title = "gradients explode"
     needs = "gradient norms of twenty steps"
     explanation = (
-        "Either the gradient grows from layer to layer on its way to the input, or the total "
-        "gradient norm has risen to a hundred times its first values while the loss does not fall. "
+        "Either the gradient grows from layer to layer on its way to the input, or from time step "
+        "to time step of a recurrent model, or the total gradient norm has risen to a hundred "
+        "times its first values while the loss does not fall. "
         "The updates are then dominated by a few huge gradients, and nan usually follows."
     )
     advice = "clip the gradient norm (clip_grad_norm_ at about 1), lower the learning rate"
@@ -135,6 +143,12 @@ class GradientsExplode(_Depth):
             "growth", EXPLODING_NORM, "total gradient norm over the median of its first values"
         ),
         RuleThreshold("depth", 1e4, "gradient norm of the first quarter over that of the last"),
+        RuleThreshold(
+            "through_time",
+            100,
+            "total gradient norm, and the largest one of a matrix over that of the last matrix, in "
+            "sixty steps in which the loss does not fall",
+        ),
     )
     explained_by = (
         "input-scale",
@@ -156,6 +170,7 @@ class GradientsExplode(_Depth):
         self._in_time = Streak()
         self._far = 0
         self._over_depth = Streak()
+        self._through_time = Streak()
         self._reported = False
 
     def step(self, seen: Observation) -> Iterable[Found]:
@@ -163,6 +178,8 @@ class GradientsExplode(_Depth):
             return
         if seen.gradient_norm is not None and math.isfinite(seen.gradient_norm):
             yield from self._time(seen, seen.gradient_norm)
+            if not self._reported:
+                yield from self._recurrent(seen, seen.gradient_norm)
         if not self._reported and (quarters := self.quarters(seen)) is not None:
             yield from self._depth(seen, quarters)
 
@@ -186,6 +203,39 @@ class GradientsExplode(_Depth):
             evidence=(
                 evidence("gradient norm", norm, high=self.limits["growth"] * self._reference,
                          table="step", column="grad_norm_preclip"),
+            ),
+        )  # fmt: skip
+
+    def _recurrent(self, seen: Observation, norm: float) -> Iterable[Found]:
+        """Gradients that are huge from the start, before the last layer only, in a training that
+        does not move: a recurrent matrix multiplies them once for each time step."""
+        row = seen.gradients
+        if row is None or len(self.facts.optimizers) > 1:
+            return
+        indices = self.matrices(row)
+        limit = self.limits["through_time"]
+        norms = row.values[indices]
+        last = float(norms[-1]) if len(norms) else 0.0
+        holds = norm > limit and last > 0 and float(np.nanmax(norms)) > limit * last
+        self._through_time.add(holds, seen.step)
+        start = self.trend.start
+        if (
+            not holds
+            or seen.step - self._through_time.onset < STANDS_STILL
+            or self.trend.fast < start - max(2 * self.trend.noise, 0.05 * abs(start))
+        ):
+            return
+        self._reported = True
+        largest = self._largest(seen)
+        yield Found(
+            self._through_time.onset,
+            f"the gradient norm is {norm:.3g}, that of {row.names[int(indices[-1])]} alone "
+            f"{last:.2g}, and the loss has not fallen in {STANDS_STILL} steps",
+            phase="backward",
+            parameters=largest,
+            evidence=(
+                evidence("gradient norm", norm, high=limit, table="step",
+                         column="grad_norm_preclip"),
             ),
         )  # fmt: skip
 

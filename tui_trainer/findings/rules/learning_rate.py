@@ -217,11 +217,11 @@ class NoWarmUp(Rule):
 
 
 class AdamEpsilon(Rule):
-    """`eps` of Adam is too small for the numbers that it is added to."""
+    """`eps` of Adam is too small or too large for the numbers that it is added to."""
 
     reads = "epsilon"
     name = "adam-epsilon"
-    title = "Adam's eps is very small"
+    title = "Adam's eps is unusual"
     level = "info"
     needs = "the settings of an optimizer of Adam's family, and one step"
     explanation = (
@@ -230,7 +230,8 @@ class AdamEpsilon(Rule):
         "errors), eps alone keeps the update small; with a very small one these weights move by "
         "the whole learning rate at every step, in a direction that is noise. Published trainings "
         "use 1e-10 to 1e-3, and 1e-15 where tiny gradients are meant to count (hash grids of "
-        "neural fields). In float16 the usual 1e-8 is rounded to zero: where the mean square is "
+        "neural fields). A far larger one outweighs the gradients, so that all updates are small. "
+        "In float16 the usual 1e-8 is rounded to zero: where the mean square is "
         "zero as well, the update is a division by zero, which is a warning."
     )
     advice = "use the default eps=1e-8, or 1e-4 for weights in float16; or keep weights in float32"
@@ -241,6 +242,7 @@ class AdamEpsilon(Rule):
     )
     thresholds = (
         RuleThreshold("low", 1e-10, "smallest eps that is not remarked on"),
+        RuleThreshold("high", 1e-2, "largest eps that is not remarked on"),
         RuleThreshold("float16", 3e-8, "half of the smallest number of float16, for such weights"),
     )
 
@@ -255,9 +257,9 @@ class AdamEpsilon(Rule):
             if info.dtype == "float16" and info.optimizer == optimizer and info.trainable
         ]
         vanishes = bool(half) and epsilon < self.limits["float16"]
-        if not vanishes and epsilon >= self.limits["low"]:
+        low, high = self.limits["float16" if vanishes else "low"], self.limits["high"]
+        if not vanishes and low <= epsilon <= high:
             return
-        low = self.limits["float16" if vanishes else "low"]
         yield Found(
             seen.step,
             f"{optimizer} has eps={epsilon:.3g}"
@@ -266,5 +268,41 @@ class AdamEpsilon(Rule):
             confidence="certain" if vanishes else "possible",
             phase="step",
             parameters=tuple(half[:8]) if vanishes else (),
-            evidence=(evidence("eps", epsilon, low=low),),
+            evidence=(evidence("eps", epsilon, low=low, high=high),),
+        )
+
+
+class MomentumHigh(Rule):
+    """The momentum averages many more gradients than is usual."""
+
+    reads = "momentum"
+    name = "momentum-high"
+    title = "the momentum is very high"
+    level = "info"
+    needs = "the settings of an optimizer with momentum, and one step"
+    explanation = (
+        "A momentum of m lets every gradient act for about 1 / (1 - m) steps. With SGD the updates "
+        "become as many times larger than the learning rate alone would make them, and the weights "
+        "swing about a minimum with a period of many steps before they come to rest. Published "
+        "trainings use 0.5 to 0.99; higher values were reached by a schedule that raises them."
+    )
+    advice = "use momentum=0.9 (Adam: betas=(0.9, 0.999)), or lower the learning rate accordingly"
+    source = (
+        "Sutskever et al., On the importance of initialization and momentum in deep learning (ICML "
+        "2013); Goodfellow, Bengio & Courville, Deep Learning (2016), section 8.3.2: 0.5, 0.9, 0.99"
+    )
+    thresholds = (RuleThreshold("high", 0.99, "largest momentum that is not remarked on"),)
+
+    def step(self, seen: Observation) -> Iterable[Found]:
+        momentum = seen.momentum
+        if momentum is None or momentum <= self.limits["high"]:
+            return
+        lasting = f"{1 / (1 - momentum):,.0f} steps" if momentum < 1 else "all later steps"
+        yield Found(
+            seen.step,
+            f"{self.facts.optimizer_name(seen.optimizer)} has a momentum of {momentum:g}: every "
+            f"gradient acts for about {lasting}",
+            confidence="possible",
+            phase="step",
+            evidence=(evidence("momentum", momentum, high=self.limits["high"]),),
         )

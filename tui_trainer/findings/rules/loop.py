@@ -275,12 +275,13 @@ class ScheduleEnds(Rule):
 
     name = "schedule-ends-early"
     title = "the schedule ends before the training"
-    needs = "the total number of steps, and the learning rate of every step"
+    needs = "the learning rate of every step, and the total number of steps or twice as many steps"
     explanation = (
         "The learning rate has fallen below a thousandth of its highest value although most of the "
-        "training is still to come. A schedule that counts epochs and is stepped once per batch "
-        "(StepLR, ExponentialLR, a cosine over the number of epochs) does that within a few "
-        "hundred steps; what follows trains almost nothing."
+        "training is still to come. Where the number of steps is not known, it is reported once "
+        "half of the steps so far have been made at such a rate. A schedule that counts epochs and "
+        "is stepped once per batch (StepLR, ExponentialLR, a cosine over the number of epochs) "
+        "does that within a few hundred steps; what follows trains almost nothing."
     )
     advice = "step the scheduler once per epoch, or give it the number of steps instead of epochs"
     source = "PyTorch's documentation of lr_scheduler (how to adjust the learning rate)"
@@ -296,25 +297,25 @@ class ScheduleEnds(Rule):
         self._reported = False
 
     def step(self, seen: Observation) -> Iterable[Found]:
-        rate, total = seen.learning_rate, self.facts.total_steps
+        rate, total = seen.learning_rate, max(self.facts.total_steps or 0, seen.step)
         if self._reported or rate is None:
             return
         self._highest = max(self._highest, rate)
         low = 0 < rate <= self.limits["share"] * self._highest * (1 + 1e-6)
         count = self._streak.add(low, seen.step)
-        if not total or count < self.limits["steps"]:
-            return
-        if self._streak.onset > self.limits["progress"] * total:
+        onset = self._streak.onset
+        if count < self.limits["steps"] or onset > self.limits["progress"] * total:
             return
         self._reported = True
+        limit = self.limits["share"] * self._highest
+        of = f" of {total:,}" if self.facts.total_steps else ""
         yield Found(
-            self._streak.onset,
-            f"at step {self._streak.onset:,} of {total:,} the learning rate is down to {rate:.3g}, "
-            f"from {self._highest:.3g}",
+            onset,
+            f"the learning rate has been below {limit:.3g} since step {onset:,}{of}, and is "
+            f"{rate:.3g} now; its highest value was {self._highest:.3g}",
             phase="step",
             evidence=(
-                evidence("learning rate", rate, low=self.limits["share"] * self._highest,
-                         table="step", column="learning_rate"),
+                evidence("learning rate", rate, low=limit, table="step", column="learning_rate"),
             ),
         )  # fmt: skip
 

@@ -346,6 +346,7 @@ class LossDiverges(Rule):
     explained_by = (
         "gradients-kept",
         "update-ratio-high",
+        "part-updated-too-much",
         "learning-rate-jump",
         "no-warm-up",
         "gradients-explode",

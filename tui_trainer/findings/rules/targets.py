@@ -34,25 +34,35 @@ class ConstantLabels(BatchRule):
 
     name = "constant-labels"
     title = "all labels are the same"
-    needs = "the targets of cross_entropy or nll_loss in six steps, eight labels each"
+    needs = (
+        "the targets of cross_entropy or nll_loss in six steps, eight labels each; or 1,000 "
+        "examples of binary_cross_entropy, if it is the only loss"
+    )
     explanation = (
         "Every target that the loss function has received is the same class. The loss falls fast "
-        "and the model learns a constant. Usually the labels were not shuffled together with the "
-        "examples, or were overwritten or cast to a type that cannot hold them; a data set sorted "
-        "by class that is read without shuffling looks the same until the next class comes. Scores "
-        "that are concatenated are not reported: contrastive losses have the positive pair first."
+        "and the model learns a constant. Two classes are judged by 1,000 examples: where all of "
+        "them are of one class, less than 0.5 % of the data are of the other, with 99 % certainty. "
+        "Usually the labels were not shuffled together with the examples, or were overwritten or "
+        "cast to a type that cannot hold them; a data set sorted by class that is read without "
+        "shuffling looks the same until the next class comes. Scores that are concatenated are not "
+        "reported: contrastive losses have the positive pair first."
     )
     advice = "print the labels of a batch; shuffle the training data (DataLoader(shuffle=True))"
     source = (
         "faulty labels and missing shuffling are faults of TheDeepChecker (Braiek & Khomh, TOSEM "
         "2023)"
     )
-    thresholds = (RuleThreshold("steps", 6, "measured steps in a row"),)
+    thresholds = (
+        RuleThreshold("steps", 6, "measured steps in a row"),
+        RuleThreshold("examples", 1000, "of binary_cross_entropy, whose classes are often rare"),
+    )
     explained_by = ("not-shuffled",)
 
     def start(self) -> None:
         super().start()
         self._label: float | None = None
+        self._examples = 0
+        """Examples in a row whose binary targets are all the same."""
 
     def step(self, seen: Observation) -> Iterable[Found]:
         self.done = self.done or (seen.loss_graph is not None and seen.loss_graph.joined)
@@ -61,6 +71,7 @@ class ConstantLabels(BatchRule):
     def batch(self, seen: Observation, batch: BatchRecord) -> Iterable[Found]:
         targets = [each for each in batch.with_role("target") if each.classes > 1]
         if not targets:
+            yield from self._binary_targets(seen, batch)
             return
         labels = {value for each in targets for value in (each.low, each.high)}
         count = sum(math.prod(each.shape) - each.left_out for each in targets)
@@ -76,6 +87,30 @@ class ConstantLabels(BatchRule):
             f"{targets[0].classes:,} classes",
             phase="loss",
             evidence=(evidence("different labels", 1, low=2, text="1"),),
+        )
+
+    def _binary_targets(self, seen: Observation, batch: BatchRecord) -> Iterable[Found]:
+        targets = batch.with_role("target")
+        # A GAN's losses have constant targets.
+        if len(targets) != 1 or len(self.facts.optimizers) > 1:
+            return
+        target = targets[0]
+        one = target.name.startswith("binary_cross_entropy") and target.low == target.high
+        if not one or target.low != self._label:
+            self.streak.add(False, seen.step)
+            self._examples = 0
+            self._label = target.low if one else None
+        self._examples += target.shape[0] if one and target.shape else 0
+        persists = self.persists(one, seen.step)
+        self.done = persists and self._examples >= self.limits["examples"]
+        if not self.done:
+            return
+        yield Found(
+            self.streak.onset,
+            f"every target of {target.name} since step {self.streak.onset:,} is {target.low:g}: "
+            f"those of {self._examples:,} examples",
+            phase="loss",
+            evidence=(evidence("different targets", 1, low=2, text="1"),),
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,7 +94,8 @@ class PartUpdatedTooMuch(UpdateRatios):
     needs = "three update ratios after the first 20 steps, and the losses"
     explanation = (
         "Each step changes these weights by a large part of their own size, the others by the "
-        "usual amount, and the loss does not fall. Usually the learning rate of their parameter "
+        "usual amount, and the loss does not fall; it is a warning where the loss rises after an "
+        "update of the first steps. Usually the learning rate of their parameter "
         "group is too high for them, or their gradients are far larger than the others'. With Adam "
         "this shows in the first steps only: the weights soon are as large as the updates."
     )
@@ -111,7 +113,6 @@ class PartUpdatedTooMuch(UpdateRatios):
     )
     explained_by = (
         "update-ratio-high",
-        "loss-diverges",
         "learning-rate-jump",
         "gradients-explode",
         "non-finite",
@@ -133,11 +134,18 @@ class PartUpdatedTooMuch(UpdateRatios):
     def step(self, seen: Observation) -> Iterable[Found]:
         if seen.initial:
             self._nonzero = frozenset(each.name for each in seen.initial if each.rms > 0)
-        if self._done or seen.updates is None or self.ignored(seen):
+        if self._done or len(self.facts.optimizers) > 1:
             return
-        if len(self.facts.optimizers) > 1:
+        if self._early is not None and self._loss_rises():
+            self._done = True
+            text = f"{self._early.text}, and the loss rises"
+            yield replace(self._early, text=text, level="warning", confidence="likely")
+            return
+        if seen.updates is None or self.ignored(seen):
             return
         ratios, names = self.ratios(seen.updates)
+        if self.trend.count <= 1:  # a weight that is zero before the first step has no ratio
+            self._nonzero |= frozenset(names)
         if seen.step <= self.limits["steps"]:
             self._look_early(seen, ratios, names)
             return
@@ -146,7 +154,7 @@ class PartUpdatedTooMuch(UpdateRatios):
             before = self.trend.start
             if self.trend.fast >= before - max(self.trend.noise, 0.02 * abs(before)):
                 self._done = True
-                yield early
+                yield replace(early, text=f"{early.text}, and the loss does not fall")
                 return
         high = ratios > self.limits["ratio"]
         fast = frozenset(np.array(names)[high].tolist()) if len(ratios) else frozenset()
@@ -162,7 +170,13 @@ class PartUpdatedTooMuch(UpdateRatios):
         if self.trend.slow < self._loss_before - fall:
             return
         self._done = True
-        yield self._found(seen, ratios, high, both, self._streak.onset, "each step")
+        found = self._found(seen, ratios, high, both, self._streak.onset, "each step")
+        yield replace(found, text=f"{found.text}, and the loss does not fall")
+
+    def _loss_rises(self) -> bool:
+        """Whether the loss is well above its first values."""
+        trend = self.trend
+        return trend.fast > trend.start + max(trend.noise, 0.5 * abs(trend.start))
 
     def _look_early(self, seen: Observation, ratios: NDArray[np.float32], names: list[str]) -> None:
         high = ratios > self.limits["at_once"]
@@ -190,8 +204,7 @@ class PartUpdatedTooMuch(UpdateRatios):
         tense = "changes" if when == "each step" else "changed"
         return Found(
             onset,
-            f"{when} {tense} {named(listed)} by up to {largest:.2g} of their size{others}, "
-            "and the loss does not fall",
+            f"{when} {tense} {named(listed)} by up to {largest:.2g} of their size{others}",
             confidence="possible",
             phase="step",
             parameters=tuple(listed[:16]),
