@@ -457,6 +457,27 @@ def test_constant_targets_of_a_binary_loss_are_named_after_a_thousand_examples(p
         assert finding.step * 32 >= 1000
 
 
+def target_scale(bug, number):
+    high = 5e5 if bug else 1.0
+    return batch_of(tensor("target", 0.0, high, name="mse_loss", mean=high / 2, std=high / 4))
+
+
+def test_targets_of_some_hundreds_are_remarked_without_a_warning():
+    run = Run()
+    for _ in range(4):
+        run.step(batch=batch_of(tensor("target", 0.0, 500.0, name="mse_loss", mean=250, std=100)))
+    assert run.found["target-scale"].level == "info"
+
+
+def test_inputs_that_hardly_vary_are_named():
+    """Images that were normalised twice."""
+    run = Run()
+    for _ in range(4):
+        run.step(batch=batch_of(tensor("first layer", -2.12, -2.1, mean=-2.11, std=0.005)))
+    finding = run.found["input-scale"]
+    assert finding.evidence[0].quantity == "standard deviation over |mean|"
+
+
 def label_range(bug, number):
     low = -1.0 if bug else 0.0
     return batch_of(tensor("target", low, 1.0, name="binary_cross_entropy_with_logits"))
@@ -554,6 +575,17 @@ def of_weights(wrong, right):
 
 
 NORMAL = InitialWeight("layer0.weight", 100, 16, 0.1, False, False, "")
+
+
+@pytest.mark.parametrize(("rms", "found"), [(0.0, True), (0.1, False)])
+def test_weights_that_are_zero_are_named_where_all_of_them_are(rms, found):
+    run = Run()
+    zero = NORMAL._replace(rms=0.0, constant=True, same_rows=True)
+    run.step(initial=(zero, NORMAL._replace(name="layer1.weight", rms=rms, same_rows=not rms)))
+    run.step()
+    assert ("constant-weights" in run.found) == found
+    if found:
+        assert "every weight is zero" in run.found["constant-weights"].text
 
 
 def not_shuffled(bug, number):
@@ -823,6 +855,7 @@ CASES: dict[str, tuple[Case, int]] = {
     "untied-weights": (of_weights(NORMAL._replace(equal_to="embedding.weight"), NORMAL), 1),
     "not-shuffled": (of_batches(not_shuffled), 1),
     "targets-out-of-reach": (of_batches(out_of_reach), 1),
+    "target-scale": (of_batches(target_scale), 1),
     "updates-rounded": (updates_rounded, 1),
     "updates-undone": (updates_undone, 3),
     "clipped-after-step": (of_signs("clipped_late", 2), 2),
@@ -839,6 +872,7 @@ CASES: dict[str, tuple[Case, int]] = {
     "softmax-inside": (of_graph(hidden_softmaxes=2), 1),
     "squared-error-of-softmax": (of_graph(squared_softmax=True), 1),
     "loss-scaled": (of_graph(loss=2.31 * 64 / 10), 1),
+    "loss-sign": (of_graph(loss=-2.31), 1),
     "clips-alone": (of_ranks(clips_alone), 5),
     "ranks-diverge": (of_ranks(ranks_part), 101),
     "ranks-same-batch": (of_ranks(ranks_same_batch), 1),

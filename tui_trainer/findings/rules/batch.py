@@ -40,7 +40,9 @@ class InputScale(BatchRule):
     explanation = (
         "The first layer with weights is given numbers that are far larger, or far smaller, than "
         "about 1. Its outputs and gradients have that scale too: a learning rate that suits the "
-        "other layers does not suit it, and the loss starts high or hardly moves. A first layer "
+        "other layers does not suit it, and the loss starts high or hardly moves. Numbers that "
+        "differ by much less than their mean (a normalisation that was applied twice) reach it as "
+        "a constant. A first layer "
         "that normalises its input, or an embedding, is not checked, and neither is what the model "
         "itself divides before its first layer. Integers that were cast to float without being "
         "divided, such as pixels from 0 to 255, are found so; integers of a scale of about 1, such "
@@ -57,6 +59,7 @@ class InputScale(BatchRule):
     thresholds = (
         RuleThreshold("high", 20, "larger of |mean| and standard deviation"),
         RuleThreshold("low", 0.004, "the same; images divided by 255 twice are below it"),
+        RuleThreshold("variation", 0.02, "standard deviation over |mean|"),
         RuleThreshold("steps", 3, "measured steps in a row"),
     )
 
@@ -69,7 +72,8 @@ class InputScale(BatchRule):
         large, small = scale > self.limits["high"], 0 < scale < self.limits["low"]
         # Rows of many features that are nearly all zero have larger ones (TF-IDF).
         small = small and max(abs(first.low), abs(first.high)) < SPARSE * self.limits["low"]
-        if not self.persists(large or small, seen.step):
+        flat = 0 < first.std < self.limits["variation"] * abs(first.mean)
+        if not self.persists(large or small or flat, seen.step):
             return
         whole = any(each.kind != "float" for each in batch.with_role("input"))
         pixels = first.low == 0 and 128 <= first.high <= 255 and first.high == int(first.high)
@@ -84,7 +88,13 @@ class InputScale(BatchRule):
             else "",
             phase="data",
             evidence=(
-                evidence("scale of the inputs", scale, self.limits["low"], self.limits["high"]),
+                evidence("scale of the inputs", scale, self.limits["low"], self.limits["high"])
+                if large or small
+                else evidence(
+                    "standard deviation over |mean|",
+                    first.std / abs(first.mean),
+                    low=self.limits["variation"],
+                ),
             ),
         )
 

@@ -152,6 +152,7 @@ class GradientsExplode(_Depth):
     )
     explained_by = (
         "input-scale",
+        "target-scale",
         "initial-scale",
         "gradients-kept",
         "update-ratio-high",

@@ -19,8 +19,8 @@ class ConstantWeights(Rule):
     explanation = (
         "The rows of this weight matrix are equal, and not zero. Units with equal weights compute "
         "the same output and get the same gradient: they stay equal, and the layer has the power "
-        "of a single unit. Weights that start at zero are not reported here: as the last layer of "
-        "a branch they are usual."
+        "of a single unit. Weights that start at zero are reported only if all weight matrices do: "
+        "as the last layer of a branch they are usual."
     )
     advice = "initialise with random numbers (nn.init.kaiming_normal_, nn.init.xavier_uniform_)"
     source = (
@@ -29,14 +29,16 @@ class ConstantWeights(Rule):
     )
 
     def step(self, seen: Observation) -> Iterable[Found]:
+        zero = len(seen.initial) > 1 and not any(each.rms for each in seen.initial)
         wrong = [
             each
             for each in seen.initial
-            if not each.equal_to and each.units > 1 and each.same_rows and each.rms > 0
+            if not each.equal_to and each.units > 1 and each.same_rows and (each.rms > 0 or zero)
         ]
         if wrong:
             names = [each.name for each in wrong]
             value = f": every weight is {wrong[0].rms:.3g} in size" if wrong[0].constant else ""
+            value = ": every weight is zero" if zero else value
             yield Found(
                 seen.step,
                 f"all {wrong[0].units:,} units of {named(names)} start with equal weights{value}",

@@ -147,6 +147,7 @@ class NoProgress(Rule):
         "dead-units",
         "saturated-units",
         "input-scale",
+        "target-scale",
         "schedule-ends-early",
         "non-finite",
         "gradients-kept",

@@ -203,3 +203,34 @@ class LossScaled(_OfFirstGraph):
                     evidence=(evidence("first loss / ln K", times, 0.4, 2.5),),
                 )
                 return
+
+
+class LossSign(_OfFirstGraph):
+    """The loss is a mean log-likelihood that is minimised."""
+
+    name = "loss-sign"
+    title = "the loss has the wrong sign"
+    needs = NEEDS + ", and its value"
+    explanation = (
+        "The first loss is minus that of guessing, -ln K for K classes: it is the mean log of the "
+        "probability of the right class, and minimising it makes the right classes less and less "
+        "likely. A cross-entropy is never negative; this one falls without a lower bound, "
+        "which looks like progress."
+    )
+    advice = "put a minus before the mean of the log-probabilities, or use cross_entropy"
+    source = "flipped signs are a fault of TheDeepChecker's catalogue (Braiek & Khomh, TOSEM 2023)"
+    thresholds = (RuleThreshold("tolerance", 0.25, "relative difference from -ln K"),)
+
+    def graph(self, seen: Observation, graph: LossGraph) -> Iterable[Found]:
+        if graph.rows < 2 or graph.classes < 2 or graph.over_rows or seen.loss is None:
+            return
+        times = seen.loss / math.log(graph.classes)
+        if abs(times + 1) > self.limits["tolerance"]:
+            return
+        yield Found(
+            seen.step,
+            f"the first loss, {seen.loss:.4g}, is that of guessing among {graph.classes:,} classes "
+            "with a minus: it is lowest where the right classes are the least likely",
+            phase="loss",
+            evidence=(evidence("first loss / ln K", times, low=0, table="step", column="loss"),),
+        )

@@ -94,6 +94,7 @@ class NonFiniteRule(Rule):
     exact = True
     explained_by = (
         "input-scale",
+        "target-scale",
         "initial-scale",
         "label-range",
         "gradients-kept",

@@ -20,6 +20,7 @@ low by about 1/20 nat (Miller, 1955: (classes − 1) / (2 · labels))."""
 MIN_CLASSES = 4
 """Different labels, and a distribution over more than three equally frequent classes, from which
 batches can be called sorted: batches of two or three classes often have one label only."""
+REGRESSION_LOSSES = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")
 BOUNDS = {
     "sigmoid": (0.0, 1.0),
     "softmax": (0.0, 1.0),
@@ -362,4 +363,50 @@ class LossBroadcasts(BatchRule):
             confidence="certain",
             phase="loss",
             evidence=(evidence("pairs of different shapes", 1, high=0, text=batch.broadcast),),
+        )
+
+
+class TargetScale(BatchRule):
+    """Targets of a regression that are far larger than 1."""
+
+    name = "target-scale"
+    title = "the targets are not normalised"
+    level = "info"
+    needs = "the targets of mse_loss, l1_loss, smooth_l1_loss or huber_loss in three steps"
+    explanation = (
+        "The outputs of an untrained model are of the order of 1, and the targets are far from "
+        "that. The last layer first has to grow by that factor: with Adam it moves by about the "
+        "learning rate in a step, which takes long, and with SGD the first gradients are as large "
+        "as the targets and may diverge. Returns of a reinforcement learning are often of that "
+        "size. Above a thousand it is a warning."
+    )
+    advice = (
+        "subtract the mean of the training targets and divide by their standard deviation, and "
+        "undo that on the predictions"
+    )
+    source = (
+        "Bishop, Neural Networks for Pattern Recognition (1995), section 8.2; unscaled targets are "
+        "a fault of TheDeepChecker (Braiek & Khomh, TOSEM 2023)"
+    )
+    thresholds = (
+        RuleThreshold("high", 100, "larger of |mean| and standard deviation"),
+        RuleThreshold("warning", 1000, "the same, from which it is a warning"),
+        RuleThreshold("steps", 3, "measured steps in a row"),
+    )
+
+    def batch(self, seen: Observation, batch: BatchRecord) -> Iterable[Found]:
+        targets = [each for each in batch.with_role("target") if each.name in REGRESSION_LOSSES]
+        if not targets:
+            return
+        target = max(targets, key=lambda each: max(abs(each.mean), each.std))
+        scale = max(abs(target.mean), target.std)
+        if not self.persists(scale > self.limits["high"], seen.step):
+            return
+        yield Found(
+            self.streak.onset,
+            f"the targets of {target.name} are from {target.low:.4g} to {target.high:.4g} (mean "
+            f"{target.mean:.3g}, standard deviation {target.std:.3g})",
+            level="warning" if scale > self.limits["warning"] else None,
+            phase="data",
+            evidence=(evidence("scale of the targets", scale, high=self.limits["high"]),),
         )

@@ -143,6 +143,7 @@ class OverflowAhead(Rule):
     )
     explained_by = (
         "input-scale",
+        "target-scale",
         "initial-scale",
         "label-range",
         "gradients-kept",

@@ -76,6 +76,7 @@ class UpdateRatioHigh(UpdateRatios):
     explained_by = (
         "label-range",
         "input-scale",
+        "target-scale",
         "initial-scale",
         "gradients-kept",
         "learning-rate-jump",
