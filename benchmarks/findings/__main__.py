@@ -1,9 +1,10 @@
 """Runs sets of planted programs and their clean twins and prints a table of each.
 
-    python -m benchmarks.findings [--set A|B|C|D|E] [NAME …] [--jobs N] [--json FILE]
+    python -m benchmarks.findings [--set A|A2|B|B2|C|C2|D|D2|E] [NAME …] [--jobs N] [--json FILE]
 
-Without `--set`, all of them. Set A, the faults that the rules were written for, has a judge of its
-own, `benchmarks/findings/planted_kinds.py`, and writes nothing to FILE.
+Without `--set`, all of them. A2 to D2 are the halves that were written after the rules
+(`held_out/`). Set A, the faults that the rules were written for, has a judge of its own,
+`benchmarks/findings/planted_kinds.py`, and writes nothing to FILE.
 """
 
 from __future__ import annotations
@@ -16,11 +17,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from benchmarks.findings.held_out.declarations import HELD_OUT
 from benchmarks.findings.judge import Answer, Verdict, judge, run
-from benchmarks.findings.planted import SETS, Program
+from benchmarks.findings.planted import SETS as FIRST_HALVES
+from benchmarks.findings.planted import Program
 from benchmarks.findings.planted_kinds import main as run_planted_kinds
 
+SETS = {**FIRST_HALVES, **HELD_OUT}
 GOALS = {
+    "A2": "goal: all named, with the exact onset",
     "B": "goal: 10 of 11 within one step of the trigger",
     "C": "goal: 90 % detected in 100 steps, 60 % with the cause named, 65 % placed",
     "E": "no goal: programs that the rules have not seen",
@@ -57,6 +62,7 @@ def _line(program: Program, answer: Answer, verdict: Verdict) -> str:
     else:
         words = f"after {verdict.late}" + (", named" if verdict.named else "")
         words += ", placed" if verdict.placed else ""
+        words += "" if verdict.exact or not verdict.named else ", other onset"
     return f"{program.name:<32} {words:<26} {_listed(answer)}  {answer.seconds:.0f} s"
 
 
@@ -69,10 +75,12 @@ def _summary(which: str, judged: Sequence[tuple[Program, Answer, Verdict]]) -> s
         detected = sum(verdict.detected for _, _, verdict in faults)
         named = sum(verdict.named for _, _, verdict in faults)
         placed = sum(verdict.placed for _, _, verdict in faults)
+        exact = sum(verdict.exact for _, _, verdict in faults)
         soon = sum(verdict.late is not None and verdict.late <= 1 for _, _, verdict in faults)
         lines.append(
             f"{total} faults: {detected} detected ({detected / total:.0%}), {soon} of them within "
-            f"one step; {named} named ({named / total:.0%}); {placed} placed ({placed / total:.0%})"
+            f"one step; {named} named ({named / total:.0%}), {exact} of them with the exact onset; "
+            f"{placed} placed ({placed / total:.0%})"
         )
     if right:
         warned = [answer.warnings for _, answer, _ in right]
@@ -81,7 +89,7 @@ def _summary(which: str, judged: Sequence[tuple[Program, Answer, Verdict]]) -> s
             f"{len(right)} clean programs: {sum(map(bool, warned))} with a false warning, "
             f"{errors} of them an error"
         )
-    return "\n".join([*lines, GOALS[which]])
+    return "\n".join([*lines, GOALS[which] if which in GOALS else GOALS[which[0]]])
 
 
 def _run_set(which: str, options: argparse.Namespace) -> list[tuple[Program, Answer, Verdict]]:
@@ -91,7 +99,7 @@ def _run_set(which: str, options: argparse.Namespace) -> list[tuple[Program, Ans
         for each in SETS[which]
         if not options.names or any(name in each.name for name in options.names)
     ]
-    if which != "D" and not options.no_twins:
+    if which[0] != "D" and not options.no_twins:
         programs += _twins(programs)
     judged = []
     with ThreadPoolExecutor(options.jobs) as pool:

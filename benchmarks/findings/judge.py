@@ -119,24 +119,29 @@ class Verdict:
     """Steps from the trigger to the first such finding."""
     named: bool
     """One that is not the effect of another names the cause."""
+    exact: bool
+    """One that names the cause begins at the step from which the fault acts, or by `until`."""
     placed: bool
     """One names the parameter, module, rank or phase."""
 
 
 def judge(program: Program, answer: Answer) -> Verdict:
     """Compare the findings with what is declared."""
-    rules = RULES.get(program.cause, ()) if program.cause else ()
+    causes = (program.cause, *program.also) if program.cause else ()
+    rules = {rule for cause in causes for rule in RULES[cause]}
+    last = max(program.trigger, program.until)
     after = [
         each
         for each in answer.findings
         if each["onset"] >= program.trigger and (each["level"] != "info" or each["rule"] in rules)
     ]
     steps = [each["found"] - program.trigger for each in after]
-    causes = [each for each in after if each["cause"] is None]
+    naming = [each for each in after if each["cause"] is None and each["rule"] in rules]
     return Verdict(
         detected=bool(after),
         late=min(steps, default=None),
-        named=any(each["rule"] in rules for each in causes),
+        named=bool(naming),
+        exact=any(program.trigger <= each["onset"] <= last for each in naming),
         placed=any(_is_at(each, place) for each in after for place in program.places),
     )
 

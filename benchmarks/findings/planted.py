@@ -56,6 +56,22 @@ Cause = Literal[
     "clipping of scaled gradients",
     "the schedule belongs to another optimizer",
     "nan or inf",
+    "the model trains in eval mode",
+    "the model is evaluated in train mode",
+    "targets are out of range",
+    "attention logits grow",
+    "attention collapses",
+    "steps of a part are too large",
+    "tied weights are no longer tied",
+    "clipping leaves almost nothing",
+    "inputs are rounded to integers",
+    "one batch is corrupt",
+    "labels are constant",
+    "the loss oscillates",
+    "the schedule ends early",
+    "the loss diverges",
+    "values grow until they overflow",
+    "inputs are constant",
 ]
 
 
@@ -76,6 +92,10 @@ class Program:
     """None: nothing is wrong with it."""
     trigger: int = 1
     """The step from which the fault acts."""
+    until: int = 0
+    """The last step that is as right as `trigger`, if it is a later one."""
+    also: tuple[Cause, ...] = ()
+    """Causes that are as right an answer."""
     places: tuple[str, ...] = ()
     """Patterns of parameters, modules and phases; naming one of them is right."""
 
