@@ -68,5 +68,7 @@ RULES: dict[Cause, tuple[str, ...]] = {
     "the schedule ends early": ("schedule-ends-early", "schedule-before-step"),
     "the loss diverges": ("loss-diverges",),
     "values grow until they overflow": ("overflow-ahead",),
+    "softmax is not normalized": (),
+    "Adam's epsilon is too small": ("adam-epsilon",),
     "inputs are constant": ("constant-inputs",),
 }

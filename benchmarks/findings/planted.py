@@ -72,6 +72,8 @@ Cause = Literal[
     "the loss diverges",
     "values grow until they overflow",
     "inputs are constant",
+    "softmax is not normalized",
+    "Adam's epsilon is too small",
 ]
 
 

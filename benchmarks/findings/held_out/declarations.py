@@ -223,4 +223,204 @@ SET_B2 = (
     _silent("stream", "same_worker_seed", "batches repeat", ("data",), trigger=2),
 )
 
-HELD_OUT = {"A2": SET_A2, "B2": SET_B2}
+_SCRIPTS = {"mlp": "tabular", "cnn": "images", "gpt": "text"}
+
+
+def _fault(
+    kind: str,
+    fault: str,
+    cause: Cause,
+    places: tuple[str, ...],
+    until: int = 0,
+    also: tuple[Cause, ...] = (),
+) -> Program:
+    return Program(
+        f"{kind} {fault}",
+        f"held_out/faults/{_SCRIPTS[kind]}.py",
+        (kind, fault, "400"),
+        (kind, fault, "400", "--clean"),
+        cause=cause,
+        until=until,
+        also=also,
+        places=places,
+    )
+
+
+_FIRST = {"mlp": "body.0*", "cnn": "conv1*", "gpt": "tokens*"}
+_BODY = {"mlp": ("body*", "head*"), "cnn": ("conv*", "head*"), "gpt": ("blocks*", "tokens*")}
+_HEAD = {"mlp": "head*", "cnn": "head*", "gpt": "tokens*"}
+_ALL = ("mlp", "cnn", "gpt")
+_TABLES_AND_IMAGES = ("mlp", "cnn")
+
+SET_C2 = (
+    *(
+        _fault(
+            kind,
+            "double_norm",
+            "inputs are scaled too small",
+            ("data", _FIRST[kind]),
+            also=("inputs are constant",),
+        )
+        for kind in _TABLES_AND_IMAGES
+    ),
+    *(
+        _fault(kind, "missing_norm", "inputs are not normalized", ("data", _FIRST[kind], "forward"))
+        for kind in _TABLES_AND_IMAGES
+    ),
+    *(
+        _fault(
+            kind, "overscaled_targets", "targets are not normalized", ("data", "loss", _HEAD[kind])
+        )
+        for kind in _TABLES_AND_IMAGES
+    ),
+    _fault(
+        "cnn",
+        "missing_batchnorm",
+        "normalization layers are missing",
+        ("layers*", "forward", "backward"),
+    ),
+    *(
+        _fault(kind, "missing_regularization", "over-fitting", ("validation", "data"), until=60)
+        for kind in _ALL
+    ),
+    *(
+        _fault(kind, "over_regularization", "decay or penalty is too strong", ("loss", "step"))
+        for kind in _ALL
+    ),
+    *(
+        _fault(
+            kind,
+            "constant_init",
+            "units are identical at the start",
+            (*_BODY[kind], "forward", "backward"),
+        )
+        for kind in _ALL
+    ),
+    *(
+        _fault(kind, "large_init", "weights are too large at the start", (*_BODY[kind], "forward"))
+        for kind in _ALL
+    ),
+    *(_fault(kind, "flipped_sign", "gradients point uphill", ("step", "loss")) for kind in _ALL),
+    *(_fault(kind, "lr_high", "steps are too large", ("step",)) for kind in _ALL),
+    *(_fault(kind, "lr_low", "steps are too small", ("step",)) for kind in _ALL),
+    _fault(
+        "mlp",
+        "optimizer_constant",
+        "Adam's epsilon is too small",
+        ("step", "body.0.weight"),
+        until=2,
+        also=("nan or inf",),
+    ),
+    _fault(
+        "cnn",
+        "optimizer_constant",
+        "the loss oscillates",
+        ("step",),
+        until=40,
+        also=("steps are too large",),
+    ),
+    _fault("gpt", "optimizer_constant", "steps are too small", ("step",)),
+    *(
+        _fault(
+            kind,
+            "missing_softmax",
+            "the loss expects probabilities or their logarithms",
+            ("loss", _HEAD[kind]),
+        )
+        for kind in _ALL
+    ),
+    *(
+        _fault(
+            kind,
+            "redundant_softmax",
+            "softmax before cross-entropy",
+            ("loss", "forward", _HEAD[kind]),
+        )
+        for kind in _ALL
+    ),
+    *(_fault(kind, "unbalanced", "classes are unbalanced", ("data",)) for kind in _ALL),
+    *(
+        _fault(
+            kind,
+            "wrong_activation",
+            "softmax as a hidden activation",
+            ("forward", *places),
+        )
+        for kind, places in (
+            ("mlp", ("body*",)),
+            ("cnn", ("act", "conv*")),
+            ("gpt", ("blocks.*.act", "blocks.*.up*", "blocks.*.down*")),
+        )
+    ),
+    _fault(
+        "mlp",
+        "wrong_augmentation",
+        "augmentation destroys the inputs",
+        ("data", "body.0*", "forward"),
+        also=("inputs are not normalized",),
+    ),
+    *(
+        _fault(kind, "wrong_augmentation", "augmentation destroys the inputs", ("data",))
+        for kind in ("cnn", "gpt")
+    ),
+    *(
+        _fault(kind, "shuffled_labels", "labels have nothing to do with inputs", ("data",))
+        for kind in _ALL
+    ),
+    *(
+        _fault(
+            kind,
+            fault,
+            "the loss is scaled",
+            ("loss", "step"),
+            also=("steps are too large",),
+        )
+        for kind in _ALL
+        for fault in ("wrong_reduction", "wrong_axis")
+        if (kind, fault) != ("gpt", "wrong_axis")
+    ),
+    _fault(
+        "gpt",
+        "wrong_axis",
+        "softmax over the wrong axis",
+        ("loss", "tokens*"),
+    ),
+    *(_fault(kind, "wrong_loss", "squared error for classes", ("loss",)) for kind in _ALL),
+    _fault("mlp", "wrong_softmax", "softmax is not normalized", ("loss", "head*")),
+    _fault("cnn", "wrong_softmax", "softmax over the wrong axis", ("loss", "head*")),
+    _fault(
+        "gpt",
+        "wrong_softmax",
+        "softmax over the wrong axis",
+        ("blocks.*.attention*", "forward"),
+    ),
+)
+
+
+def _clean(script: str, *names: str) -> tuple[Program, ...]:
+    return tuple(
+        Program(name, f"held_out/clean/{script}.py", (name, "500"), clean_arguments=(), steps=500)
+        for name in names
+    )
+
+
+SET_D2 = (
+    *_clean(
+        "vision", "digits", "resnet", "mixup", "unet", "detector", "finetune", "distill", "vit"
+    ),
+    *_clean("sequences", "letter_lm", "gpt", "mlm", "seq2seq", "ctc", "forecast", "keywords"),
+    *_clean("generative", "dcgan", "vae", "vqvae", "flow", "diffusion", "simclr"),
+    *_clean(
+        "tabular",
+        "gcn",
+        "set_transformer",
+        "recommender",
+        "survival",
+        "housing",
+        "ranking",
+        "multitask",
+    ),
+    *_clean("dynamics", "pinn", "neural_ode", "reinforce", "dqn", "ppo", "maml"),
+)
+
+HELD_OUT = {"A2": SET_A2, "B2": SET_B2, "C2": SET_C2, "D2": SET_D2}

@@ -1,4 +1,5 @@
 """Trains a dilated convolutional network to forecast noisy oscillations."""
+
 from __future__ import annotations
 
 import argparse

@@ -1,4 +1,5 @@
 """Trains a small GPT on a synthetic language."""
+
 from __future__ import annotations
 
 import argparse

@@ -1,4 +1,5 @@
 """Trains a recurrent character model on two ranks with clipped gradients."""
+
 from __future__ import annotations
 
 import argparse

@@ -1,4 +1,5 @@
 """Trains a patch mixer on two ranks and exports its weights in half precision on the way."""
+
 from __future__ import annotations
 
 import argparse

@@ -1,4 +1,5 @@
 """Trains a small U-shaped segmenter on two ranks that average their gradients by hand."""
+
 from __future__ import annotations
 
 import argparse

@@ -1,4 +1,5 @@
 """Trains an attention encoder on short token sequences and probes its features on the way."""
+
 from __future__ import annotations
 
 import argparse

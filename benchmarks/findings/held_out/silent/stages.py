@@ -1,4 +1,5 @@
 """Fine-tunes the late stages of a network whose first stages hold a fixed filter bank."""
+
 from __future__ import annotations
 
 import argparse

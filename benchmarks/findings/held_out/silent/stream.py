@@ -1,4 +1,5 @@
 """Trains a regressor on simulated decaying oscillations that loader workers generate."""
+
 from __future__ import annotations
 
 import argparse

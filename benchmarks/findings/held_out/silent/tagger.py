@@ -1,4 +1,5 @@
 """Trains a multi-label tagger in two stages with a checkpoint between them."""
+
 from __future__ import annotations
 
 import argparse

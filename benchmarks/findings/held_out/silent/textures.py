@@ -1,4 +1,5 @@
 """Trains a small convolutional network to name oriented textures."""
+
 from __future__ import annotations
 
 import argparse

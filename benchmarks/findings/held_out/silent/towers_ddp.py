@@ -1,4 +1,5 @@
 """Trains a two-tower retrieval model on two ranks with in-batch negatives."""
+
 from __future__ import annotations
 
 import argparse
