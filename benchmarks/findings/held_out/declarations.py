@@ -237,8 +237,8 @@ def _fault(
     return Program(
         f"{kind} {fault}",
         f"held_out/faults/{_SCRIPTS[kind]}.py",
-        (kind, fault, "400"),
-        (kind, fault, "400", "--clean"),
+        (kind, fault),
+        (kind, fault, "--clean"),
         cause=cause,
         until=until,
         also=also,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -164,13 +165,13 @@ class StraightThrough(torch.autograd.Function):
     """Replace vectors by their nearest code and pass the gradient on unchanged."""
 
     @staticmethod
-    def forward(ctx, vectors: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, vectors: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         choice = torch.cdist(vectors, codes).argmin(dim=1)
         ctx.mark_non_differentiable(choice)
         return codes[choice], choice
 
     @staticmethod
-    def backward(ctx, grad: Tensor, _: Tensor | None) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, None]:
         return grad, None
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -133,7 +133,9 @@ class Mlp(nn.Module):
 class HeavyBall(torch.optim.Optimizer):
     """Gradient descent with classical momentum."""
 
-    def __init__(self, params, lr: float, momentum: float = 0.9, sign: float = -1.0) -> None:
+    def __init__(
+        self, params: Iterable[Tensor], lr: float, momentum: float = 0.9, sign: float = -1.0
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "sign": sign})
 
     @torch.no_grad()
