@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import io
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -187,7 +188,7 @@ class Segmenter(nn.Module):
         super().__init__()
         widths = [1, 16, 16, 16]
         layers: list[nn.Module] = []
-        for before, after in zip(widths[:-1], widths[1:], strict=True):
+        for before, after in itertools.pairwise(widths):
             layers += [nn.Conv2d(before, after, 5, padding=2), nn.ReLU()]
         self.body = nn.Sequential(*layers)
         self.score = nn.Conv2d(16, 1, 1)
