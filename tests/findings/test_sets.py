@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 
 from benchmarks.findings.causes import RULES as NAMED_BY
+from benchmarks.findings.held_out.declarations import HELD_OUT
 from benchmarks.findings.judge import Answer, judge, run
-from benchmarks.findings.planted import HERE, SET_B, SET_C, SET_D, SET_E, Program
+from benchmarks.findings.planted import HERE, SET_B, SET_C, SET_D, SET_E, SETS, Program
 from tests import processes
 from tui_trainer.findings.rules import RULES
 
 BY_NAME = {each.name: each for each in (*SET_B, *SET_C, *SET_D, *SET_E)}
+BY_NAME_HELD_OUT = {each.name: each for programs in HELD_OUT.values() for each in programs}
 
 
 @pytest.mark.slow
@@ -34,6 +36,13 @@ def test_fault_is_named_and_its_twin_is_clean(name: str) -> None:
 
 
 @pytest.mark.slow
+def test_fault_of_a_set_written_after_the_rules_is_named() -> None:
+    program = BY_NAME_HELD_OUT["backbone_left_out"]
+    verdict = judge(program, run(replace(program, steps=20), processes.run))
+    assert (verdict.named, verdict.exact, verdict.placed, verdict.late) == (True, True, True, 1)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["regression", "lora", "wasserstein_gan"])
 def test_clean_program_has_no_warning(name: str) -> None:
     answer = run(replace(BY_NAME[name], steps=60), processes.run)
@@ -44,13 +53,17 @@ def test_clean_program_has_no_warning(name: str) -> None:
 
 def test_declarations_are_complete() -> None:
     assert len(BY_NAME) == len(SET_B) + len(SET_C) + len(SET_D) + len(SET_E)
-    for program in BY_NAME.values():
+    every = [each for programs in {**SETS, **HELD_OUT}.values() for each in programs]
+    for program in every:
         assert program.task or (HERE / program.script).is_file()
         assert program.cause is None or (program.cause in NAMED_BY and program.places)
     named = {rule for rules in NAMED_BY.values() for rule in rules}
     assert named <= {rule.name for rule in RULES}
     scripts = {path.stem for path in (HERE / "silent").glob("*.py")}
     assert scripts == {Path(each.script).stem for each in SET_B}
+    held_out = {path.relative_to(HERE).as_posix() for path in (HERE / "held_out").rglob("*.py")}
+    declared = {each.script for programs in HELD_OUT.values() for each in programs}
+    assert held_out - {"held_out/declarations.py"} == declared
 
 
 def finding(**changed: object) -> dict[str, object]:
@@ -75,3 +88,21 @@ def test_findings_older_than_the_fault_do_not_count() -> None:
     assert not effect.named
     ranked = judge(replace(program, places=("rank *",)), Answer([finding()]))
     assert ranked.placed
+
+
+def test_onsets_and_causes_that_are_as_right_count() -> None:
+    program = Program(
+        "one",
+        "",
+        cause="dropout is off",
+        also=("gradients of earlier steps are kept",),
+        trigger=2,
+        until=5,
+        places=("net.*",),
+    )
+    found = judge(program, Answer([finding()]))
+    assert (found.named, found.exact) == (True, True)
+    late = judge(replace(program, until=4), Answer([finding()]))
+    assert (late.named, late.exact) == (True, False)
+    other = judge(replace(program, also=()), Answer([finding()]))
+    assert (other.detected, other.named, other.exact) == (True, False, False)
