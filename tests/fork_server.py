@@ -23,6 +23,7 @@ import ctypes
 import faulthandler
 import fcntl
 import gc
+import importlib
 import importlib.abc
 import importlib.machinery
 import io
@@ -39,22 +40,33 @@ import time
 import types
 import warnings
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NoReturn
 
 STACKS = "TUI_TRAINER_TEST_STACKS"
 HUGE_PAGE = 1 << 21
 MADV_COLLAPSE = 25
+HIDDEN = ("torch", "functorch", "safetensors", "tui_trainer")
+"""Packages whose modules are hidden if they were imported after PyTorch."""
 
 
-class HiddenTorch(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds `torch`, and modules of tui_trainer that import it, as if they had not been imported,
-    and gives what has been. `early` are the modules that were there before it."""
+class HiddenTorch(importlib.abc.MetaPathFinder):
+    """Finds `torch`, and what imports it, as if they had not been imported, and gives what has
+    been. `early` are the modules that were there before it."""
 
     def __init__(self, early: Collection[str]) -> None:
-        hidden = ("torch", "tui_trainer")
-        names = [name for name in sys.modules if name.partition(".")[0] in hidden]
+        names = [name for name in sys.modules if name.partition(".")[0] in HIDDEN]
         self.modules = {name: sys.modules.pop(name) for name in names if name not in early}
+        for package, name, module in self._members():
+            if vars(package).get(name) is module:
+                delattr(package, name)
+
+    def _members(self) -> Iterator[tuple[types.ModuleType, str, types.ModuleType]]:
+        """The hidden modules of packages that are not hidden: package, name and module."""
+        for full_name, module in self.modules.items():
+            package, _, name = full_name.rpartition(".")
+            if package and package not in self.modules:
+                yield sys.modules[package], name, module
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: Any = None
@@ -63,19 +75,38 @@ class HiddenTorch(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             return None
         spec = self.modules[name].__spec__
         assert spec is not None
-        found = importlib.machinery.ModuleSpec(name, self, origin=spec.origin, loader_state=spec)
+        loader = HiddenModule(self, self.modules[name])
+        found = importlib.machinery.ModuleSpec(name, loader, origin=spec.origin, loader_state=spec)
         found.submodule_search_locations = spec.submodule_search_locations
         return found
 
+    def show(self) -> None:
+        """Hide nothing from now on."""
+        sys.modules.update(self.modules)
+        for package, name, module in self._members():
+            setattr(package, name, module)
+        with contextlib.suppress(ValueError):  # two threads may import two of them
+            sys.meta_path.remove(self)
+
+
+class HiddenModule(importlib.abc.Loader):
+    """Loads one of them. Whichever it is, `torch` is imported first, by name: an import hook sees
+    that as it sees the `import torch` of a module that is executed."""
+
+    def __init__(self, finder: HiddenTorch, module: types.ModuleType) -> None:
+        self.finder = finder
+        self.module = module
+
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
-        return self.modules[spec.name]
+        return self.module
 
     def exec_module(self, module: types.ModuleType) -> None:
         assert module.__spec__ is not None
         module.__spec__ = module.__spec__.loader_state
-        sys.modules.update(self.modules)
-        if self in sys.meta_path:  # two threads may import two of them
-            sys.meta_path.remove(self)
+        if module.__name__ == "torch":
+            self.finder.show()
+        else:
+            importlib.import_module("torch")
 
 
 def serve(asking: socket.socket) -> tuple[dict[str, Any], list[int]]:

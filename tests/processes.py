@@ -47,16 +47,18 @@ LIBRARIES = (
 WITH_TORCH = (
     *(*LIBRARIES, "numpy.ctypeslib", "numpy.ma", "PIL.Image", "textual.app"),
     *("tui_trainer.ui.app", "tui_trainer.ui.replay_app", "tui_trainer.ui.screens.dashboard"),
+    *("safetensors", "tui_trainer.inspector.errors", "tui_trainer.models", "tui_trainer.settings"),
+    *("tui_trainer.run.task_training", "tui_trainer.tasks.gpt.config"),
+    *("tui_trainer.tasks.vit.config", "tui_trainer.travel"),
     *("torch", "torch._dynamo", "torch._inductor.compile_fx", "torch.profiler._cupti_monitor"),
     "safetensors.torch",
     *("tui_trainer.inspector.checked_rerun", "tui_trainer.inspector.inspector"),
     *("tui_trainer.probes", "tui_trainer.run.checkpoints", "tui_trainer.run.frameworks"),
-    *("tui_trainer.run.progress", "tui_trainer.run.task_training"),
-    *("tui_trainer.tasks.gpt.training", "tui_trainer.tasks.vit.training"),
-    "tui_trainer.travel.time_travel",
+    *("tui_trainer.run.progress", "tui_trainer.tasks.gpt.training"),
+    *("tui_trainer.tasks.vit.training", "tui_trainer.travel.time_travel"),
 )
 """What an app or a training imports as well. Modules of tui_trainer that come after PyTorch are
-hidden with it until they are imported."""
+hidden with it until they are imported: only those that import it may come after it."""
 PR_SET_CHILD_SUBREAPER = 36
 
 
