@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from tests.findings.synthetic import NAMES, NO_LOSS, Run
@@ -265,21 +266,34 @@ def gradients_explode(bug):
     return run
 
 
-@pytest.mark.parametrize(("falls", "last", "found"), [
-    (False, 0.5, True),
-    (True, 0.5, False),
-    (False, 50.0, False),  # all of the gradients are large: the loss may be a sum
+@pytest.mark.parametrize(("case", "found"), [
+    ("stands still", True),
+    ("falls", False),
+    ("falls, then rises", False),
+    ("warms up, then falls", False),
+    ("sum", False),
 ])  # fmt: skip
-def test_gradients_that_explode_through_time_are_named_where_nothing_is_learnt(falls, last, found):
+def test_gradients_that_are_huge_inside_are_named_where_nothing_is_learnt(case, found):
     run = Run()
-    for number in range(1, 80):
-        loss = 2.3 * 0.99**number if falls else 2.3 + 0.01 * math.sin(number)
+    for number in range(1, 300):
+        rate, loss, last = 1e-2, 2.3 + 0.01 * math.sin(number), 0.5
+        if case == "falls":
+            loss = 2.3 * 0.99**number
+        if case == "falls, then rises":
+            loss = 2.3 * 0.97**number if number < 60 else min(2.3, 0.4 * 1.02 ** (number - 60))
+        if case == "warms up, then falls":
+            rate = 1e-2 * min(1.0, number / 150)
+            loss = 2.3 if number < 100 else 2.3 * 0.99 ** (number - 100)
+        if case == "sum":  # all of the gradients are large
+            last = 50.0
         gradients = [300.0, 200.0, 100.0, 0.3, 0.3, 0.3, 0.3, last]
-        run.step(loss, norm=374.0, gradients=gradients, clip=[5.0, 374.0, 5.0, 5 / 374, 1.0])
+        clip = [5.0, 374.0, 5.0, 5 / 374, 1.0]
+        run.step(loss, rate=rate, norm=374.0, gradients=gradients, clip=clip)
     assert ("gradients-explode" in run.found) == found
     if found:
         finding = run.found["gradients-explode"]
         assert (finding.onset, finding.parameters[0]) == (1, NAMES[0])
+        assert "orthogonally" in finding.advice
 
 
 def clipped_to_nothing(bug):
@@ -442,18 +456,28 @@ def constant_labels(bug, number):
     )
 
 
-@pytest.mark.parametrize(("positive", "found"), [(0, True), (20, False)])
-def test_constant_targets_of_a_binary_loss_are_named_after_a_thousand_examples(positive, found):
+@pytest.mark.parametrize(
+    ("positive", "shape", "calls", "found"),
+    [
+        (0, (32,), 1, True),
+        (20, (32,), 1, False),
+        (0, (32, 64, 64), 1, False),  # a mask: few pictures may have what is looked for
+        (0, (32,), 2, False),  # positive and negative samples, or a GAN's real and generated ones
+    ],
+)
+def test_constant_targets_of_a_binary_loss_are_remarked_after_a_thousand_examples(
+    positive, shape, calls, found
+):
     run = Run()
     for number in range(1, 120):
         high = 1.0 if positive and number % positive == 1 else 0.0
         name = "binary_cross_entropy_with_logits"
-        given = tensor("target", 0.0, high, name=name, shape=(32,))
-        run.step(batch=batch_of(given))
+        target = tensor("target", 0.0, high, name=name, shape=shape)
+        run.step(batch=batch_of(tensor(checksum=number), *[target] * calls))
     assert ("constant-labels" in run.found) == found
     if found:
         finding = run.found["constant-labels"]
-        assert finding.onset == 1
+        assert (finding.onset, finding.level) == (1, "info")
         assert finding.step * 32 >= 1000
 
 
@@ -517,7 +541,9 @@ def adam_epsilon(bug):
 def test_eps_that_outweighs_the_gradients_is_remarked():
     run = Run()
     run.step(epsilon=1.0)
-    assert run.found["adam-epsilon"].evidence[0].high == 1e-2
+    finding = run.found["adam-epsilon"]
+    assert finding.evidence[0].value == 1.0
+    assert "hardly count" in finding.text
 
 
 def momentum_high(bug):
@@ -651,6 +677,18 @@ def test_schedule_of_unknown_length_ends_early_once_half_of_the_steps_came_after
         run.step(rate=1e-3 * 0.8**number)
         assert ("schedule-ends-early" in run.found) == (number >= 64)
     assert run.found["schedule-ends-early"].onset == 32
+
+
+@pytest.mark.parametrize("rate", [
+    lambda number: 1e-2 if number < 200 else 1e-5,  # fine-tuning, or the end of a range test
+    lambda number: 0.1 / number,
+    lambda number: 1e-2 * 0.1 ** (number // 200) if number < 600 else 1e-5,  # MultiStepLR
+])  # fmt: skip
+def test_rates_of_a_stage_or_of_a_slow_decay_do_not_end_early(rate):
+    run = Run()
+    for number in range(1, 2200):
+        run.step(rate=rate(number))
+    assert "schedule-ends-early" not in run.found
 
 
 def zero_gradients(bug):
@@ -787,6 +825,28 @@ def test_updates_are_not_the_cause_of_a_loss_that_falls_without_bound():
     for number in range(1, 60):
         run.step(-(2.0**number) if number < 50 else -inf, updates=[0.9] * 8)
     assert "update-ratio-high" not in run.found
+
+
+def test_updates_are_the_cause_of_a_positive_loss_that_becomes_nan_while_it_falls():
+    run = Run()
+    for number in range(1, 60):
+        run.step(2.3 * 0.9**number if number < 40 else nan, updates=[0.9] * 8)
+    assert "update-ratio-high" in run.found
+
+
+def test_noise_is_not_a_loss_that_rises_after_a_large_update():
+    weights = [InitialWeight(name, 16, 16, 0.1, False, False, "") for name in NAMES]
+    for mean, scale in ((0.0, 1.0), (2.0, 0.8)):
+        for seed in range(30):
+            noise = np.random.default_rng(seed).standard_normal(60)
+            run = Run()
+            for number in range(1, 60):
+                updates = [1e-3] * 7 + [1.7 / number]
+                loss = mean + scale * float(noise[number])
+                run.step(loss, updates=updates if number < 6 or number % 10 == 1 else None,
+                         initial=tuple(weights) if number == 1 else ())  # fmt: skip
+            found = run.found.get("part-updated-too-much")
+            assert found is None or found.level == "info"
 
 
 def overflow_ahead(bug):

@@ -57,6 +57,7 @@ def test_declarations_are_complete() -> None:
     for program in every:
         assert program.task or (HERE / program.script).is_file()
         assert program.cause is None or (program.cause in NAMED_BY and program.places)
+        assert set(program.also) <= set(NAMED_BY)
     named = {rule for rules in NAMED_BY.values() for rule in rules}
     assert named <= {rule.name for rule in RULES}
     scripts = {path.stem for path in (HERE / "silent").glob("*.py")}

@@ -71,9 +71,11 @@ class OptimizerSlot:
         optimizer = self.optimizer()
         found = []
         for group in () if optimizer is None else optimizer.param_groups:
-            value = group.get("momentum", (group.get("betas") or (None,))[0])
+            betas = group.get("betas")
+            value = group.get("momentum", betas[0] if isinstance(betas, tuple | list) and betas
+                              else None)  # fmt: skip
             # Reading a tensor could wait for the device.
-            if isinstance(value, (int, float)) and value > 0:
+            if isinstance(value, int | float) and value > 0:
                 found.append(float(value))
         return max(found, default=None)
 

@@ -415,13 +415,14 @@ class MostlyFrozen(Rule):
         numel = sum(info.numel for info in trained)
         if not total or len(trained) == len(infos) or numel / total >= self.limits["share"]:
             return
+        frozen = [info.name for info in infos if not info.trainable]
         trained_share = percent(numel / total, 0, 2)
         yield Found(
             seen.step,
-            f"only {numel:,} of {total:,} weights are trained "
-            f"({trained_share}): {named([info.name for info in trained])}",
+            f"only {numel:,} of {total:,} weights are trained ({trained_share}): "
+            f"{named([info.name for info in trained])}; frozen are {named(frozen)}",
             confidence="certain",
-            parameters=tuple(info.name for info in infos if not info.trainable)[:8],
+            parameters=tuple(frozen[:8]),
             evidence=(
                 evidence("share of the model that is trained", numel / total,
                          low=self.limits["share"], text=trained_share),

@@ -128,9 +128,10 @@ class GradientsExplode(_Depth):
     title = "gradients explode"
     needs = "gradient norms of twenty steps"
     explanation = (
-        "Either the gradient grows from layer to layer on its way to the input, or from time step "
-        "to time step of a recurrent model, or the total gradient norm has risen to a hundred "
-        "times its first values while the loss does not fall. "
+        "Either the gradient grows from layer to layer on its way to the input (or from time step "
+        "to time step: a matrix that is used again and again multiplies it each time), or the "
+        "total gradient norm has risen to a hundred times its first values while the loss does not "
+        "fall. "
         "The updates are then dominated by a few huge gradients, and nan usually follows."
     )
     advice = "clip the gradient norm (clip_grad_norm_ at about 1), lower the learning rate"
@@ -144,7 +145,7 @@ class GradientsExplode(_Depth):
         ),
         RuleThreshold("depth", 1e4, "gradient norm of the first quarter over that of the last"),
         RuleThreshold(
-            "through_time",
+            "inside",
             100,
             "total gradient norm, and the largest one of a matrix over that of the last matrix, in "
             "sixty steps in which the loss does not fall",
@@ -171,7 +172,10 @@ class GradientsExplode(_Depth):
         self._in_time = Streak()
         self._far = 0
         self._over_depth = Streak()
-        self._through_time = Streak()
+        self._huge = Streak()
+        self._rate = self._highest_rate = 0.0
+        self._learns = False
+        """Whether the loss has fallen below its first values."""
         self._reported = False
 
     def step(self, seen: Observation) -> Iterable[Found]:
@@ -180,7 +184,7 @@ class GradientsExplode(_Depth):
         if seen.gradient_norm is not None and math.isfinite(seen.gradient_norm):
             yield from self._time(seen, seen.gradient_norm)
             if not self._reported:
-                yield from self._recurrent(seen, seen.gradient_norm)
+                yield from self._inside(seen, seen.gradient_norm)
         if not self._reported and (quarters := self.quarters(seen)) is not None:
             yield from self._depth(seen, quarters)
 
@@ -207,33 +211,36 @@ class GradientsExplode(_Depth):
             ),
         )  # fmt: skip
 
-    def _recurrent(self, seen: Observation, norm: float) -> Iterable[Found]:
-        """Gradients that are huge from the start, before the last layer only, in a training that
-        does not move: a recurrent matrix multiplies them once for each time step."""
-        row = seen.gradients
-        if row is None or len(self.facts.optimizers) > 1:
+    def _inside(self, seen: Observation, norm: float) -> Iterable[Found]:
+        """Gradients that are huge before the last layer only, from the start, in a training that
+        does not move."""
+        row, rate, trend = seen.gradients, seen.learning_rate or 0.0, self.trend
+        warm_up = rate < 0.5 * self._highest_rate or rate > 1.001 * (self._rate or rate)
+        self._rate, self._highest_rate = rate, max(self._highest_rate, rate)
+        if trend.fast < trend.start - max(2 * trend.noise, 0.05 * abs(trend.start)):
+            self._learns = True
+        if row is None or warm_up or self._learns or len(self.facts.optimizers) > 1:
             return
         indices = self.matrices(row)
-        limit = self.limits["through_time"]
+        limit = self.limits["inside"]
         norms = row.values[indices]
         last = float(norms[-1]) if len(norms) else 0.0
         holds = norm > limit and last > 0 and float(np.nanmax(norms)) > limit * last
-        self._through_time.add(holds, seen.step)
-        start = self.trend.start
-        if (
-            not holds
-            or seen.step - self._through_time.onset < STANDS_STILL
-            or self.trend.fast < start - max(2 * self.trend.noise, 0.05 * abs(start))
-        ):
+        self._huge.add(holds, seen.step)
+        if not holds or seen.step - self._huge.onset < STANDS_STILL:
             return
         self._reported = True
-        largest = self._largest(seen)
+        clipped = seen.clip is not None
         yield Found(
-            self._through_time.onset,
+            self._huge.onset,
             f"the gradient norm is {norm:.3g}, that of {row.names[int(indices[-1])]} alone "
             f"{last:.2g}, and the loss has not fallen in {STANDS_STILL} steps",
+            advice="initialise the matrix of a recurrent layer orthogonally with a gain of about "
+            "1, use an LSTM or a GRU, or go back fewer time steps; clipping only hides it"
+            if clipped
+            else "",
             phase="backward",
-            parameters=largest,
+            parameters=self._largest(seen),
             evidence=(
                 evidence("gradient norm", norm, high=limit, table="step",
                          column="grad_norm_preclip"),

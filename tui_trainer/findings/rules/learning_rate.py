@@ -228,9 +228,10 @@ class AdamEpsilon(Rule):
         "Adam divides each update by the root of the mean square of the gradients, plus eps. Where "
         "gradients are tiny (units that hardly ever react, a loss near zero, their rounding "
         "errors), eps alone keeps the update small; with a very small one these weights move by "
-        "the whole learning rate at every step, in a direction that is noise. Published trainings "
-        "use 1e-10 to 1e-3, and 1e-15 where tiny gradients are meant to count (hash grids of "
-        "neural fields). A far larger one outweighs the gradients, so that all updates are small. "
+        "the whole learning rate at every step, in a direction that is noise. Usual are 1e-10 to "
+        "1e-3, and 1e-15 where tiny gradients are meant to count (hash grids of neural fields). A "
+        "larger one outweighs the gradients, so that the updates are about those of SGD with "
+        "momentum and a small rate; with a rate that was chosen for that it is right. "
         "In float16 the usual 1e-8 is rounded to zero: where the mean square is "
         "zero as well, the update is a division by zero, which is a warning."
     )
@@ -263,6 +264,7 @@ class AdamEpsilon(Rule):
         yield Found(
             seen.step,
             f"{optimizer} has eps={epsilon:.3g}"
+            + (", beside which gradients below it hardly count" if epsilon > high else "")
             + (f", which is zero in the float16 of its {len(half)} parameters" if vanishes else ""),
             level="warning" if vanishes else None,
             confidence="certain" if vanishes else "possible",

@@ -279,7 +279,8 @@ class ScheduleEnds(Rule):
     explanation = (
         "The learning rate has fallen below a thousandth of its highest value although most of the "
         "training is still to come. Where the number of steps is not known, it is reported once "
-        "half of the steps so far have been made at such a rate. A schedule that counts epochs and "
+        "half of the steps so far have been made at such a rate, and it has fallen to a tenth of "
+        "that. A schedule that counts epochs and "
         "is stepped once per batch (StepLR, ExponentialLR, a cosine over the number of epochs) "
         "does that within a few hundred steps; what follows trains almost nothing."
     )
@@ -287,31 +288,40 @@ class ScheduleEnds(Rule):
     source = "PyTorch's documentation of lr_scheduler (how to adjust the learning rate)"
     thresholds = (
         RuleThreshold("share", 0.001, "of the highest learning rate so far"),
-        RuleThreshold("progress", 0.5, "share of all steps until which it is a mistake"),
+        RuleThreshold(
+            "progress", 0.5, "share of all steps, or of those so far, until which it is a mistake"
+        ),
         RuleThreshold("steps", 10, "steps in a row"),
+        RuleThreshold("unknown", 1e-4, "as `share`, where the number of steps is not known"),
+        RuleThreshold("jump", 0.01, "share to which one step lowers it where a new stage begins"),
     )
 
     def start(self) -> None:
         self._streak = Streak()
-        self._highest = 0.0
+        self._highest = self._last = 0.0
         self._reported = False
 
     def step(self, seen: Observation) -> Iterable[Found]:
         rate, total = seen.learning_rate, max(self.facts.total_steps or 0, seen.step)
         if self._reported or rate is None:
             return
+        if not self.facts.total_steps and rate < self.limits["jump"] * self._last:
+            self._highest = rate  # another stage, or the end of a range test
+        self._last = rate
         self._highest = max(self._highest, rate)
         low = 0 < rate <= self.limits["share"] * self._highest * (1 + 1e-6)
         count = self._streak.add(low, seen.step)
         onset = self._streak.onset
         if count < self.limits["steps"] or onset > self.limits["progress"] * total:
             return
+        if not self.facts.total_steps and rate > self.limits["unknown"] * self._highest:
+            return
         self._reported = True
         limit = self.limits["share"] * self._highest
         of = f" of {total:,}" if self.facts.total_steps else ""
         yield Found(
             onset,
-            f"the learning rate has been below {limit:.3g} since step {onset:,}{of}, and is "
+            f"the learning rate has been at most {limit:.3g} since step {onset:,}{of}, and is "
             f"{rate:.3g} now; its highest value was {self._highest:.3g}",
             phase="step",
             evidence=(

@@ -37,16 +37,16 @@ class ConstantLabels(BatchRule):
     title = "all labels are the same"
     needs = (
         "the targets of cross_entropy or nll_loss in six steps, eight labels each; or 1,000 "
-        "examples of binary_cross_entropy, if it is the only loss"
+        "examples of binary_cross_entropy with one target each, if it is the only loss"
     )
     explanation = (
         "Every target that the loss function has received is the same class. The loss falls fast "
-        "and the model learns a constant. Two classes are judged by 1,000 examples: where all of "
-        "them are of one class, less than 0.5 % of the data are of the other, with 99 % certainty. "
-        "Usually the labels were not shuffled together with the examples, or were overwritten or "
-        "cast to a type that cannot hold them; a data set sorted by class that is read without "
-        "shuffling looks the same until the next class comes. Scores that are concatenated are not "
-        "reported: contrastive losses have the positive pair first."
+        "and the model learns a constant. Of two classes it is a hint: where the first 1,000 "
+        "examples that were looked at are all of one, less than 0.5 % of the data are of the "
+        "other, with 99 % certainty. Usually the labels were not shuffled together with the "
+        "examples, or were overwritten or cast to a type that cannot hold them; a data set sorted "
+        "by class that is read without shuffling looks the same until the next class comes. Scores "
+        "that are concatenated are not reported: contrastive losses have the positive pair first."
     )
     advice = "print the labels of a batch; shuffle the training data (DataLoader(shuffle=True))"
     source = (
@@ -91,25 +91,39 @@ class ConstantLabels(BatchRule):
         )
 
     def _binary_targets(self, seen: Observation, batch: BatchRecord) -> Iterable[Found]:
-        targets = batch.with_role("target")
-        # A GAN's losses have constant targets.
-        if len(targets) != 1 or len(self.facts.optimizers) > 1:
+        targets, inputs = batch.with_role("target"), batch.with_role("input")
+        if not targets:
             return
         target = targets[0]
         one = target.name.startswith("binary_cross_entropy") and target.low == target.high
-        if not one or target.low != self._label:
-            self.streak.add(False, seen.step)
-            self._examples = 0
-            self._label = target.low if one else None
-        self._examples += target.shape[0] if one and target.shape else 0
-        persists = self.persists(one, seen.step)
-        self.done = persists and self._examples >= self.limits["examples"]
+        same = self._label is None or target.low == self._label
+        # One loss with one target for each example: not those of a GAN, or of a mask.
+        # The scores of pairs of integers may be those of negative samples.
+        plain = (
+            len(targets) == 1
+            and len(self.facts.optimizers) == 1
+            and all(info.trainable for info in self.facts.parameters.values())
+            and bool(target.shape)
+            and all(each.shape[:1] == target.shape[:1] for each in inputs)
+            and any(each.kind == "float" for each in inputs)
+            and math.prod(target.shape) == target.shape[0]
+            and not (seen.loss_graph is not None and seen.loss_graph.joined)
+        )
+        if not one or not same or not plain:
+            self.done = True
+            return
+        self._label = target.low
+        self._examples += target.shape[0]
+        self.streak.add(True, seen.step)
+        self.done = self._examples >= self.limits["examples"]
         if not self.done:
             return
         yield Found(
             self.streak.onset,
             f"every target of {target.name} since step {self.streak.onset:,} is {target.low:g}: "
             f"those of {self._examples:,} examples",
+            level="info",
+            confidence="possible",
             phase="loss",
             evidence=(evidence("different targets", 1, low=2, text="1"),),
         )

@@ -12,6 +12,9 @@ from tui_trainer.findings.observation import Observation
 from tui_trainer.findings.rule import Found, RuleThreshold, Streak, evidence, median_of, named
 from tui_trainer.findings.rules.update_ratio import HEALTHY_HIGH, HEALTHY_LOW, SOURCE, UpdateRatios
 
+RISEN_STEPS = 10
+"""Steps in a row in which the loss has to be above its first values."""
+
 
 class PartNotUpdated(UpdateRatios):
     """Weights that get a gradient and do not change, while others do."""
@@ -118,8 +121,6 @@ class PartUpdatedTooMuch(UpdateRatios):
         "non-finite",
     )
 
-    reads = "updates"
-
     def start(self) -> None:
         super().start()
         self._streak = Streak()
@@ -127,6 +128,10 @@ class PartUpdatedTooMuch(UpdateRatios):
         self._loss_before = 0.0
         self._nonzero: frozenset[str] = frozenset()
         """Weights that do not start at zero."""
+        self._first_step = 0
+        self._varied = 0
+        """Steps whose loss came from another number of calls than the one before."""
+        self._risen = Streak()
         self._early: Found | None = None
         """What the first steps show, until the loss has had time to fall."""
         self._done = False
@@ -136,7 +141,9 @@ class PartUpdatedTooMuch(UpdateRatios):
             self._nonzero = frozenset(each.name for each in seen.initial if each.rms > 0)
         if self._done or len(self.facts.optimizers) > 1:
             return
-        if self._early is not None and self._loss_rises():
+        first = self._first_step = self._first_step or seen.step
+        self._varied += "calls_vary" in seen.signs
+        if self._early is not None and self._loss_rises(seen.step):
             self._done = True
             text = f"{self._early.text}, and the loss rises"
             yield replace(self._early, text=text, level="warning", confidence="likely")
@@ -144,7 +151,7 @@ class PartUpdatedTooMuch(UpdateRatios):
         if seen.updates is None or self.ignored(seen):
             return
         ratios, names = self.ratios(seen.updates)
-        if self.trend.count <= 1:  # a weight that is zero before the first step has no ratio
+        if seen.step == first:  # a weight that is zero before the first step has no ratio
             self._nonzero |= frozenset(names)
         if seen.step <= self.limits["steps"]:
             self._look_early(seen, ratios, names)
@@ -173,10 +180,14 @@ class PartUpdatedTooMuch(UpdateRatios):
         found = self._found(seen, ratios, high, both, self._streak.onset, "each step")
         yield replace(found, text=f"{found.text}, and the loss does not fall")
 
-    def _loss_rises(self) -> bool:
-        """Whether the loss is well above its first values."""
+    def _loss_rises(self, step: int) -> bool:
+        """Whether the loss has been well above its first values for some steps."""
         trend = self.trend
-        return trend.fast > trend.start + max(trend.noise, 0.5 * abs(trend.start))
+        if trend.lowest < 0 or not trend.start > 0 or self._varied > trend.count / 2:
+            return False
+        start = max(trend.first[:3])
+        bar = start + max(2 * trend.noise, 0.5 * start)
+        return self._risen.add(trend.fast > bar, step) >= RISEN_STEPS
 
     def _look_early(self, seen: Observation, ratios: NDArray[np.float32], names: list[str]) -> None:
         high = ratios > self.limits["at_once"]

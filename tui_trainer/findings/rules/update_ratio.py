@@ -125,8 +125,9 @@ class UpdateRatioHigh(UpdateRatios):
     def _harmful(self, seen: Observation) -> bool:
         """Whether the loss has risen since the onset or, after three high ratios, not fallen."""
         if seen.loss is not None and not np.isfinite(seen.loss):
-            # A loss that has fallen until then, without a lower bound, is not due to the updates.
-            return self.trend.count < 10 or self.trend.fast > self.trend.best
+            # That a loss falls below zero without a bound is not due to the updates.
+            trend = self.trend
+            return trend.count < 10 or trend.best >= 0 or trend.fast > trend.best
         before = self._loss_before
         passed = seen.step - self._streak.onset
         if passed > 0 and self.trend.fast > before + max(2 * self._noise, 0.1 * abs(before)):
