@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -38,6 +39,30 @@ def test_torch_is_traced_whatever_imports_it_first(first: str, tmp_path: Path) -
     (tmp_path / "train.py").write_text(f"{first}\nimport torch\n{SCRIPT}")
     done = call("check", "train.py", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "train.py: no findings in 10 steps\n"), done.stderr
+
+
+SAVING = """
+torch.manual_seed(0)
+for step in range(4):
+    optimizer.zero_grad()
+    net(torch.randn(16, 8)).square().mean().backward()
+    optimizer.step()
+    if step == 1:
+        save_file(net.state_dict(), "weights.safetensors")
+"""
+
+
+def test_torch_is_traced_where_safetensors_imports_it_first(tmp_path: Path) -> None:
+    """Its module is half imported then; a forked process would have all of it."""
+    script = f"from safetensors.torch import save_file\nimport torch\n{SCRIPT}{SAVING}"
+    (tmp_path / "train.py").write_text(script)
+    done = call("run", "--json", "--runs-dir", "runs", "train.py", cwd=tmp_path, cold=True)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    steps = [line for line in lines if line["type"] == "step"]
+    assert len(steps) == 14
+    saved = [each["step"] for each in steps if each["phase_ms"].get("checkpoint")]
+    assert saved in ([12], [13])
 
 
 HIDDEN = """

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from tui_trainer.config.errors import ConfigurationError
 from tui_trainer.config.run_spec import RunSpec
@@ -181,7 +181,7 @@ def _own_copy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    save_file(tensors, path)
+    safetensors.torch.save_file(tensors, path)
     path.chmod(0o600)
     with open(path, "rb") as file:
         os.fsync(file.fileno())
@@ -240,8 +240,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> LoadedCheckpoint:
                 f"the checkpoint {found} has format {document['format']}, not {FORMAT}",
                 "use the version of tui-trainer that wrote it",
             )
-        state = unflatten(document["state"], load_file(found / TENSORS_FILE))
-        weights = load_file(found / WEIGHTS_FILE)
+        state = unflatten(document["state"], safetensors.torch.load_file(found / TENSORS_FILE))
+        weights = safetensors.torch.load_file(found / WEIGHTS_FILE)
         return LoadedCheckpoint(
             found, document["step"], weights, state["states"], state["random"], document["facts"]
         )

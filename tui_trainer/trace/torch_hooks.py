@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import math
+import sys
 from collections.abc import Callable, Iterator
 from threading import get_ident
 from typing import Any, Protocol
@@ -85,6 +87,7 @@ class TorchHooks:
         self._clips = clips
         self._patches = patches
         self._handles: list[Any] = []
+        self._safetensors_wrapped = True
         self._total_norm_type: Any = math.nan
         """The p of the p-norm that the last call of `get_total_norm` computed; nan before that."""
 
@@ -96,10 +99,7 @@ class TorchHooks:
         self._wrap_functional()
         self._wrap_schedulers()
         self._wrap_saving(torch, "save")
-        with contextlib.suppress(ImportError):  # of a broken installation
-            import safetensors.torch
-
-            self._wrap_saving(safetensors.torch, "save_file")
+        self._wrap_safetensors()
         self._wrap_collectives()
         self._handles = [*self._hook_optimizers(), *self._hook_modules()]
 
@@ -143,6 +143,8 @@ class TorchHooks:
         def __init__(optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
             original(optimizer, *args, **kwargs)
             if not ignored():
+                if not self._safetensors_wrapped:
+                    self._wrap_safetensors()
                 events.optimizer_created(optimizer)
 
         self._patches.replace(Optimizer, "__init__", copy_metadata(__init__, original))
@@ -271,6 +273,18 @@ class TorchHooks:
                     events.schedule_stepped(optimizer)
 
             self._patches.replace(kind, "step", copy_metadata(step, original))
+
+    def _wrap_safetensors(self) -> None:
+        """Wrap `save_file`. Where `safetensors.torch` is what imports PyTorch just now, it has none
+        yet, and the script has its own name for it when the first optimizer is created: what
+        `save_file` calls is wrapped then."""
+        with contextlib.suppress(ImportError, AttributeError):  # of a broken or another version
+            importlib.import_module("safetensors.torch")
+            module = sys.modules["safetensors.torch"]
+            later = not self._safetensors_wrapped
+            self._safetensors_wrapped = hasattr(module, "save_file")
+            if self._safetensors_wrapped:
+                self._wrap_saving(module, "serialize_file" if later else "save_file")
 
     def _wrap_saving(self, module: Any, name: str) -> None:
         events, ignored = self._events, self._ignored
