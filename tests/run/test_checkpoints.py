@@ -6,11 +6,11 @@ import random
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file
 
 from tui_trainer.config.errors import ConfigurationError
-from tui_trainer.run import checkpoints as checkpointing
 from tui_trainer.run.checkpoints import (
     CheckpointWriter,
     NotSerializable,
@@ -217,7 +217,7 @@ def test_a_write_that_fails_leaves_the_former_one(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpointing, "save_file", full)
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
     with pytest.raises(OSError, match="No space"):
         written.write(2, model.state_dict(), parts)
     assert load_checkpoint(tmp_path).step == 1

@@ -298,7 +298,9 @@ class TorchHooks:
             finally:
                 events.saving_ended()
 
-        self._patches.replace(module, name, copy_metadata(save, original))
+        wrapper = copy_metadata(save, original)
+        wrapper.__wrapped__ = original  # which our own checkpoints use
+        self._patches.replace(module, name, wrapper)
 
     def _wrap_collectives(self) -> None:
         if not torch.distributed.is_available():
