@@ -20,13 +20,13 @@ RULES: dict[Cause, tuple[str, ...]] = {
     "batches repeat": ("batches-repeat", "same-batch"),
     "inputs are scaled too small": ("input-scale",),
     "inputs are not normalized": ("input-scale",),
-    "targets are not normalized": (),
+    "targets are not normalized": ("target-scale",),
     "normalization layers are missing": ("gradients-vanish", "signal-vanishes"),
     "over-fitting": ("over-fitting",),
     "decay or penalty is too strong": ("weights-shrink",),
-    "gradients point uphill": ("loss-diverges",),
+    "gradients point uphill": ("loss-diverges", "loss-sign"),
     "steps are too large": ("update-ratio-high", "adam-epsilon"),
-    "steps are too small": ("update-ratio-low", "updates-small"),
+    "steps are too small": ("update-ratio-low", "updates-small", "adam-epsilon"),
     "the loss expects probabilities or their logarithms": ("log-of-logits",),
     "softmax before cross-entropy": ("softmax-before-cross-entropy",),
     "classes are unbalanced": ("unbalanced-classes",),
@@ -52,7 +52,9 @@ RULES: dict[Cause, tuple[str, ...]] = {
     "clipping of scaled gradients": (),
     "the schedule belongs to another optimizer": ("schedule-idle",),
     "nan or inf": ("non-finite",),
-    # The halves that were written after the rules: assigned before their first run.
+    # The halves that were written after the rules: assigned before their first run. (Added after it
+    # are the rules that were written then: target-scale, loss-sign and momentum-high, and a large
+    # eps for steps that are too small.)
     "the model trains in eval mode": ("eval-mode", "dropout-off"),
     "the model is evaluated in train mode": ("train-mode-evaluation",),
     "targets are out of range": ("label-range", "targets-out-of-reach"),
@@ -69,6 +71,7 @@ RULES: dict[Cause, tuple[str, ...]] = {
     "the loss diverges": ("loss-diverges",),
     "values grow until they overflow": ("overflow-ahead",),
     "softmax is not normalized": (),
+    "the momentum is too high": ("momentum-high",),
     "Adam's epsilon is too small": ("adam-epsilon",),
     "inputs are constant": ("constant-inputs",),
     "almost everything is frozen": ("mostly-frozen",),

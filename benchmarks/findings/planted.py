@@ -84,6 +84,7 @@ Cause = Literal[
     "the learning rate is zero",
     "backward is called twice",
     "softmax is not normalized",
+    "the momentum is too high",
     "Adam's epsilon is too small",
 ]
 

@@ -203,7 +203,7 @@ SET_A2 = (
         "the loss oscillates",
         ("step", "weight", "bias", "loss"),
         until=18,
-        also=("steps are too large",),
+        also=("steps are too large", "the momentum is too high"),
         steps=300,
     ),
     _kind("signals", "denoise", "the schedule ends early", ("step",), until=25),
@@ -405,7 +405,7 @@ SET_C2 = (
         "the loss oscillates",
         ("step",),
         until=40,
-        also=("steps are too large",),
+        also=("steps are too large", "the momentum is too high"),
     ),
     _fault("gpt", "optimizer_constant", "steps are too small", ("step",)),
     *(
