@@ -212,7 +212,8 @@ def test_ranks_are_compared() -> None:
         ("update_ratio(any) > 1 at backward", "update_ratio(any)", "update_ratio is not known yet"
          " at backward", "at step or later"),
         ("loss > 3 at forward", "loss", "loss is not known yet at forward", "at loss or later"),
-        ('finding("explodign")', '"explodign"', "there is no rule explodign", "explain"),
+        ('finding("explodign")', '"explodign"', "there is no rule explodign", "explode"),
+        ('finding("qqq")', '"qqq"', "there is no rule qqq", "explain"),
         ('finding("warning")', '"warning"', "there is no rule warning", 'level="warning"'),
         ('finding("x") at backward', 'finding("x")', "findings are only known", "leave out"),
         ("loss ** 2 > 1", "loss ** 2", "this is not supported in a condition", ""),

@@ -457,7 +457,9 @@ class _Compiler:
         part = self._string(node, "(part of) the name of a rule", example)
         found = rules_named(part)
         if not found:
-            close = difflib.get_close_matches(part, [rule.name for rule in RULES], 2, 0.5)
+            names = [rule.name for rule in RULES]
+            words = dict.fromkeys(word for name in names for word in (name, *name.split("-")))
+            close = difflib.get_close_matches(part, words, 2, 0.7)
             hint = f"did you mean {' or '.join(close)}?"
             if part in get_args(Level):
                 hint = f'did you mean finding(level="{part}")?'
