@@ -481,6 +481,14 @@ def test_constant_targets_of_a_binary_loss_are_remarked_after_a_thousand_example
         assert finding.step * 32 >= 1000
 
 
+def test_constant_classes_are_named_after_a_stage_with_another_loss():
+    run = Run()
+    for number in range(1, 30):
+        regression = batch_of(tensor("target", name="mse_loss"))
+        run.step(batch=regression if number < 10 else constant_labels(True, number))
+    assert run.found["constant-labels"].onset == 10
+
+
 def target_scale(bug, number):
     high = 5e5 if bug else 1.0
     return batch_of(tensor("target", 0.0, high, name="mse_loss", mean=high / 2, std=high / 4))

@@ -280,9 +280,9 @@ class ScheduleEnds(Rule):
         "The learning rate has fallen below a thousandth of its highest value although most of the "
         "training is still to come. Where the number of steps is not known, it is reported once "
         "half of the steps so far have been made at such a rate, and it has fallen to a tenth of "
-        "that. A schedule that counts epochs and "
-        "is stepped once per batch (StepLR, ExponentialLR, a cosine over the number of epochs) "
-        "does that within a few hundred steps; what follows trains almost nothing."
+        "that. A schedule that counts epochs and is stepped once per batch (StepLR, ExponentialLR, "
+        "a cosine over the number of epochs) does that within a few hundred steps; what follows "
+        "trains almost nothing."
     )
     advice = "step the scheduler once per epoch, or give it the number of steps instead of epochs"
     source = "PyTorch's documentation of lr_scheduler (how to adjust the learning rate)"

@@ -64,6 +64,8 @@ class ConstantLabels(BatchRule):
         self._label: float | None = None
         self._examples = 0
         """Examples in a row whose binary targets are all the same."""
+        self._varied = False
+        """Whether there were other targets than those of classes, or different binary ones."""
 
     def step(self, seen: Observation) -> Iterable[Found]:
         self.done = self.done or (seen.loss_graph is not None and seen.loss_graph.joined)
@@ -92,7 +94,7 @@ class ConstantLabels(BatchRule):
 
     def _binary_targets(self, seen: Observation, batch: BatchRecord) -> Iterable[Found]:
         targets, inputs = batch.with_role("target"), batch.with_role("input")
-        if not targets:
+        if not targets or self._varied:
             return
         target = targets[0]
         one = target.name.startswith("binary_cross_entropy") and target.low == target.high
@@ -110,7 +112,7 @@ class ConstantLabels(BatchRule):
             and not (seen.loss_graph is not None and seen.loss_graph.joined)
         )
         if not one or not same or not plain:
-            self.done = True
+            self._varied = True
             return
         self._label = target.low
         self._examples += target.shape[0]
