@@ -158,6 +158,7 @@ def with_values(session, name, columns, values):
 
 
 def test_absent_gradients_are_shown_with_their_reason_and_counted_nowhere(opened):
+    opened.draw(fake_gpt(STEPS).poll())  # another history with the same description
     whole = with_values(fake_gpt(STEPS), "grad_norm", [0, 1], np.float32(absent(Absent.FROZEN)))
     parameters = opened.draw(whole)["parameters"]
     assert "– frozen" in parameters

@@ -231,10 +231,8 @@ class TuiTrainerApp(App[int]):
             gc.freeze()
 
     def attach(self, session: Session) -> None:
-        """Show the run of `session` from now on."""
-        if self.session is not session:
-            self._close_session()
-            self.inspected_rank = 0
+        """Show the run of `session`, the only one until the app ends."""
+        assert self.session in (None, session)
         self.session = session
         self._drawn_version = -1
         self._polls_per_second = 0.0

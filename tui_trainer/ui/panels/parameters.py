@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tui_trainer.client.api import Snapshot
+from tui_trainer.history import History
 from tui_trainer.history.healthy_ranges import UPDATE_RATIO
 from tui_trainer.history.series import SeriesReader
 from tui_trainer.protocol import formatting, schema
@@ -60,7 +61,8 @@ class ParameterValues:
         self._sources: dict[str, list[ParameterTableSource]] = {}
         self._indices: dict[str, int] = {}
         self._next_event = 0
-        self._revision: tuple[int, int] | None = None
+        self._revision: tuple[int, History, int] | None = None
+        """What the sources were found for: the description's revision, the history, its tables."""
         self._sharded = False
         """Whether the norms of some are those of rank 0's shards."""
 
@@ -69,7 +71,7 @@ class ParameterValues:
         info = snapshot.info
         if info is None:
             return False
-        revision = (info.revision, len(snapshot.history.tables))
+        revision = (info.revision, snapshot.history, len(snapshot.history.tables))
         changed = revision != self._revision
         if changed:
             self._revision = revision
