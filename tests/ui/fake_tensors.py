@@ -199,7 +199,7 @@ class FakeTensors:
                 return done(ExperimentResult("step", curves, text))
             case FindLearningRate(low=low, high=high):
                 rates = tuple(low * (high / low) ** (n / 39) for n in range(40))
-                text = "the loss falls fastest at 0.01; a tenth of where it diverges is a limit"
+                text = "the loss falls fastest at 0.01; stay well below where it rises"
                 curve = Curve("loss", rates, decay(15.0, 40))
                 return done(ExperimentResult("learning rate", (curve,), text))
             case ReadTimeline():

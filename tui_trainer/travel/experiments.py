@@ -102,7 +102,7 @@ class Experiments:
         rates = rates[: len(losses)]
         text = "the loss falls nowhere: start lower"
         if (best := _steepest(rates, losses)) is not None:
-            text = f"the loss falls fastest at {best:.2g}; a tenth of where it diverges is a limit"
+            text = f"the loss falls fastest at {best:.2g}; stay well below where it rises"
         return ExperimentResult(
             "learning rate", (Curve("loss", tuple(rates), tuple(losses)),), text
         )
