@@ -123,20 +123,26 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     wanted = [options.which] if options.which else ["A", *sorted(SETS)]
     status = 0
-    judged: list[tuple[Program, Answer, Verdict]] = []
+    rows: list[dict[str, object]] = []
     for which in wanted:
         print(f"set {which}")
         if which == "A":
             status |= run_planted_kinds(options.names, options.jobs)
         else:
-            judged += _run_set(which, options)
+            judged = _run_set(which, options)
+            status |= any(answer.fault for _, answer, _ in judged)
+            rows += [
+                {
+                    "set": which,
+                    "program": asdict(program),
+                    "answer": asdict(answer),
+                    "verdict": asdict(verdict),
+                }
+                for program, answer, verdict in judged
+            ]
     if options.json:
-        made = [
-            {"program": asdict(program), "answer": asdict(answer), "verdict": asdict(verdict)}
-            for program, answer, verdict in judged
-        ]
-        options.json.write_text(json.dumps(made, indent=1), encoding="utf-8")
-    return status or int(any(answer.fault for _, answer, _ in judged))
+        options.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    return status
 
 
 if __name__ == "__main__":

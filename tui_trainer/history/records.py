@@ -273,7 +273,8 @@ class StepRecord:
     """How much of the change that the step before made was still there: 1 where all was."""
     initial: tuple[InitialWeight, ...] = ()
     epsilon: float | None = None
-    """The smallest `eps` of an optimizer of Adam's family, at its first step."""
+    """The most unusual `eps` among the groups of an optimizer of Adam's family, at its first
+    step."""
     momentum: float | None = None
     """The largest momentum of its groups, Adam's first beta included, at its first step."""
     weight_decay: WeightDecay | None = None
