@@ -25,7 +25,7 @@ from tui_trainer.run.checkpoints import load_checkpoint
 from tui_trainer.run.environment import initial_info
 from tui_trainer.run.task_training import (
     editable,
-    let_be_changed,
+    enable_edits_and_travel,
     restore_checkpoint,
     schedule_between_steps,
     train_loop,
@@ -124,7 +124,7 @@ class Run:
         self.edits = LiveEdits(self.tracer, self.gate, self.recorder)
         self.travel = TimeTravel(self.tracer, self.gate, self.recorder, self.edits, memory)
         self.travel.every = every
-        let_be_changed(self, training)
+        enable_edits_and_travel(self, training)
         self.saver = schedule_between_steps(self, training)[0]
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._train)

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 def start(arguments: list[str]) -> int:
     """Run the spec in a run's directory, or as one of its ranks; returns the exit status.
 
-    With `--plain` or `--json` as second argument it prints lines instead of being captured.
+    With `--plain` or `--json` as second argument it prints progress lines; otherwise its output is
+    captured.
     """
     if len(arguments) not in (1, 2) or arguments[1:] not in ([], ["--plain"], ["--json"]):
         print("usage: python -m tui_trainer.run DIRECTORY [--plain|--json]", file=sys.stderr)

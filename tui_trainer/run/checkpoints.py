@@ -33,8 +33,8 @@ from tui_trainer.config.run_spec import RunSpec
 from tui_trainer.protocol.formatting import nonfinite
 from tui_trainer.record.recorder import Recorder
 from tui_trainer.runs.checkpoints import (
+    CHECKPOINT_STATE,
     CHECKPOINTS,
-    WHOLE,
     checkpoint_path,
     checkpoint_steps,
 )
@@ -44,12 +44,12 @@ from tui_trainer.travel.snapshots import Stateful
 FORMAT = 1
 WEIGHTS_FILE = "weights.safetensors"
 TENSORS_FILE = "state.safetensors"
-SKELETON_FILE = WHOLE
+SKELETON_FILE = CHECKPOINT_STATE
 BEST_FILE = "best.json"
 
 
 Contents = Callable[[], tuple[Mapping[str, torch.Tensor], Mapping[str, Stateful]]]
-"""Returns the weights, and what else has a state, by name."""
+"""Returns (weights, other parts with a state), each by name."""
 
 
 class CheckpointSaver:
@@ -67,7 +67,7 @@ class CheckpointSaver:
 
     @property
     def cadences(self) -> tuple[int, ...]:
-        """In steps: when to call `after_step`."""
+        """Intervals, in steps, at which `after_step` is called."""
         return (self._spec.checkpoint_every or 0,)
 
     def after_step(self, step: int) -> None:
@@ -159,7 +159,7 @@ class CheckpointWriter:
         return not math.isnan(loss) and (self._best is None or loss < self._best[1])
 
     def mark_best(self, step: int, loss: float) -> None:
-        """Keep the checkpoint of `step` as the best one, and no longer the previous best."""
+        """Keep the checkpoint of `step` as the best one, and let go of the previous best."""
         self._best = (step, loss)
         temporary = self._folder / f".{BEST_FILE}"
         _write_json({"step": step, "loss": loss}, temporary)
@@ -173,16 +173,16 @@ class CheckpointWriter:
             if step not in kept:
                 shutil.rmtree(checkpoint_path(self._run, step), ignore_errors=True)
         for abandoned in self._folder.glob(".writing-*"):
-            shutil.rmtree(abandoned, ignore_errors=True)  # by a process that was killed
+            shutil.rmtree(abandoned, ignore_errors=True)  # left by a process that was killed
 
 
 def _own_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """On the CPU, with a storage of its own: safetensors refuses tensors that share storage."""
+    """A copy on the CPU with its own storage: safetensors refuses tensors that share storage."""
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def _write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    # Not the one that notices when a script saves, whose time is the script's.
+    # Past the wrapper that times the script's own saves: this one is not the script's.
     inspect.unwrap(safetensors.torch.save_file)(tensors, path)
     path.chmod(0o600)
     with open(path, "rb") as file:
@@ -269,7 +269,7 @@ def restore(
 ) -> None:
     """Load the state of the model and of everything else except the random generators.
 
-    Raises ConfigurationError when they do not match.
+    Raises ConfigurationError when the checkpoint does not match them.
     """
     try:
         model.load_state_dict(checkpoint.weights)
@@ -343,9 +343,9 @@ def _add(tensor: torch.Tensor, path: str, tensors: dict[str, torch.Tensor]) -> s
 
 
 def unflatten(skeleton: Json, tensors: dict[str, torch.Tensor]) -> Any:
-    """The value that was flattened. Raises KeyError or ValueError for damaged input.
+    """Rebuild the value that `flatten` was given. Raises KeyError or ValueError for damaged input.
 
-    It creates tensors, numbers, text and containers; no input can make it run other code.
+    Creates tensors, numbers, text and containers only; no input can make it run other code.
     """
     match skeleton:
         case list():

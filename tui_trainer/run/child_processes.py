@@ -2,8 +2,8 @@
 run, and reports the Python programs that it starts by commands, which are not traced.
 
 A spawned child receives the run's directory with the preparation data of `multiprocessing`; a
-forked child inherits a copy of the tracer, which is replaced. Either joins the run at its first
-optimizer step, so workers that only load data never appear in it.
+forked child inherits a copy of the tracer, which is replaced. Both kinds join the run at their
+first optimizer step, so workers that only load data never appear in it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
 
 class _JoinWhenUnpickled:
-    """Starts tracing when it is unpickled in a spawned child. If that fails, the child trains
+    """Starts tracing when unpickled in a spawned child. If that fails, the child trains
     untraced."""
 
     def __init__(self, directory: str, label: str) -> None:
@@ -78,7 +78,7 @@ class ChildTraces:
     def __init__(self, run: RunContext) -> None:
         self._directory = run.spec.directory
         self.untrace: Callable[[], None] = _nothing
-        """Undoes, in a forked child, the tracing that its parent has begun or prepared."""
+        """Called in a forked child: undoes the tracing that the parent has begun or prepared."""
         self._installed = False
         self._original: Callable[..., dict[str, Any]] | None = None
         self._programs = ProgramReports(lambda text: run.recorder.notice("rank", text))
@@ -119,14 +119,14 @@ class ChildTraces:
 
 
 def _join_forked(traces: ChildTraces) -> None:
-    """In a child that `multiprocessing` has forked."""
+    """Join the run from a child that `multiprocessing` has forked."""
     try:
         process = multiprocessing.process.current_process()
         target = getattr(getattr(process, "_target", None), "__module__", "")
         if "torch" in sys.modules:
             from tui_trainer.trace.torch_private import DATA_LOADER_WORKER
 
-            if target == DATA_LOADER_WORKER:  # which trains nothing
+            if target == DATA_LOADER_WORKER:  # trains nothing
                 return
         traces.join_forked(process.name)
     except Exception as error:
@@ -134,7 +134,7 @@ def _join_forked(traces: ChildTraces) -> None:
 
 
 def _join_os_forked(traces: ChildTraces | None) -> None:
-    """In any forked child: joins if the script has called `os.fork` by itself."""
+    """Join the run from a forked child if the script itself called `os.fork`."""
     try:
         caller = sys._getframe(2).f_globals.get("__name__", "")
         if traces is not None and not caller.startswith(("multiprocessing.", "subprocess", "pty")):
@@ -184,7 +184,7 @@ class ChildTraining:
             )
             follower.follow(self._client)
             answer_rank_zero(self.inspections, self._client)
-            self.recorder.subscribe(_FromFirstStep(self._client))
+            self.recorder.subscribe(_ConnectAtFirstStep(self._client))
             tracer = create_tracer(self)
             tracer.attach()
             self._tracer = tracer
@@ -200,7 +200,7 @@ class ChildTraining:
             multiprocessing.util.Finalize(self, self._end, exitpriority=0)
 
     def end_before_exit(self) -> None:
-        """Have the last steps recorded before a call of `os._exit`, as forked children end."""
+        """Record the last steps before `os._exit`, with which forked children end."""
         original = os._exit
 
         def _exit(status: int) -> NoReturn:
@@ -255,8 +255,8 @@ class ChildTraining:
         """Does nothing: the parent started the script."""
 
 
-class _FromFirstStep:
-    """Connects the client when the first step has been recorded."""
+class _ConnectAtFirstStep:
+    """A sink that connects `client` once the first step has been recorded."""
 
     def __init__(self, client: RankClient) -> None:
         self._client = client
@@ -281,7 +281,8 @@ def _nothing() -> None:
 
 
 class ProgramReports:
-    """Between `install` and `remove`, calls `report(text)` once for each program."""
+    """Between `install` and `remove`, calls `report(text)` once for each Python program that the
+    script starts by a command."""
 
     def __init__(self, report: Callable[[str], None]) -> None:
         self._report = report
@@ -329,7 +330,7 @@ class ProgramReports:
 
 
 def traced_command(command: Any) -> tuple[str, str] | None:
-    """(program, the command that traces it) if `command` starts a Python program of the user's."""
+    """(program, command that traces it) if `command` starts a Python program of the user's."""
     words = _words(command)
     if any(os.path.basename(word) == "tui-trainer" for word in words):
         return None
@@ -378,6 +379,6 @@ def _of_python(arguments: list[str]) -> tuple[str, str] | None:
 
 
 def _is_installed(path: str) -> bool:
-    """Whether this is a file of Python or of a package, not a training of the user's."""
+    """Whether `path` belongs to Python or an installed package, not to the user's programs."""
     folders = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     return path in ("built-in", "frozen") or any(path.startswith(f + os.sep) for f in folders)

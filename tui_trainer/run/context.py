@@ -22,7 +22,7 @@ class RunContext(Protocol):
     """A run as its training sees it; `run.host.Host` implements it."""
 
     recording: bool
-    """False where another process of the run records what is measured here."""
+    """False in a process whose measurements another process of the run records."""
 
     @property
     def spec(self) -> RunSpec: ...
@@ -35,14 +35,14 @@ class RunContext(Protocol):
 
     @property
     def edits(self) -> LiveEdits | None:
-        """What changes the settings of the training; None before it begins."""
+        """Changes the settings of the training; None before the training begins."""
 
     @property
     def travel(self) -> TimeTravel | None:
-        """What goes back in it; the same."""
+        """Goes back to earlier steps; None before the training begins."""
 
     def show_waiting_for(self, what: str) -> None:
-        """Show what the run is doing while it makes no steps; "" once it does."""
+        """Show what the run does before and between steps; "" once it makes steps."""
 
     def save_with(self, saver: CheckpointSaver) -> None:
         """Set the saver of the checkpoints that are requested by viewers or when stopping."""
@@ -54,13 +54,13 @@ class RunContext(Protocol):
         """Set the texts of the model's tokens and the names of its classes, for inspections."""
 
     def edit_with(self, edits: LiveEdits, travel: TimeTravel) -> None:
-        """Set what changes the settings of the training, and what goes back in it."""
+        """Set the objects that change settings and that go back to earlier steps."""
 
     def at_end(self, call: Callable[[], None]) -> None:
-        """Call this on the training thread once the training has ended."""
+        """Have `call()` called on the training thread once the training has ended."""
 
     def script_started(self) -> None:
-        """The user's script was found and compiled, and starts now."""
+        """Note that the user's script was found and compiled, and starts now."""
 
 
 def create_tracer(run: RunContext, first_step: int = 1) -> Tracer:

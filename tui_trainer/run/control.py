@@ -1,5 +1,5 @@
-"""Which viewer controls the run, what each command does, and the breakpoints of the run: connected
-to its gate and its recorder, and saved in its directory."""
+"""Decides which viewer controls the run and carries out its commands. Connects the breakpoints of
+the run to its gate and recorder, and saves them in its directory."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class RunBreakpoints:
     """Creates the breakpoints of a run, and implements their `BreakpointHost`."""
 
     def __init__(self, spec: RunSpec, gate: Gate, recorder: Recorder) -> None:
-        """With those that `spec` begins with."""
+        """Begins with the breakpoints of `spec`."""
         self._gate = gate
         self._recorder = recorder
         self._directory = spec.directory
@@ -56,7 +56,7 @@ class RunBreakpoints:
         self.all.restore(spec.breakpoints)
 
     def save(self) -> None:
-        """Write them into the run's directory. Not for the training thread."""
+        """Write the breakpoints into the run's directory. Not for the training thread."""
         try:
             save_breakpoints(self._directory, self.all.list())
         except OSError as error:
@@ -68,7 +68,7 @@ class RunBreakpoints:
         return self.all.stop if self._gate.mode == "paused" else None
 
     def forget_stop(self) -> None:
-        """A user controls the run from here: forget the breakpoint."""
+        """Forget the breakpoint at which the run is paused: a user moves the run on."""
         self.all.stop = None
 
     # ------------------------------------------------------------ `breakpoints.Run`
@@ -100,9 +100,9 @@ MARK_CHARACTERS = 500
 AT_STEP = re.compile(rf"step == (\d{{1,15}})((?: at (?:{'|'.join(PHASES)}))?)")
 """The condition of a breakpoint at one step."""
 LOGGED = (Mark, ChangeSettings, UndoSettings)
-"""Commands that add a notice of their own."""
+"""Commands whose handlers write the notice themselves."""
 MOVES = (Resume, Step, StepPhase, RunToEpochEnd, Back)
-"""After these the run is no longer paused at the breakpoint where it was."""
+"""Commands that move the run on from the breakpoint where it is paused."""
 
 
 @dataclass(frozen=True)
@@ -141,9 +141,9 @@ class CommandHandler:
         travel: Callable[[], TimeTravel] | None = None,
         start_branch: Callable[[Branch], str] | None = None,
     ) -> None:
-        """`stop(checkpoint)` and `save_checkpoint()` carry out what the gate alone cannot;
-        `controls`: those of all processes of the run. `edits()`, `travel()` and `start_branch()`
-        raise Refusal where they are not possible."""
+        """`stop(checkpoint)` and `save_checkpoint()` carry out what the gate alone cannot.
+        `controls` applies commands to all processes of the run; by default to this one. `edits()`,
+        `travel()` and `start_branch()` raise Refusal where the run does not offer them."""
         self._edits = edits
         self._travel = travel
         self._branch = start_branch
@@ -191,7 +191,7 @@ class CommandHandler:
             step = self._gate.completed
             kind: NoticeKind = "control" if isinstance(action, TakeControl) else "command"
             self._recorder.notice(kind, text, step=step, who=viewer.name)
-        # The status shows that these took effect; a message would only repeat it.
+        # For these commands the status shows the effect; a message would only repeat it.
         shown = isinstance(action, (Pause, Resume, Step, StepPhase))
         return CommandResult(True, "" if shown else text)
 
@@ -312,7 +312,8 @@ class CommandHandler:
     def _go_back_in_script(
         self, travel: TimeTravel, action: Back, breakpoints: RunBreakpoints
     ) -> str:
-        """The step numbers of a script keep increasing, so the step of the condition is shifted."""
+        """Go back in a script. Its step numbers keep increasing, so the condition's step is
+        shifted."""
         matched = AT_STEP.fullmatch(action.break_at)
         if matched is None:
             raise Refusal(

@@ -27,7 +27,7 @@ TITLE_CHARACTERS = 200
 
 
 def initial_info(spec: RunSpec) -> RunInfo:
-    """What is known of a run before torch is imported."""
+    """The description of a run before torch is imported."""
     return RunInfo(
         name=spec.name,
         task=spec.task,
@@ -83,8 +83,8 @@ def limit_openmp_spinning(spec: RunSpec, others: OtherLoad) -> None:
 def expected_threads(spec: RunSpec) -> int:
     """The number of threads that PyTorch will use.
 
-    For a task as configured, or all cores but one; for a script as OMP_NUM_THREADS says, or one for
-    each core, since PyTorch ignores a container's CPU quota.
+    A task uses the configured number, or all cores but one. A script uses OMP_NUM_THREADS, or one
+    for each core, since PyTorch ignores a container's CPU quota.
     """
     if not spec.is_script:
         configured = spec.configuration.get("threads")

@@ -1,6 +1,6 @@
 """Reads total steps, epochs, evaluation results and logged values from Hugging Face's Trainer and
-from Lightning, and observes how DeepSpeed clips. None is imported here: their modules are patched
-once the script has imported them."""
+from Lightning, and observes how DeepSpeed clips. This module imports none of them: it patches their
+modules once the script has imported them."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def split_metrics(metrics: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
 
 
 class _Framework:
-    """Observes a framework. An error of ours is reported and never reaches the framework."""
+    """Observes a framework. An error in an observer is reported and never reaches the framework."""
 
     name = ""
 

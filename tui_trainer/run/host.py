@@ -233,7 +233,7 @@ class Host:
         findings = {finding.number: finding for finding in self.recorder.findings}
         for finding in findings.values():
             if finding.rule == NonFiniteRule.name:
-                # The end has to agree with what the rules have found.
+                # The hint has to agree with the findings.
                 cause = findings.get(finding.number if finding.cause is None else finding.cause)
                 if cause is None or cause is finding:
                     advice = finding.advice
@@ -255,8 +255,8 @@ class Host:
         self.server.close()
 
     def _end_of_ranks(self, outcome: Outcome) -> Outcome:
-        """Wait for the other processes. The first one that failed is the reason of a failure here:
-        collectives with it fail as well."""
+        """Wait for the other processes and adjust `outcome`: if this process failed, the first one
+        that failed is the reason, since collectives with a failed process fail as well."""
         ranks = self.ranks
         ranks.own_ended(outcome.state, outcome.reason)
         if not ranks.several:
@@ -304,7 +304,7 @@ class Host:
         self._at_end.append(call)
 
     def training_ended(self) -> None:
-        """Call what `at_end` was given; a fault in one is reported."""
+        """Call the functions given to `at_end`; an exception in one is reported."""
         calls, self._at_end = self._at_end, []
         for call in calls:
             try:
@@ -350,8 +350,8 @@ class Host:
         self._save_soon()
 
     def _save_soon(self) -> Future[int]:
-        """The step of the checkpoint, which is written at the end of the present one. Raises
-        Refusal."""
+        """Request a checkpoint at the end of the current step; the result is its step number.
+        Raises Refusal."""
         if self._saver is None:
             raise Refusal("there is nothing to save yet")
         saver, gate = self._saver, self.gate
@@ -365,7 +365,7 @@ class Host:
         return gate.call_soon(save)
 
     def _start_branch(self, asked: Branch) -> str:
-        """Write a checkpoint, and start a run from it in a process of its own. Raises Refusal."""
+        """Write a checkpoint and start a run from it in a new process. Raises Refusal."""
         if self.spec.is_script:
             return self._branch_in_script(asked)
         if self.edits is None:
@@ -417,7 +417,8 @@ class Host:
         return f"branch {directory.name} is being started"
 
     def _make_branch(self, asked: Branch, name: str, saved: Future[int]) -> None:
-        """On a thread of its own; a notice reports its result."""
+        """Start the branch once the checkpoint is saved. Runs on its own thread; a notice reports
+        the result."""
         changes = [change.text for change in asked.changes]
         try:
             step = saved.result()
@@ -559,7 +560,7 @@ class Worker:
     def __init__(self, spec: RunSpec) -> None:
         self._host = Host(spec, WorkerStopHandler)
         self.outcome: Outcome | None = None
-        """How it ended; None until then."""
+        """How the run ended; None until it has."""
         self.viewer, served = socket.socketpair()
         self._host.open(None)
         self._host.server.serve(served)

@@ -46,14 +46,15 @@ class _Finder:
 def around_torch_import(
     before: Callable[[], None], after: Callable[[], None]
 ) -> Callable[[], None]:
-    """Call `before()` when torch is about to be imported and `after()` once it is; both at once
-    if it has been imported already. Neither may raise. Returns a function that gives this up."""
+    """Call `before()` when torch is about to be imported and `after()` once it is; call both
+    immediately if torch is already imported. Neither may raise. Returns a function that removes
+    the hook."""
     return _around_import("torch", before, after)
 
 
 def after_import(name: str, call: Callable[[], None]) -> Callable[[], None]:
-    """Call `call()`, which must not raise, once the module `name` has been imported; at once if it
-    has been. Returns a function that gives this up."""
+    """Call `call()`, which must not raise, once the module `name` is imported; immediately if it
+    already is. Returns a function that removes the hook."""
     return _around_import(name, _nothing, call)
 
 
@@ -67,11 +68,11 @@ def _around_import(
     finder = _Finder(name, before, after)
     sys.meta_path.insert(0, finder)
 
-    def give_up() -> None:
+    def remove() -> None:
         if finder in sys.meta_path:
             sys.meta_path.remove(finder)
 
-    return give_up
+    return remove
 
 
 def _nothing() -> None:

@@ -1,5 +1,5 @@
-"""The requests of viewers to inspect tensors, on their way to the training thread and back; those
-for another rank go through its process, which answers them at its own gate."""
+"""Passes viewers' requests to inspect tensors to the training thread, and its answers back. A
+request about another rank goes to that rank's process, which answers it at its own gate."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ NO_MODEL = "no model has been called yet"
 
 @dataclass(frozen=True)
 class _Answer:
-    """What the training thread found."""
+    """The training thread's answer to a request, with the step and phase in which it was found."""
 
     result: InspectionResult | TensorCopy
     step: int
@@ -79,23 +79,24 @@ class OtherRanks(Protocol):
 
 
 class Inspections:
-    """Has requests carried out at the gate: at once while paused, else after the current step.
+    """Carries out requests at the gate: at once while paused, otherwise after the current step.
 
-    Each viewer has one request at a time. Thread-safe: each viewer's come on its own thread.
+    Each viewer has one request at a time. Thread-safe: each viewer's requests arrive on that
+    viewer's thread.
     """
 
     def __init__(self, gate: Gate) -> None:
         self.inspector: Inspector | None = None
         self.edits: LiveEdits | None = None
         self.travel: TimeTravel | None = None
-        """These are None until the training begins."""
+        """`inspector`, `edits` and `travel` are None until the training begins."""
         self.others: OtherRanks | None = None
-        """None in a process that is not rank 0's."""
+        """None in a process other than rank 0's."""
         self._gate = gate
         self._lock = threading.Lock()
         self._requests: dict[int, _RunningRequest] = {}
         self._copies: dict[int, TensorCopy] = {}
-        """The tensor that a viewer fetches."""
+        """Viewer → copy of the tensor that it fetches in parts."""
 
     def answer(self, viewer: int, message: Inspect) -> Inspected:
         """The answer to a message; never raises."""
@@ -139,7 +140,7 @@ class Inspections:
             request.future.cancel()
 
     def _begun(self, viewer: int, message: Inspect) -> _RunningRequest:
-        """The request of this message, begun now unless it is the one that is pending."""
+        """The request of `message`: the pending one if it has the same id, otherwise a new one."""
         with self._lock:
             known = self._requests.get(viewer)
             if known is not None and known.id == message.id:
@@ -211,7 +212,7 @@ class Inspections:
         return Inspected(number, "done", self._part_of(viewer, copy, offset))
 
     def _part_of(self, viewer: int, copy: TensorCopy, offset: int) -> TensorData:
-        """A part of a copy, which is released with the last one."""
+        """The part of `copy` at `offset` (bytes). The last part releases the copy."""
         data = copy.part(offset)
         if offset + len(data) >= copy.info.bytes:
             with self._lock:
@@ -224,7 +225,7 @@ def _failed(message: Inspect, why: str, hint: str = "") -> Inspected:
 
 
 @dataclass
-class _Passed:
+class _ForwardedRequest:
     """The latest request of a viewer to another rank."""
 
     peer: Peer
@@ -235,11 +236,12 @@ class _Passed:
 
 
 class RankInspections:
-    """Rank 0's side. Thread-safe: each viewer's requests come on its own thread."""
+    """Forwards viewers' requests from rank 0 to other ranks. Thread-safe: each viewer's requests
+    arrive on that viewer's thread."""
 
     def __init__(self, ranks: RankServer) -> None:
         self._ranks = ranks
-        self._passed: dict[int, _Passed] = {}
+        self._passed: dict[int, _ForwardedRequest] = {}
         self._arrived = threading.Condition()
         ranks.hooks.inspected = self._take
 
@@ -249,7 +251,7 @@ class RankInspections:
         with self._arrived:
             passed = self._passed.get(viewer)
             if passed is None or passed.peer is not peer or passed.id != number:
-                passed = self._passed[viewer] = _Passed(peer, number)
+                passed = self._passed[viewer] = _ForwardedRequest(peer, number)
             asks = passed.answer is None and not passed.awaited
             passed.awaited = passed.awaited or asks
         if asks:
@@ -295,8 +297,8 @@ class RankInspections:
 
 
 def answer_rank_zero(inspections: Inspections, client: RankClient) -> None:
-    """Have the requests that rank 0 passes on answered, each on a thread of its own: the thread
-    that reads must not wait for the training."""
+    """Answer the requests that rank 0 forwards to this process, each on its own thread: the thread
+    that reads from the connection must not wait for the training."""
 
     def answer(viewer: int, message: Inspect) -> None:
         client.send(InspectedThere(viewer, inspections.answer(viewer, message)))

@@ -21,7 +21,7 @@ from tui_trainer.trace.script_frames import forget_variables
 T = TypeVar("T")
 MAX_CALLERS = 16
 MAX_LABEL = 24
-"""Characters of a name of data."""
+"""Maximum number of characters of a data name, such as `val`."""
 MAX_SOURCE = 1_000_000
 """Maximum number of characters of a source file that is parsed."""
 WRAPPERS = ("tqdm", "tqdm_notebook", "track", "progress_bar", "progress", "auto_tqdm", "prange")

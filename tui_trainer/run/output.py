@@ -165,7 +165,7 @@ class LineSplitter:
         self._cut += max(0, len(text) - room)
 
     def _after_return(self, text: str) -> str:
-        """What follows the last carriage return that has text after it."""
+        """The text after the last carriage return that any text follows."""
         written = text.rstrip("\r")
         if not written:
             self._returned = True
@@ -212,13 +212,13 @@ class LogFile:
         self._file: BinaryIO | None = None
         self._written = 0
         self._missing = MissingOutput()
-        """Since the last successful write."""
+        """Output lost since the last successful write."""
         self._full = False
         self._changed = threading.Condition()
         self._queue: deque[bytes | MissingOutput] = deque()
         self._queued_bytes = 0
         self._dropped = MissingOutput()
-        """Did not fit into the queue since something was last queued."""
+        """Output that did not fit into the queue since something was last queued."""
         self._closing = False
         self._thread = threading.Thread(target=self._work, name="tui-trainer log", daemon=True)
         self._thread.start()
@@ -285,7 +285,8 @@ class LogFile:
             self._missing.count(data[written:])
 
     def _opened(self) -> BinaryIO:
-        """The open file; a new one if it was removed, as with the run's directory."""
+        """The open file; a new one if the file was removed, for example with the run's
+        directory."""
         if self._file is not None and _is_removed(self._file):
             self._file.close()
             self._file = None

@@ -1,6 +1,6 @@
-"""The length of a script's run: total steps, steps of an epoch and items of a step, determined in
-its first steps or reported by its framework; and its evaluations. `record/throughput.py` estimates
-the time left."""
+"""The length of a script's run (total steps, steps per epoch, items per step), determined in its
+first steps or reported by its framework, and the results of its evaluations.
+`record/throughput.py` estimates the time left."""
 
 from __future__ import annotations
 
@@ -32,16 +32,17 @@ SAMPLED_STEPS = 6
 """First steps in which the loop is examined: enough to see two optimizers take turns."""
 TORCH_DIRECTORY = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 TOTAL, EPOCHS, ITEMS = "total_steps", "epochs", "items_per_step"
-"""Names under which `RunInfo.unseen` says why they are not known."""
+"""Keys of `RunInfo.unseen`, whose values say why the quantity is unknown."""
 
 
 class Progress:
-    """What is known of the length of a run. Used on the training thread."""
+    """Determines the length of a script's run and logs its evaluations. Used on the training
+    thread."""
 
     def __init__(
         self, run: RunContext, tracer: Tracer, started_in: FrameType | None = None
     ) -> None:
-        """`started_in`: the frame that began to watch a loop in mid-program."""
+        """`started_in`: the frame that called `watch`, perhaps within a running loop."""
         self._run = run
         self._tracer = tracer
         self._gate = run.gate
@@ -53,7 +54,7 @@ class Progress:
         self._calls = 0
         self._batches: set[int] = set()
         self._may_be_sequences = False
-        """Whether the first dimension of a batch may be a sequence's, for models that take that."""
+        """Whether a batch may have the sequence as its first dimension (batch_first=False)."""
         self._framework = ""
         tracer.observers.loop = self
         tracer.evaluation.on_result = self._evaluated
@@ -82,7 +83,7 @@ class Progress:
     # ------------------------------------------------------------ frameworks
 
     def framework_found(self, name: str) -> None:
-        """A framework reports its progress and its evaluations itself."""
+        """Leave progress and evaluations to the framework `name`, which reports them itself."""
         self._framework = name
         self._tracer.evaluation.muted = True
         self._tracer.observers.loop = None
@@ -95,7 +96,7 @@ class Progress:
         unseen: dict[str, str] | None = None,
         item_unit: str = "samples",
     ) -> None:
-        """Report what is known of the run's length, and the reasons for what is not."""
+        """Report the run's length; `unseen` holds the reasons for quantities that are unknown."""
         self._gate.steps_per_epoch = steps_per_epoch
         reasons = unseen or {}
         self._gate.no_epochs = reasons.get(EPOCHS, "")
@@ -148,7 +149,7 @@ def _is_sequence_first(model: torch.nn.Module) -> bool:
 
 
 class LoopLength:
-    """The steps of a loop, as far as they are known."""
+    """Steps of a loop; None where unknown, with the reason in `unseen`."""
 
     def __init__(self) -> None:
         self.total_steps: int | None = None
@@ -215,8 +216,8 @@ def length_of(
 
 
 def _steps_from_first(samples: list[LoopNest], ratio: Fraction) -> int | None:
-    """The number of steps in a single loop whose first step comes late, as after an agent has acted
-    for a while without learning; None for any other."""
+    """The number of steps in a single loop whose first step comes late, for example after an agent
+    has acted without learning; None for other loops."""
     loops, between = samples[0].loops, int(1 / ratio)
     loop = loops[0]
     if between < 1 or len(loops) > 1 or len({sample.site for sample in samples}) > 1:
@@ -240,7 +241,7 @@ def _is_epoch(loops: tuple[Loop, ...], number: int) -> bool:
 def _steps_per_iteration(
     samples: list[LoopNest], forwards: list[int]
 ) -> tuple[Fraction | None, str]:
-    """Optimizer steps for each iteration of the innermost loop, or why that is not known."""
+    """(optimizer steps per iteration of the innermost loop, ""), or (None, reason)."""
     by_site: dict[tuple[str, int], list[int | None]] = {}
     for sample in samples:
         by_site.setdefault(sample.site, []).append(sample.loops[0].position)

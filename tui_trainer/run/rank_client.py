@@ -1,7 +1,8 @@
 """The connection of a training process to rank 0, which records its measurements.
 
-It is a sink of this process's recorder, with its own thread; another thread connects and reads. The
-training thread waits for neither. If rank 0 is not found or goes away, the training continues.
+The client is a sink of this process's recorder and sends on the sink's thread; another thread
+connects and reads. The training thread waits for neither. If rank 0 is not found or goes away, the
+training continues.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ RETRY_S = 0.1
 SEND_TIMEOUT_S = 10.0
 LEAVE_S = 8.0
 """How long the end of the training waits for rank 0 to be found, and then for unsent messages.
-With `rank_host.FLUSH_S` less than the 30 s after which torchrun kills a process."""
+Together with `rank_host.FLUSH_S`, less than the 30 s after which torchrun kills a process."""
 BACKLOG = 20_000
 """Messages kept until rank 0 is found."""
 LINE_CHARACTERS = 4_000
@@ -69,7 +70,7 @@ class RankClientHooks:
     message: Callable[[ToRank], None] = _do_nothing
     """Called with each message of rank 0."""
     asked: Callable[[InspectThere], None] = _do_nothing
-    """Called instead with each request to inspect the tensors of this process."""
+    """Called, instead of `message`, with each request to inspect this process's tensors."""
     lost: Callable[[], None] = _do_nothing
     """Called once when rank 0 was not found or the connection has ended."""
 
@@ -246,7 +247,7 @@ class RankClient:
         return stream, answer
 
     def _send_now(self, message: ToRankZero) -> None:
-        """Under the lock. A connection that fails is closed for good."""
+        """Send a message while holding the lock. A connection that fails is closed for good."""
         stream = self._stream
         assert stream is not None
         try:

@@ -1,9 +1,9 @@
 """Pauses all training processes of a run at the same boundary of the same step, and resumes them.
 
-No process may be left waiting in a collective for one that is paused. So rank 0 asks all processes
-to stop at their next boundary, and each reports where it is: stopped at a boundary B, or past B and
-not yet at the next one, perhaps because it waits for the others in a collective. All of them pause
-at the first boundary that none has passed; those that stopped earlier continue up to it.
+No process may wait in a collective for a process that is paused. So rank 0 asks all processes to
+stop at their next boundary, and each reports its position: stopped at a boundary B, or past B and
+not yet at the next one, perhaps because it waits for others in a collective. All processes pause at
+the first boundary that none has passed; a process that stopped earlier continues up to it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from tui_trainer.run.rank_server import Peer, RankServer
 from tui_trainer.trace.gate import Gate, Refusal
 
 STOP_S = 20.0
-"""After this time a stop no longer waits for all processes to reach the same boundary."""
+"""Time after which a stop no longer waits for all processes to reach the same boundary."""
 
 GRACE_S, SETTLE_S = 0.02, 5.0
-"""How long a running process may take to reach its next boundary, and one at a boundary to stop
-there: it may still be measuring the phase."""
+"""How long a running process may take to reach its next boundary, and a process at a boundary to
+stop there, since it may still be measuring the phase."""
 
 Goal = Literal["go", "hold", "steps", "stop", "end"]
-"""`steps`, `stop`: run to the end of a step, and pause or end there; `end`: all have arrived."""
+"""`steps`, `stop`: run to the end of a step, and pause or end there; `end`: end now, since all
+processes have arrived."""
 
 
 class RankControl:
@@ -69,7 +70,7 @@ class RankControl:
         if not self._ranks.peers:
             self._goal = "hold"
             return self._gate.pause()
-        with self._changed:  # or the boundary may be moved on before rank 0 is held
+        with self._changed:  # otherwise `_align` may move the boundary before rank 0 is held
             self._set("hold")
             return self._gate.pause_at((0, 0))
 
@@ -157,7 +158,7 @@ class RankControl:
         for peer in self._ranks.peers:
             if peer.notified < number:
                 peer.notified = number
-                with contextlib.suppress(OSError):  # it has ended, or does not read
+                with contextlib.suppress(OSError):  # the process has ended, or does not read
                     peer.send(message)
         if ends:
             self._gate.stop(self._checkpoint)
@@ -182,7 +183,7 @@ class RankControl:
             if not all(p.at is not None and p.at.answers == self._number for p in peers):
                 return
             if self._gate.in_gate and self._gate.mode == "running":
-                return  # it is about to stop or to continue: `_work` tries again
+                return  # rank 0 is about to stop or to continue: `_work` tries again
             needed, settled = self._needed(peers)
             if settled:
                 if self._goal == "stop":
@@ -196,8 +197,8 @@ class RankControl:
                 self._gate.run_until(self._step)
 
     def _needed(self, peers: list[Peer]) -> tuple[Boundary, bool]:
-        """The first boundary that no process has passed, and whether all are stopped at it."""
-        boundary, phase, paused = _whereabouts(self._gate)
+        """(first boundary that no process has passed, whether all are stopped at it)."""
+        boundary, phase, paused = _gate_position(self._gate)
         held, boundaries, ends = [paused], [boundary], [phase == "step"]
         for peer in peers:
             at = peer.at  # once: the next message replaces it
@@ -212,22 +213,25 @@ class RankControl:
         return needed, all(held) and len(set(boundaries)) == 1
 
 
-def _whereabouts(gate: Gate) -> tuple[Boundary, Phase | Literal[""], bool]:
-    """The boundary at which the thread is held, or the last that it has left, with the phase that
-    ended there; and whether it is held. One that it has reached but not left is not past it: it may
-    be about to stop there."""
-    held = gate.mode == "paused"  # read first: it may be held by the time its boundary is read
+def _gate_position(gate: Gate) -> tuple[Boundary, Phase | Literal[""], bool]:
+    """(boundary, phase that ended there, held) of the training thread.
+
+    While held, the boundary at which the thread waits; otherwise the last one that it has left. A
+    boundary that it has reached but not left does not count: it may be about to stop there.
+    """
+    held = gate.mode == "paused"  # read first: the thread may stop before its boundary is read
     if held:
         return gate.boundary, gate.phase, True
     return *gate.passed, False
 
 
 class RankFollower:
-    """Applies rank 0's `Hold` and `Go` messages to this process's gate, and reports where it is."""
+    """Applies rank 0's `Hold` and `Go` messages to this process's gate, and reports its
+    position."""
 
     def __init__(self, gate: Gate, report_s: float | None = None) -> None:
-        """`report_s`: how often to send the position to a rank 0 that cannot read it from memory;
-        None: never."""
+        """`report_s`: interval at which to send the position to a rank 0 on another machine, which
+        cannot read it from shared memory; None: never."""
         self._gate = gate
         self._report_s = report_s
         self._changed = threading.Event()
@@ -287,7 +291,7 @@ class RankFollower:
             while number != self._number:  # answers a message that arrived meanwhile as well
                 number = self._number
                 self._settle()
-                client.send(RankAt(*_whereabouts(gate), number))
+                client.send(RankAt(*_gate_position(gate), number))
 
     def _position(self) -> RankPosition:
         shared = self._gate.shared
@@ -298,8 +302,8 @@ class RankFollower:
         return RankPosition((step, number), PHASES[phase], for_s, time.time())
 
     def _settle(self) -> None:
-        """Wait until a thread that has just reached a boundary stops there or passes it, so that it
-        is not reported as past it. A wrong report moves the boundary one further."""
+        """Wait until a training thread that has just reached a boundary stops there or leaves it.
+        A position reported too early would move the common boundary one further."""
         gate, deadline = self._gate, time.monotonic() + SETTLE_S
         if gate.armed and gate.mode == "running":
             self._changed.wait(GRACE_S)
@@ -309,6 +313,6 @@ class RankFollower:
             self._changed.clear()
 
     def _alone(self) -> None:
-        """Resume: without rank 0 nothing else could."""
+        """Resume the training: without rank 0, nothing else can."""
         with contextlib.suppress(Refusal):
             self._gate.resume()

@@ -47,7 +47,7 @@ class RankHost(Host):
         connect: Connect,
         others: OtherLoad | None = None,
     ) -> None:
-        """`connect()`: see `RankClient`."""
+        """`connect`: as for `RankClient`."""
         super().__init__(spec, others=others)
         host = "" if rank.with_rank_zero else platform.node()
         self._follower = RankFollower(self.gate, REPORT_S if host else None)

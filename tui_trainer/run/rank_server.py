@@ -1,7 +1,7 @@
-"""Rank 0's side of a run with several training processes: records the measurements of the others in
-tables `ranks`, and reports when one of them dies.
+"""Rank 0's side of a run with several training processes: records the measurements of the other
+processes in tables `ranks`, and reports when a process dies.
 
-One thread per connected process reads its messages; the training thread never waits for them.
+One thread per connected process reads its messages; the training thread waits for none of them.
 """
 
 from __future__ import annotations
@@ -53,16 +53,16 @@ from tui_trainer.record.sink_items import InfoChanged, Item, StepRecorded
 MAX_PROCESSES = 1024
 SEND_TIMEOUT_S = 10.0
 CLOCK_MESSAGES = 64
-"""Messages from which the difference between two machines' clocks is estimated."""
+"""How many recent messages the difference between two machines' clocks is estimated from."""
 MATCH_S = 10.0
 """How long a row waits for rank 0 to end the same step, which determines its lag."""
 STEPS_REMEMBERED = 4096
 LEAVE_S = 20.0
 """How long the end of the run waits for the other processes to end …"""
 FAILED_LEAVE_S = 5.0
-"""… and how long after a failure of rank 0, for which they may wait in a collective."""
+"""… and how long after rank 0 has failed, when they may wait for it in a collective."""
 FAILURE_WAIT_S = 1.5
-"""How long a failure of rank 0 waits for the death of another process that may have caused it."""
+"""How long a failed rank 0 waits for news of another process whose death may be the cause."""
 REASON_CHARACTERS = 300
 
 
@@ -75,21 +75,21 @@ class Peer:
     pid: int
     stream: socket.socket
     child: bool
-    """Whether it is a child process of a script, whose steps are independent of rank 0's."""
+    """Whether this is a child process of a script, whose steps are independent of rank 0's."""
     step: int = 0
     """Steps completed."""
     at: RankAt | None = None
     notified: int = 0
-    """Number of the last `Hold` or `Go` that was sent to it."""
+    """Number of the last `Hold` or `Go` that was sent to the process."""
     shared: mmap.mmap | None = None
-    """See `protocol.ranks.SHARED`."""
+    """Memory in which the process keeps its position; see `protocol.ranks.SHARED`."""
     host: str = ""
-    """The machine that it runs on, if that is another."""
+    """The machine that the process runs on; "" for this one."""
     sent: tuple[RankPosition, float] | None = None
-    """The last position that it has sent, and when that arrived (monotonic)."""
+    """The last position received from the process, and when (`time.monotonic`)."""
     clock_differences: deque[float] = field(default_factory=lambda: deque(maxlen=CLOCK_MESSAGES))
-    """When the last messages of a process on another machine arrived minus when they were sent,
-    each by the clock of its machine."""
+    """Arrival minus sending time, in seconds, of the last messages from another machine, each time
+    by the clock of its own machine."""
     left: Leave | None = None
     sending: threading.Lock = field(default_factory=threading.Lock)
 
@@ -103,16 +103,17 @@ class Peer:
         return self.label or f"rank {self.rank}"
 
     def on_our_clock(self, moment: float) -> float:
-        """A moment on the clock of its machine by ours; nan while their difference is unknown.
+        """Convert a time by the process's machine to this machine's clock; nan while the difference
+        of the clocks is unknown.
 
-        It is too late by the shortest time that one of the messages took.
+        The result is late by the shortest latency among the recent messages.
         """
         if not self.host:
             return moment
         return moment + min(self.clock_differences) if self.clock_differences else math.nan
 
     def position(self) -> ProcessAt | None:
-        """Where it is now; None if unknown."""
+        """The present position of the process; None if unknown."""
         held = self.at is not None and self.at.held
         if self.shared is not None:
             step, number, phase, since = struct.unpack_from(SHARED, self.shared)
@@ -134,7 +135,7 @@ class Peer:
         return max(self.step + 1, at.step + (at.phase == "step") if at else 0)
 
     def send(self, message: ToRank) -> None:
-        """Raises OSError, also where it is not taken within SEND_TIMEOUT_S."""
+        """Send a message. Raises OSError, also when it cannot be sent within SEND_TIMEOUT_S."""
         with self.sending:
             self.stream.sendall(encode(message, MAX_BYTES))
 
@@ -177,8 +178,8 @@ class RankServerHooks:
 
 
 class RankServer:
-    """The other training processes of a run. It is also a sink of rank 0's recorder, to record rank
-    0's own rows."""
+    """The other training processes of a run. Also a sink of rank 0's recorder, to record rank 0's
+    own rows."""
 
     def __init__(self, recorder: Recorder, own: Rank | None = None) -> None:
         """`own`: rank 0, in a run whose number of processes is known."""
@@ -196,13 +197,13 @@ class RankServer:
         """Step → time at which rank 0 ended it."""
         self._waiting: deque[_Waiting] = deque()
         self._failures: list[tuple[float, str]] = []
-        """(when a process failed, how), the likely cause of the others first."""
-        self._looked_at = 0
-        """Processes whose end is being looked at, and may come before the known failures."""
+        """(when a process failed, how); the likely cause of the other failures comes first."""
+        self._examined = 0
+        """Processes whose end is still being examined and may precede the known failures."""
         self._closing = False
         self.hooks = RankServerHooks()
         self.steps_of_children = 0
-        """Most steps that any child process has completed."""
+        """The largest number of steps that any child process has completed."""
         if own is not None:
             for rank in range(own.world_size):
                 state: ProcessState = "waiting" if rank else "running"
@@ -221,20 +222,20 @@ class RankServer:
     def peers(self) -> list[Peer]:
         """The processes that are currently connected.
 
-        Takes no lock: the recorder calls it while it holds its own, which is taken here under this
-        one.
+        Takes no lock: the recorder reads `peers` while it holds its own lock, and this class takes
+        the recorder's lock while it holds `_lock`.
         """
         return list(self._peers.values())
 
     def positions(self, own: ProcessAt) -> tuple[ProcessAt, ...]:
-        """Where each process is; rank 0 is at `own`."""
+        """The position of each process; `own` is rank 0's."""
         found = [at for peer in self.peers if (at := peer.position()) is not None]
         if found and self._own is not None:
             found.append(own)
         return tuple(sorted(found, key=lambda at: at.rank))
 
     def own_ended(self, state: EndState, reason: str) -> None:
-        """The training of rank 0 has ended."""
+        """Record how the training of rank 0 has ended."""
         if self._own is not None:
             self._processes[0] = ProcessInfo(0, "", os.getpid(), state, reason)
             self._describe()
@@ -242,7 +243,7 @@ class RankServer:
     def first_failure(self, wait_s: float = 0.0) -> str:
         """How the first failed process ended; "" if none has failed."""
         with self._left:
-            known = lambda: (self._failures and not self._looked_at) or not self._peers  # noqa: E731
+            known = lambda: (self._failures and not self._examined) or not self._peers  # noqa: E731
             self._left.wait_for(known, wait_s)
             return self._failures[0][1] if self._failures else ""
 
@@ -337,18 +338,18 @@ class RankServer:
     def _gone(self, peer: Peer) -> None:
         ended_at = time.monotonic()
         with self._lock:
-            self._looked_at += 1
+            self._examined += 1
         try:
             self._record_end(peer, ended_at)
         finally:
             with self._left:
-                self._looked_at -= 1
+                self._examined -= 1
                 self._left.notify_all()
         self.hooks.changed()
 
     def _record_end(self, peer: Peer, ended_at: float) -> None:
-        """Record how a process ended. A killed one is the cause of the errors in collectives that
-        the others report, even if they report them first."""
+        """Record how a process ended. A killed process causes the errors in collectives that the
+        others report, so it comes before them even if they are reported first."""
         state: ProcessState = "killed"
         if peer.left is not None:
             state, reason = peer.left.state, peer.left.reason[:REASON_CHARACTERS]
@@ -357,7 +358,7 @@ class RankServer:
         elif self._closing:
             state, reason, failed, failure = "stopped", "", False, ""
         else:
-            if peer.host:  # its process cannot be looked at
+            if peer.host:  # a process on another machine cannot be examined
                 state, ending = "lost", f"closed its connection from {peer.host}"
             else:
                 ending = ending_of(peer.pid)
@@ -450,7 +451,8 @@ def _receive_shared(stream: socket.socket) -> mmap.mmap | None:
 def ending_of(pid: int, wait_s: float = 0.5) -> str:
     """How a process that closed its connection without a `Leave` has ended.
 
-    Its exit status can only be read until its parent has waited for it, so this reads it at once.
+    The exit status disappears from /proc once the parent has waited for the process, so this is
+    called at once.
     """
     deadline = time.monotonic() + wait_s
     while True:

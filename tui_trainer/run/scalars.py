@@ -47,7 +47,7 @@ def active_log() -> ScalarLog | None:
 
 @contextlib.contextmanager
 def activated(recorder: Recorder, gate: Gate) -> Iterator[ScalarLog]:
-    """A context in which `log` records into this run."""
+    """A context in which `log` records into the run of `recorder`."""
     global _active
     before, ours = _active, ScalarLog(recorder, gate)
     _active = ours
@@ -67,7 +67,7 @@ class _PendingValues(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """The column of a name."""
+    """The table and column that hold the values of a name."""
 
     table: int
     column: int
@@ -211,7 +211,7 @@ class ScalarLog:
 
 
 def _is_remote(value: Any) -> bool:
-    """Whether it is a tensor on an accelerator."""
+    """Whether `value` is a tensor on an accelerator."""
     return hasattr(value, "is_cpu") and hasattr(value, "detach") and not value.is_cpu
 
 

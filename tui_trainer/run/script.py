@@ -1,8 +1,8 @@
-"""Runs a user's unmodified script as python would, traced from its own import of torch on.
+"""Runs a user's unmodified script as python would, traced from the script's import of torch on.
 
 The script gets its own `sys.argv`, `sys.path[0]` and a real `__main__` module, so that pickling its
-classes and starting worker processes (fork, spawn, forkserver) work. The working directory, the
-signal handlers and the process are its own.
+classes and starting worker processes (fork, spawn, forkserver) work. It keeps the working
+directory, and may set its own signal handlers.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ def train_script(run: RunContext) -> Outcome:
     program = load(spec.script or "", spec.arguments)
     tracers: list[Tracer] = []
     children = trace_children(run)
-    give_up = around_torch_import(
+    remove_hook = around_torch_import(
         lambda: run.show_waiting_for("importing torch"), lambda: trace(run, tracers, children)
     )
     if children is not None and not tracers:
-        children.untrace = give_up
+        children.untrace = remove_hook
     run.show_waiting_for("the script's first step")
     run.script_started()
     try:
@@ -161,7 +161,7 @@ class Program:
     path_entry: str
 
     def run(self) -> None:
-        """Execute it to its end; raises whatever it raises."""
+        """Execute the program to its end; raises whatever the program raises."""
         sys.argv = list(self.argv)
         if sys.flags.safe_path:
             sys.path.insert(0, self.path_entry)

@@ -1,7 +1,7 @@
-"""Branches of a script: what it does after it was rewound is also recorded as a run of its own.
+"""Branches of a script: the steps after a rewind are also recorded as a separate run.
 
-The process continues, and so does its recording. The branch has a directory next to it, whose steps
-are counted from the step that was restored, so that it can be compared with what happened first.
+The process and its own recording continue. The branch has a directory next to it and counts its
+steps from the restored step, so that it can be compared with the steps before the rewind.
 """
 
 from __future__ import annotations
@@ -62,14 +62,14 @@ Numbered = TypeVar("Numbered", Event, LogLine, Artifact)
 
 @dataclass(frozen=True)
 class Segment:
-    """Steps of the process that one recording counts."""
+    """A range of the process's steps, and the recording that numbers them as its own."""
 
     after: int
-    """The first is the step after this one, as the process counts."""
+    """The last step before the range, as numbered by the process."""
     name: str
     directory: Path
     offset: int
-    """Steps of the process less those of the recording."""
+    """Step number in the process minus step number in the recording."""
 
 
 class ScriptBranches:
@@ -101,9 +101,11 @@ class ScriptBranches:
     def begin(
         self, now: int, restored: int, directory: Path | None = None, changes: str = ""
     ) -> str:
-        """After step `now` of the process, at which the state of its step `restored` is restored:
-        record what follows as a branch. Without a `directory` it is made with the first step.
-        Returns the name."""
+        """Record the steps after step `now` of the process, whose state is now that of its step
+        `restored`, as a branch. Returns the branch's name.
+
+        Without a `directory`, a new one is created at the first step.
+        """
         if self._current is not None:
             thread, recording = self._current
             self._current = None
@@ -113,7 +115,7 @@ class ScriptBranches:
                 self._segments.pop()
         at_once = directory is not None
         directory = directory or self.new_directory()
-        parent = self._at(restored)
+        parent = self._segment_of(restored)
         step = restored - parent.offset
         spec = msgspec.structs.replace(
             self._spec,
@@ -132,8 +134,8 @@ class ScriptBranches:
         self._current = self._recorder.subscribe(recording), recording
         return directory.name
 
-    def _at(self, step: int) -> Segment:
-        """The recording of a step of the process."""
+    def _segment_of(self, step: int) -> Segment:
+        """The segment that contains a step of the process."""
         later = [each for each in self._segments[1:] if each.after < step]
         return later[-1] if later else self._segments[0]
 
@@ -162,14 +164,14 @@ class BranchRecording(Sink):
         self._waiting: list[Item] = []
         self._ids = {"event": 0, "line": 0, "sample": 0}
         self._findings: dict[int, int] = {}
-        """Number of a finding in the run → in the branch."""
+        """Number of a finding in the run → its number in the branch."""
         self._end: Status | None = None
-        """The status with which the script left it."""
+        """The run's status when the script left this branch for another one."""
         self._ended = False
         self.begun = False
 
     def begin(self) -> None:
-        """Create its directory. Raises OSError."""
+        """Create the branch's directory. Raises OSError."""
         write_spec(self._spec)
         own = find_socket(Path(self._spec.parent))
         if own is not None:  # commands for the branch go to the process that records it
@@ -178,28 +180,28 @@ class BranchRecording(Sink):
         self.begun = True
 
     def left(self, reason: str) -> None:
-        """The script was rewound once more, to continue in another branch. On the training
-        thread, before the next step."""
+        """Note that the script was rewound again and continues in another branch. Called on the
+        training thread, before the next step."""
         self._end = msgspec.structs.replace(self._recorder.status, reason=reason)
 
     def take(self, items: Sequence[Item], status: Status) -> None:
-        moved = [found for item in items for found in self._moved(item)]
-        if not self.begun and any(isinstance(item, StepRecorded) for item in moved):
+        renumbered = [found for item in items for found in self._renumbered(item)]
+        if not self.begun and any(isinstance(item, StepRecorded) for item in renumbered):
             self.begin()
         if not self.begun or self._info is None:
-            self._waiting += moved
+            self._waiting += renumbered
             return
         status = self._status(status)
         if self._sinks is None:
             directory = self._spec.directory
             store = StoreWriter(directory, self._report)
             self._sinks = (store, StatusFile(directory, self._info))
-            moved, self._waiting = [*self._waiting, *moved], []
+            renumbered, self._waiting = [*self._waiting, *renumbered], []
             with_changes = f" with {self._changes}" if self._changes else ""
             text = f"branch {self._spec.name} continues from {self._origin}{with_changes}"
             self._recorder.notice("branch", f"{text}, {NOT_RESTORED}", step=self._segment.after)
         for sink in self._sinks:
-            sink.take(moved, status)
+            sink.take(renumbered, status)
 
     def close(self) -> None:
         if self._sinks is None:
@@ -222,7 +224,7 @@ class BranchRecording(Sink):
         for sink in self._sinks:
             sink.take([RunEnded(status)], status)
 
-    # ------------------------------------------------------------ counted from the restored step
+    # ------------------------------------------------------------ step numbers of the branch
 
     def _step(self, step: int) -> int:
         return max(self._spec.branch_step or 0, step - self._segment.offset)
@@ -230,8 +232,8 @@ class BranchRecording(Sink):
     def _status(self, status: Status) -> Status:
         return msgspec.structs.replace(status, step=self._step(status.step), run_to=None)
 
-    def _moved(self, item: Item) -> list[Item]:
-        """The item as the branch records it; none of a step before it."""
+    def _renumbered(self, item: Item) -> list[Item]:
+        """The item as the branch records it; none for a step before the branch."""
         match item:
             case InfoChanged(info=info):
                 self._info = self._described(info)

@@ -1,7 +1,7 @@
 """Serves viewers over a Unix socket that only the user can connect to, with a thread for each.
 
-Nothing that a viewer does can stop or slow down the training. What a viewer is sent, and how much,
-is decided in `record/viewer_updates.py`.
+Nothing that a viewer does can stop or slow down the training. `record/viewer_updates.py` decides
+what a viewer is sent, and how much.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ SEND_TIMEOUT_S = 10.0
 FRAME_TIMEOUT_S = 10.0
 """Limit for the rest of a message once its first byte has arrived."""
 IDLE_TIMEOUT_S = 300.0
-"""A viewer that polls less often is disconnected; the app polls at least once a minute, and
-reconnects when it has been suspended for longer."""
+"""A viewer that sends nothing for this long is disconnected. The app polls at least once a minute,
+and reconnects when it has been suspended for longer."""
 VIEWER_NAME_CHARACTERS = 80
 MAX_CONNECTIONS = 64
 """Viewers and training processes."""
 CHECK_SOCKET_EVERY_S = 1.0
 """How often the server checks that its socket still exists."""
 MAX_REPORTED_DROPS, REPORTED_DROPS_PERIOD_S = 20, 600.0
-"""Dropped viewers that get a line of their own within a period; the rest is only counted."""
+"""How many dropped viewers are reported within a period; further ones are only counted."""
 
 
 class ViewerTimeout(Exception):
@@ -90,7 +90,7 @@ class ViewerConnection:
         self._reported_too_large: set[str] = set()
         self.viewer: Viewer | None = None
         self.seen_end = threading.Event()
-        """Set once the viewer has everything of a run that has ended, or is gone."""
+        """Set once the viewer has received everything of an ended run, or is gone."""
 
     def serve(self, on_drop: Callable[[str], None]) -> None:
         """Answer until the connection ends; `on_drop(reason)` if the viewer is at fault."""
@@ -233,7 +233,7 @@ class ViewerConnection:
         self._stream.settimeout(None)
 
     def _encode_reduced(self, update: Update) -> bytes:
-        """An update that exceeds the size of a frame, without its large parts; logs which."""
+        """Encode an update that exceeds the size of a frame without its large parts; logs which."""
         reduced = msgspec.structs.replace(update, artifacts=(), report=None, more=False)
         omitted = "samples and the report of the phase"
         try:
@@ -353,7 +353,7 @@ class Server:
                 if self._closed:
                     return
                 self._recorder.fault("accepting viewers", error)
-                time.sleep(0.5)  # such as: too many open files; it may pass
+                time.sleep(0.5)  # for example, too many open files: it may pass
                 continue
             if len(self._connections) >= MAX_CONNECTIONS:
                 with contextlib.suppress(OSError), stream:
@@ -369,7 +369,7 @@ class Server:
         if path is None or path.exists():
             return
         try:
-            if path.parent.name.startswith(SOCKET_DIRECTORY_PREFIX):  # by a cleaner of /tmp
+            if path.parent.name.startswith(SOCKET_DIRECTORY_PREFIX):  # removed by a /tmp cleaner
                 path.parent.mkdir(mode=0o700, exist_ok=True)
             restored = _listen(path)
         except OSError:
@@ -410,7 +410,7 @@ class Server:
         self._recorder.notice("viewer", text, "warning")
 
     def _close_in_child(self) -> None:
-        """In a forked child, such as a data-loader worker: the sockets belong to the parent."""
+        """Close the copies of the sockets in a forked child, such as a data-loader worker."""
         listening, self._socket = self._socket, None
         self._path = None
         if listening is not None:
@@ -423,8 +423,8 @@ class Server:
 
 
 def _listen(path: Path) -> socket.socket:
-    """Appears at `path` once it listens, so that no viewer finds a socket that refuses it. The
-    umask is left alone: it belongs to all threads of the process."""
+    """Create a socket that appears at `path` once it listens, so that no viewer finds one that
+    refuses connections. The umask is left alone: all threads of the process share it."""
     starting = path.with_suffix(".new")
     starting.unlink(missing_ok=True)
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

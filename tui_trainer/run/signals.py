@@ -46,7 +46,7 @@ class StopHandler:
         self._longest_step_s = longest_step_s
         self._warn = warn
         self.stop_gate: Callable[[bool], None] = gate.stop
-        """Asks for the stop, with or without a checkpoint; of all processes of the run."""
+        """Requests a stop of all processes of the run, with or without a checkpoint."""
         self.exit_status: int | None = None
         """Exit status of the process once a signal has stopped it."""
         self._requests = 0
@@ -88,8 +88,9 @@ class StopHandler:
         )
 
     def _block_signals(self) -> None:
-        """Python drops signals that reach a forked child before its interpreter is ready. Without
-        our handlers they would have ended it, so they wait until `_reset_signals`."""
+        """Block signals during a fork. Python drops signals that reach a forked child before its
+        interpreter is ready; without our handlers they would have ended the child, so they wait
+        until `_reset_signals`."""
         ours = [number for number in DEFAULTS if self._handles(number)]
         self._before_fork.handled = ours
         self._before_fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, ours)
@@ -98,7 +99,7 @@ class StopHandler:
         signal.pthread_sigmask(signal.SIG_SETMASK, self._before_fork.mask)
 
     def _reset_signals(self) -> None:
-        """In a forked child, which ends as it would without us."""
+        """In a forked child: restore the handlers that the child would have without us."""
         try:
             for number in self._before_fork.handled:
                 signal.signal(number, DEFAULTS[number])
@@ -121,7 +122,7 @@ class StopHandler:
             self._start_grace_period()
 
     def training_ended(self) -> None:
-        """From now on nothing is interrupted."""
+        """Interrupt nothing from now on."""
         self._training_ended = True
 
     def _request_stop(self, checkpoint: bool) -> bool:
@@ -133,8 +134,8 @@ class StopHandler:
         return bool(self._gate.phase)
 
     def _start_grace_period(self) -> None:
-        """A script may have made its last step already, so that the gate is never reached again. A
-        task's loop always reaches it, however long a step or an evaluation takes."""
+        """Start to watch a script, which may have made its last step and never reach the gate
+        again. A task's loop always reaches it, however long a step or an evaluation takes."""
         if self._is_script:
             self._check_again(GRACE_S, 0.0)
 
@@ -144,10 +145,11 @@ class StopHandler:
         timer.start()
 
     def _check(self, step: int, waited: float) -> None:
-        """Interrupt a script that has not reached the gate since `step` for too long."""
+        """Interrupt a script that has completed no step since `step` for too long. `waited`: for
+        how many seconds."""
         if self._training_ended or self._gate.mode != "stopping":
             return
-        if self._gate.in_gate or self._gate.completed != step:  # it will stop by itself
+        if self._gate.in_gate or self._gate.completed != step:  # the script will stop by itself
             self._check_again(GRACE_S, 0.0)
             return
         grace = GRACE_STEPS * self._longest_step_s()

@@ -1,4 +1,4 @@
-"""Trains one of the shipped tasks, or a third party's, from its start or from a checkpoint."""
+"""Trains one of the shipped tasks, or a third party's, from the beginning or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 EDITS = "edits"
-"""Name of the state of a user's changes in a checkpoint."""
+"""Name, in a checkpoint, of the state of the user's changes of settings."""
 
 
 def train_task(run: RunContext) -> Outcome:
@@ -58,7 +58,7 @@ def train_task(run: RunContext) -> Outcome:
         training = build(definition, config)
         _describe(run, training, torch.get_num_threads())
         run.name_outputs(training.tokens, training.classes)
-        let_be_changed(run, training)
+        enable_edits_and_travel(run, training)
         saver, evaluations = schedule_between_steps(run, training)
         if checkpoint is None:
             with tracer.suspended():
@@ -68,7 +68,7 @@ def train_task(run: RunContext) -> Outcome:
             tracer.register(training.model, _optimizers(training))
             restore_checkpoint(run, checkpoint, training)
         if config.clip != "off" and training.schedule is not None:
-            # Known before it is called first.
+            # So that the kind of clipping is known before the first call.
             value = config.clip == "value"
             tracer.clip_calls[config.clip] = config.clip_value if value else config.max_norm
         if run.spec.changes:
@@ -90,8 +90,8 @@ def train_task(run: RunContext) -> Outcome:
 
 @contextmanager
 def garbage_collection_disabled() -> Iterator[None]:
-    """Around a large import, which creates hardly any garbage: searching for it takes a tenth of
-    the time."""
+    """Disable the garbage collector during a large import, which creates hardly any garbage:
+    collections would take a tenth of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -112,7 +112,7 @@ def _find_definition(name: str) -> TaskDefinition:
 
 
 def change_before_first_step(run: RunContext) -> None:
-    """Apply the changes of settings that the run was started with. Raises ConfigurationError."""
+    """Apply the changes of settings given at the start. Raises ConfigurationError."""
     from tui_trainer.settings.edits import SettingEdit
 
     assert run.edits is not None
@@ -138,8 +138,8 @@ def train_loop(run: RunContext, training: Training) -> None:
             target = rewind.target
 
 
-def let_be_changed(run: RunContext, training: Training) -> None:
-    """Let a user change the settings of the task, and go back in it."""
+def enable_edits_and_travel(run: RunContext, training: Training) -> None:
+    """Let users change the settings of the task and go back to earlier steps."""
     if run.edits is not None and run.travel is not None:
         run.edits.task = editable(training)
         run.travel.task = training
@@ -147,7 +147,7 @@ def let_be_changed(run: RunContext, training: Training) -> None:
 
 
 class OwnCheckpoints:
-    """The checkpoints that this run has written, to go back to."""
+    """The checkpoints that this run has written, for time travel."""
 
     def __init__(self, directory: Path, training: Training) -> None:
         self._directory = directory
@@ -163,7 +163,8 @@ class OwnCheckpoints:
         return load_checkpoint(checkpoint_path(self._directory, step))
 
     def restore(self, checkpoint: LoadedCheckpoint) -> dict[str, Any]:
-        """Returns the state of the changes of settings. Raises ConfigurationError."""
+        """Restore a checkpoint; returns the state of the changes of settings. Raises
+        ConfigurationError."""
         from tui_trainer.run.checkpoints import restore
         from tui_trainer.trace.random_state import restore_random_state
 
@@ -214,7 +215,7 @@ def schedule_between_steps(
 
 
 def _once(run: RunContext, work: Callable[[int], None]) -> Callable[[int], None]:
-    """`work`, but not after repeated steps."""
+    """`work`, skipped after steps that time travel repeats."""
 
     def after_step(step: int) -> None:
         if step > run.recorder.repeating_until:
@@ -239,7 +240,7 @@ def _optimizers(training: Training) -> list[torch.optim.Optimizer]:
 
 
 def restore_checkpoint(run: RunContext, checkpoint: LoadedCheckpoint, training: Training) -> None:
-    """Continue from where the checkpoint was written."""
+    """Restore the state of the training and of the random generators from the checkpoint."""
     from tui_trainer.run.checkpoints import restore
     from tui_trainer.trace.random_state import restore_random_state
 
@@ -277,7 +278,7 @@ class Evaluations:
 
     @property
     def cadences(self) -> tuple[int, ...]:
-        """Cadences in steps at which `after_step` is called."""
+        """Intervals, in steps, at which `after_step` is called."""
         return tuple(evaluation.every for evaluation in self._evaluations)
 
     def before_first_step(self) -> None:

@@ -73,11 +73,12 @@ def watch(
 ) -> Run:
     """Record the training loop of `model` from now on, and let terminals attach to it.
 
-    `name`: of the run; random by default. `paused`: wait at the first phase for a terminal.
-    `alert`: commands or http(s) addresses to call at findings and at the end, as `--alert`. Call it
-    between two iterations on the training thread; earlier steps are not recorded. The run ends with
-    `close()`, at the end of a `with` block, or with the process. In a process started by
-    `tui-trainer run`, this returns the run that is already being recorded.
+    `name`: name of the run; random by default. `paused`: wait at the first phase for a terminal.
+    `alert`: commands or http(s) addresses to call at findings and at the end, as with `--alert`.
+
+    Call `watch` between two iterations on the training thread; earlier steps are not recorded. The
+    run ends with `close()`, at the end of a `with` block, or with the process. In a process started
+    by `tui-trainer run`, `watch` returns the run that is already being recorded.
 
     Raises WatchError within an iteration or if another run is being watched, and TypeError or
     ValueError if the arguments are not a model and its optimizers.
@@ -319,7 +320,8 @@ class Run:
             self._displays = [*self._displays[-3:], handle]
 
     def _update_displays(self, final: bool = False) -> None:
-        """Called on the recorder's thread, and a last time by the thread that closes the run."""
+        """Redraw the displays. Called on the recorder's thread, and a last time by the thread that
+        closes the run."""
         if not self._displays or (time.monotonic() < self._next_update and not final):
             return
         self._next_update = time.monotonic() + UPDATE_EVERY_S
@@ -376,7 +378,8 @@ class WatchedRun(Run):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> Literal[False]:
-        """A run that was stopped from a terminal raises `StopTraining`, a KeyboardInterrupt."""
+        """Close the run. One that a terminal has stopped raised `StopTraining`, a
+        KeyboardInterrupt."""
         self._close(Outcome("finished") if error is None else outcome_of(error))
         return False
 

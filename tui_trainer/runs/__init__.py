@@ -1,2 +1,2 @@
-"""The runs on this machine's disk: which there are, whether each is live, and what can be read of
-its directory. Never imports torch."""
+"""The runs on this machine's disk: lists and finds them, decides whether each is live, and reads
+their directories. Never imports torch."""

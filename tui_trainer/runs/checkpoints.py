@@ -16,8 +16,8 @@ from tui_trainer.runs.errors import RunError
 from tui_trainer.runs.liveness import RunEntry
 from tui_trainer.runs.registry import resolve
 
-CHECKPOINTS, WHOLE = "checkpoints", "state.json"
-"""Folder of a run, and the file that is written last into each checkpoint."""
+CHECKPOINTS, CHECKPOINT_STATE = "checkpoints", "state.json"
+"""Folder of a run's checkpoints, and the file whose presence shows that one is complete."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,14 @@ def checkpoint_path(directory: Path, step: int) -> Path:
 
 def checkpoint_steps(directory: Path) -> list[int]:
     """Steps of the complete checkpoints of the run in `directory`, in order."""
-    names = (path.parent.name for path in (directory / CHECKPOINTS).glob(f"step-*/{WHOLE}"))
+    states = (directory / CHECKPOINTS).glob(f"step-*/{CHECKPOINT_STATE}")
+    names = (path.parent.name for path in states)
     return sorted(int(name[5:]) for name in names if name[5:].isdecimal())
 
 
 def find_resume_point(given: str, runs_dir: str | os.PathLike[str] | None = None) -> ResumePoint:
-    """The newest checkpoint of `RUN`, or that step's of `RUN@STEP`. Raises RunError."""
+    """The newest checkpoint for `RUN`, the one of the given step for `RUN@STEP`. Raises
+    RunError."""
     name, at, wanted = given.rpartition("@")
     if not at or not wanted.isdecimal():
         name, wanted = given, ""

@@ -1,4 +1,4 @@
-"""Starts runs in processes of their own, which outlive the terminal: new ones, and branches that
+"""Starts each run in its own process, which outlives the terminal: new runs, and branches that
 continue from a checkpoint of another run."""
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class LaunchRequest:
     arguments: tuple[str, ...] = ()
     paused: bool = False
     demo: str = ""
-    """Name of a guided run, which is a script of tui-trainer's own."""
+    """Name of a guided run, a script that tui-trainer ships."""
 
 
 class LaunchError(UserError):
@@ -91,8 +91,8 @@ def run_command(spec: RunSpec) -> list[str]:
 
 
 def launch(spec: RunSpec, environment: dict[str, str] | None = None) -> RunProcess:
-    """Write the spec and start its run process, in a session of its own, so that a hang-up of this
-    terminal does not reach it. Raises OSError."""
+    """Write the spec and start its run process in a new session, which a hang-up of this terminal
+    does not reach. Raises OSError."""
     write_spec(spec)
     log = os.open(
         Path(spec.directory) / BOOT_LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600
@@ -122,7 +122,7 @@ def _ending(exit_status: int) -> str:
 
 
 def free_name(directory: Path, taken: Collection[str] = ()) -> str:
-    """A name for a branch of the run in `directory`: its own and a number."""
+    """An unused name for a branch of the run in `directory`: the run's name and a number."""
     names = (f"{directory.name}-{number}" for number in itertools.count(2))
     return next(n for n in names if n not in taken and not directory.with_name(n).exists())
 
@@ -130,8 +130,8 @@ def free_name(directory: Path, taken: Collection[str] = ()) -> str:
 def start_branch(
     spec: RunSpec, step: int, name: str, changes: Sequence[str], paused: bool = False
 ) -> None:
-    """Start the run `name` next to that of `spec`, from its checkpoint of `step`, in a process of
-    its own; returns once it trains. Raises RunError."""
+    """Start a run `name` from the checkpoint of `step` of the run of `spec`, next to it and in a
+    new process; returns once it trains. Raises RunError."""
     directory = Path(spec.directory)
     command = [sys.executable, "-m", "tui_trainer", spec.task, "--detach", "--name", name]
     command += ["--resume", f"{directory}@{step}", "--runs-dir", str(directory.parent)]

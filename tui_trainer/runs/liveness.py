@@ -32,7 +32,7 @@ STARTING_S = 30.0
 SILENT_S = 15.0
 """Age of the last status at which a run on another machine counts as crashed."""
 LONG_SILENT_S = 3600.0
-"""Age of the last status at which such a run may be removed from here."""
+"""Age of the last status at which a run on another machine may be removed from this one."""
 
 LIVE_STATES: tuple[EntryState, ...] = ("live", "paused")
 
@@ -48,13 +48,13 @@ class RunEntry:
     reported: RunState
     """The last `status.json`."""
     note: str = ""
-    """Why it is in this state, where that needs an explanation."""
+    """Why the run is in this state, where that needs an explanation."""
     hint: str = ""
-    """What to do about a refused one."""
+    """What to do about a refused run."""
 
     @property
     def live(self) -> bool:
-        """Whether its process exists."""
+        """Whether the run's process exists."""
         return self.state in LIVE_STATES
 
     @property
@@ -64,7 +64,7 @@ class RunEntry:
 
     @property
     def branched_from(self) -> str:
-        """The checkpoint it resumed from, as `--resume` takes it; "" for none."""
+        """The checkpoint that the run resumed from, as `RUN@STEP` for `--resume`; "" for none."""
         if not self.reported.parent:
             return ""
         name, step = Path(self.reported.parent).name, self.reported.branch_step
@@ -106,7 +106,7 @@ def _without_status(directory: Path) -> RunEntry | None:
 
 
 def determine_state(reported: RunState) -> tuple[EntryState, str]:
-    """(state, reason) of a run whose last status this is."""
+    """(state, reason) of a run whose last status is `reported`."""
     if reported.state in END_STATES:
         refused = f"could not start: {reported.reason}"
         return reported.state, refused if reported.refused else reported.reason
@@ -123,8 +123,8 @@ def determine_state(reported: RunState) -> tuple[EntryState, str]:
 
 
 def process_exists(reported: RunState) -> bool:
-    """Whether the process that wrote this status runs on this machine. Its start time distinguishes
-    it from a later process with the same number."""
+    """Whether the process that wrote this status runs on this machine. The start time distinguishes
+    it from a later process with the same pid."""
     return (
         reported.machine == machine_identity()
         and reported.process != ""

@@ -1,6 +1,6 @@
-"""What can be read of a run's recording without asking the run: history, description, last status.
+"""Reads a run's recording without contacting the run: history, description, last status.
 
-A run that was killed could not record how it ended; that is derived from its directory.
+A run that was killed could not record how it ended; this is derived from its directory.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def end_status(directory: Path) -> Status | None:
 
 
 def with_end(recorded: Status, end: Status | None) -> Status:
-    """The recorded status, with the state and reason of `end` where it has no end itself."""
+    """The recorded status, with the state and reason of `end` if it does not contain the end."""
     if end is None or recorded.ended:
         return recorded
     return msgspec.structs.replace(recorded, state=end.state, reason=end.reason)

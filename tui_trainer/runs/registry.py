@@ -1,4 +1,4 @@
-"""The runs directory: lists its runs, and finds the one that a name on the command line means."""
+"""The runs directory: lists its runs, and finds the run that a command line names."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def _checked(directory: Path) -> RunEntry | None:
 
 
 def _refused(directory: Path, error: RunError) -> RunEntry | None:
-    """A run whose directory cannot be trusted. It is listed, since it may be training, but nothing
-    that is written in it is shown."""
+    """The entry of a run whose directory cannot be trusted. The run is listed, since it may be
+    training, but nothing from its directory is shown."""
     try:
         created_at = (directory / SPEC_FILE).stat().st_mtime
     except OSError:
@@ -62,7 +62,7 @@ def _refused(directory: Path, error: RunError) -> RunEntry | None:
 
 
 def resolve(given: str, runs_dir: str | os.PathLike[str] | None = None) -> RunEntry:
-    """The run with this name, with a name that begins so, or in this directory.
+    """The run that `given` names: by name, by the beginning of a name, or by directory.
 
     Raises RunError when there is none or more than one, with similar names as a hint.
     """
@@ -106,21 +106,21 @@ def _at(directory: Path) -> RunEntry:
 
 
 def newest(runs: Sequence[RunEntry], live: bool = True) -> RunEntry:
-    """The newest live run of a list that is sorted newest first; of all runs where `live` is
-    False. Raises RunError."""
+    """The newest live run, or the newest run if `live` is False, of `runs` sorted newest first.
+    Raises RunError."""
     for run in runs:
         if run.live or (not live and run.state != "refused"):
             return run
     if not runs:
         raise RunError("there are no runs yet", "tui-trainer gpt starts one")
     for run in runs:
-        _trusted(run)  # a refused one may be the live run that is meant
+        _trusted(run)  # a refused run may be the live one that is meant
     last = runs[0]
     raise RunError("no run is live", f"the newest, {last.name}, has {_ended_as(last.state)}")
 
 
 def one_of_each_process(runs: Sequence[RunEntry]) -> list[RunEntry]:
-    """The runs without the branches of a script, which the process of an older live run records."""
+    """`runs` without live branches of a script, which the process of an older run records."""
     oldest: dict[tuple[str, int, str], RunEntry] = {}
     for run in sorted(runs, key=lambda run: run.reported.started_at):
         if run.live:
@@ -129,7 +129,7 @@ def one_of_each_process(runs: Sequence[RunEntry]) -> list[RunEntry]:
 
 
 def _process(run: RunEntry) -> tuple[str, int, str]:
-    """What distinguishes the process of a run."""
+    """A key that identifies the process of a run."""
     reported = run.reported
     if not reported.process:
         return str(run.directory), 0, ""

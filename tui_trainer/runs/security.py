@@ -1,8 +1,8 @@
-"""Which directories and sockets of runs can be trusted, and connecting to a socket that can.
+"""Decides which directories and sockets of runs can be trusted, and connects to those that can.
 
-A user who can write to a run's directory could put a socket of their own there and read what a
-viewer sends, or have files removed. So directories and sockets must belong to this user, and
-no other user may write to them.
+A user who can write to a run's directory could put their own socket there and read what a viewer
+sends, or have files removed. So directories and sockets must belong to this user, and no other
+user may write to them.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def check_directory(path: str | os.PathLike[str]) -> None:
 
 
 def check_socket(path: str | os.PathLike[str]) -> None:
-    """Raises RunError for a socket that is not this user's alone, and OSError where there is
-    none."""
+    """Raises RunError for a socket that another user owns or can write to, and OSError where there
+    is none."""
     found = os.lstat(path)
     if not stat.S_ISSOCK(found.st_mode):
         raise RunError(f"{path} is not a socket")
@@ -92,8 +92,8 @@ def answers(path: str | os.PathLike[str] | None) -> bool:
 
 
 def peer_user(connection: socket.socket) -> int | None:
-    """The user id of the process at the other end of a Unix socket; None where the system does not
-    provide it and only the mode of the socket's directory protects it."""
+    """The user id of the process at the other end of a Unix socket; None on systems that do not
+    provide it, where only the mode of the socket's directory protects the connection."""
     option = getattr(socket, "SO_PEERCRED", None)  # Linux
     if option is None or connection.family != socket.AF_UNIX:
         return None

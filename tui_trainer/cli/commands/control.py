@@ -34,7 +34,7 @@ from tui_trainer.protocol.events import Event, Notice
 from tui_trainer.protocol.formatting import counted, number, rough_duration
 from tui_trainer.protocol.messages import Status
 from tui_trainer.protocol.settings import ReadSettings, SettingList, setting_text
-from tui_trainer.runs.checkpoints import WHOLE, checkpoint_path
+from tui_trainer.runs.checkpoints import CHECKPOINT_STATE, checkpoint_path
 from tui_trainer.runs.errors import RunError
 from tui_trainer.runs.liveness import RunEntry, inspect_run
 
@@ -190,7 +190,7 @@ def _paused(status: Status, _: list[Event]) -> bool:
 
 
 def _running(status: Status, events: list[Event]) -> bool:
-    """Whether it runs, or ran and has already paused at a breakpoint."""
+    """Whether the run is running, or has resumed and already paused at a breakpoint."""
     stopped = any(isinstance(event, Notice) and event.kind == "breakpoint" for event in events)
     return status.state == "running" or (status.state == "paused" and stopped)
 
@@ -200,7 +200,7 @@ def _ended(status: Status, _: list[Event]) -> bool:
 
 
 def _written(status: Status, events: list[Event]) -> bool:
-    """Whether it is written, or cannot be until the run is resumed."""
+    """Whether the checkpoint is written, or cannot be until the run is resumed."""
     reported = any(isinstance(event, Notice) and event.kind == "checkpoint" for event in events)
     return reported or (status.state == "paused" and status.phase != "step")
 
@@ -214,7 +214,7 @@ def _written_checkpoint(
     path = checkpoint_path(run.directory, status.step)
     match action:
         case actions.Stop(checkpoint=True):
-            if not (path / WHOLE).is_file():
+            if not (path / CHECKPOINT_STATE).is_file():
                 raise CommandError(failure or "the run has ended without writing a checkpoint")
         case actions.Checkpoint():
             if not notices and status.ended:
@@ -242,7 +242,7 @@ def _loss(history: History, step: int) -> float | None:
 def _state_object(
     run: RunEntry, status: Status, loss: float | None, path: Path | None
 ) -> dict[str, object]:
-    """The names are documented in docs/runs.md and stay as they are."""
+    """The object for `--json`. Its names are documented in docs/runs.md and do not change."""
     return {
         "run": run.name,
         "directory": str(Path(run.directory)),

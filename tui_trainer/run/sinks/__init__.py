@@ -1,4 +1,4 @@
-"""Where a run is written to when no app shows it: plain lines and JSON lines on a descriptor."""
+"""Sinks that print a run while no app shows it: plain lines and JSON lines."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import os
 
 
 class Output:
-    """A file descriptor of its own, usually a pipe.
+    """A file descriptor that lines are written to, usually a pipe.
 
-    `write` blocks while the pipe is full and raises OSError: BrokenPipeError once the reader has
-    closed it.
+    `write` blocks while the pipe is full. It raises OSError; BrokenPipeError once the reader has
+    closed the pipe.
     """
 
     def __init__(self, descriptor: int) -> None:

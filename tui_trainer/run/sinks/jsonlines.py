@@ -41,7 +41,8 @@ from tui_trainer.run.sinks import Output
 
 SCHEMA_VERSION = 1
 MAX_SHORTEST = 4096
-"""Wider rows are written with more digits than float32 needs, which is faster."""
+"""Number of columns above which a row is written with more digits than float32 needs, which is
+faster."""
 MAX_HELD_BACK = 10_000
 
 Object = dict[str, Any]
@@ -50,8 +51,8 @@ Object = dict[str, Any]
 class JsonLines:
     """Writes the items of a run in their order, after a header.
 
-    The header needs the parameters, which are known after the first step; what comes before, such
-    as an evaluation at the start, is held back until then.
+    The header needs the parameters, which are known after the first step; earlier items, such as an
+    evaluation at the start, are held back until then.
     """
 
     def __init__(self, output: Output) -> None:
@@ -109,7 +110,8 @@ class JsonLines:
                 return sample_object(item)
 
     def _due_header(self) -> list[Object]:
-        """The header and what was held back, at first; the header alone when it has changed."""
+        """The header and the objects held back, the first time; the header alone when it has
+        changed; otherwise nothing."""
         info = self._info
         if info is None:
             return []
@@ -149,13 +151,13 @@ def end_object(status: Status) -> Object:
 
 @dataclass
 class Notes:
-    """What JSON says of values that are null, by their dotted path."""
+    """Explanations of values that are null in JSON, by dotted path."""
 
     nonfinite: dict[str, str] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
 
     def add(self, path: str, value: float) -> None:
-        """`value` is not finite."""
+        """Explain a `value` that is not finite."""
         why = why_absent(value)
         if why is None:
             self.nonfinite[path] = nonfinite_word(value)
@@ -246,7 +248,7 @@ def row_object(info: RunInfo, row: RowRecorded) -> Object:
 
 
 def _logged_object(table: Table, row: RowRecorded) -> Object:
-    """Values of `tui_trainer.log`, without those that one call has not given."""
+    """Values of one call of `tui_trainer.log`, without other names of the same table."""
     values = _by_column(table.columns, row.values)
     given = {n: v for n, v in values.items() if why_absent(v) is not Absent.NOT_MEASURED}
     made: Object = {"type": "logged", "step": row.step, "time": row.time, "values": {}}
@@ -257,7 +259,7 @@ def _logged_object(table: Table, row: RowRecorded) -> Object:
 
 
 def skipped_object(info: RunInfo, event: Skipped) -> Object:
-    """An iteration without a step, with the fields of a step that it has."""
+    """An iteration without an optimizer step, with those fields of a step that exist."""
     rows = tuple((number, np.frombuffer(values, "<f4")) for number, values in event.rows)
     record = StepRecord(event.step, event.time, event.optimizer, rows)
     made = step_object(info, record)

@@ -28,7 +28,7 @@ PROGRESS_EVERY_S = 1.0
 NOTICE_CHARACTERS = 300
 FACTS_IN_HEADER = ("parameters", "device", "threads")
 SILENT_KINDS: tuple[NoticeKind, ...] = ("evaluation", "state", "cadence")
-"""Notices that repeat another line, or concern nothing that is shown here."""
+"""Kinds of notices that repeat another line, or concern nothing that is printed."""
 
 
 class PlainLines:
@@ -44,7 +44,7 @@ class PlainLines:
         self._shown: StepRecord | None = None
         self._next_progress = 0.0
         self._norms: dict[int, float] = {}
-        """The last total gradient norm that was measured, by table."""
+        """The last measured total gradient norm, by table."""
 
     def take(self, items: Sequence[Item], status: Status) -> None:
         lines: list[str] = []
@@ -167,8 +167,8 @@ def notice(item: Notice) -> str:
 
 
 def progress(info: RunInfo, record: StepRecord, status: Status, norms: Mapping[int, float]) -> str:
-    """The newest step, the speed and the remaining time. `norms`: by table, of steps whose own norm
-    was not measured, which is at most a few steps apart."""
+    """The newest step, the speed and the remaining time. `norms`: last measured gradient norm by
+    table, for steps at which it was not measured; it is at most a few steps old."""
     values: dict[str, float] = {}
     for table, row in record.rows:
         if info.tables[table].name == schema.STEP:
