@@ -1,5 +1,5 @@
-"""Calls of `backward`, `torch.autograd.grad` and functions of `torch.func`: what is known of their
-losses, and which optimizers they reach."""
+"""Follows calls of `backward`, `torch.autograd.grad` and functions of `torch.func`: their losses,
+and the optimizers whose parameters they reach."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from tui_trainer.trace.step_measurer import StepMeasurer
 from tui_trainer.trace.waiting_gradients import OpenStep, WaitingGradients
 
 GRAPHS_READ = 5
-"""Optimizer steps in which the graph of the loss is looked at."""
+"""Number of first optimizer steps in which the graph of the loss is read."""
 
 
 class BackwardPasses:
-    """The backward pass that is open, and the last one, to which the next may add."""
+    """Keeps the open backward pass, and the last one, to which the next may add its losses."""
 
     def __init__(
         self,
@@ -67,16 +67,16 @@ class BackwardPasses:
         self._calls = 0
         """Calls of models since the last backward."""
         self._in_eval_mode: dict[int, weakref.ref[torch.nn.Module]] = {}
-        """The models that were called in `eval()` mode since the last backward, by the identity of
-        their first trained parameter: a wrapper has that of what it wraps."""
+        """Models called in `eval()` mode since the last backward, by the `id` of their first
+        trainable parameter, which a wrapper shares with the model that it wraps."""
 
     def reset(self) -> None:
-        """What is open belongs to no step."""
+        """Forget the open pass and the last one: they belong to no step."""
         self.open = self._last = None
 
     def model_called(self, module: torch.nn.Module) -> None:
-        """Remember where a model is called for training in `eval()` mode, if it has a parameter to
-        train and layers for which that matters."""
+        """Remember `module` if it is called for training in `eval()` mode, has a trainable
+        parameter, and has layers for which the mode matters."""
         self._calls += 1
         if module.training and not self._in_eval_mode:
             return
@@ -87,7 +87,7 @@ class BackwardPasses:
             self._in_eval_mode[trained] = weakref.ref(module)
 
     def _called_in_eval_mode(self, measurer: StepMeasurer) -> bool:
-        """Whether any of those models has a parameter of this optimizer."""
+        """Whether a model that was called in `eval()` mode has a parameter of this optimizer."""
         ids = measurer.tracked.ids
         models = (reference() for reference in self._in_eval_mode.values())
         return any(
@@ -98,7 +98,7 @@ class BackwardPasses:
         )
 
     def model_returned(self) -> None:
-        """A model was called for training."""
+        """The forward pass of a model for training has returned."""
         self._origins.outside.model_returned()
 
     # ------------------------------------------------------------ calls
@@ -158,7 +158,7 @@ class BackwardPasses:
 
     @guarded
     def gradients_began(self, outputs: Any, inputs: Any) -> bool:
-        """`torch.autograd.grad`: a backward if it is for the parameters of an optimizer."""
+        """`torch.autograd.grad` is called: a backward if `inputs` has an optimizer's parameters."""
         for module in self._evaluation.gradients_computed():
             self.model_called(module)
         given = [inputs] if isinstance(inputs, torch.Tensor) else list(inputs)
@@ -189,7 +189,7 @@ class BackwardPasses:
             if measurer.reading is None and measurer.passes and measurer.reads_early:
                 tracked = measurer.tracked
                 pairs = zip(tracked.parameters, tracked.gradients(), strict=True)
-                # The script may have asked for those of some parameters only.
+                # The script may have asked for the gradients of some parameters only.
                 found = [gradients.get(id(p), gradient) for p, gradient in pairs]
                 self._waiting.read(measurer, gradients=found)
             if measurer.weights is not None:
@@ -222,7 +222,7 @@ class BackwardPasses:
     # ------------------------------------------------------------ one pass
 
     def _begin(self, outputs: Any) -> list[torch.Tensor]:
-        """A backward of `outputs` begins; returns those of one element, the losses."""
+        """Open a pass for a backward of `outputs`; return the losses: outputs of one element."""
         if isinstance(outputs, torch.Tensor):
             scalars = [outputs] if outputs.numel() == 1 else []
         else:
@@ -235,7 +235,7 @@ class BackwardPasses:
             if not self._steps.begun:
                 backward.loss_graph = loss_graph_of(scalars[0].grad_fn, self._name_of)
         if scalars:
-            self._look_at(backward, scalars)
+            self._examine_losses(backward, scalars)
         return scalars
 
     def _name_of(self, parameter: torch.Tensor | None) -> str:
@@ -248,11 +248,12 @@ class BackwardPasses:
                     return name
         return ""
 
-    def _look_at(self, backward: BackwardPass, scalars: list[torch.Tensor]) -> None:
-        """What about these losses can be seen only now."""
+    def _examine_losses(self, backward: BackwardPass, scalars: list[torch.Tensor]) -> None:
+        """Record what is visible only before backward: the origin of a non-finite loss, a bad
+        batch, a loss that is backpropagated twice."""
         searched = False
         for loss in scalars:
-            if not loss.is_cpu:  # its value is not known without waiting for it
+            if not loss.is_cpu:  # reading its value would wait for the device
                 continue
             value = loss.item()
             if math.isfinite(abs(value)):
@@ -262,7 +263,7 @@ class BackwardPasses:
                 searched = True
                 backward.producer = self._origins.producer_of(loss)
             if len(scalars) == 1 and isinstance(value, (int, float)):
-                backward.bad_batch = self._bad_batches.look_at(value)
+                backward.bad_batch = self._bad_batches.examine(value)
         last = self._last_loss() if self._last_loss is not None else None
         previous = self._last
         waiting = previous is not None and not previous.used and bool(previous.claims)
@@ -270,14 +271,14 @@ class BackwardPasses:
         self._last_loss = weakref.ref(scalars[0])
 
     def _end(self, reached: list[StepMeasurer]) -> None:
-        """Put the pass to those that wait for the steps of the optimizers that it `reached`."""
+        """Close the pass and add it to the measurers of the optimizers that it `reached`."""
         self._origins.outside.backward_ended()
         evaluated = self._open_step.evaluated
         backward, self.open = self.open, None
         if backward is None:
             return
-        # Of a closure only the first evaluation is at the weights that the step began with; where
-        # the others reach further optimizers, they are no iteration of theirs.
+        # Only the first evaluation of a closure is at the weights that the step began with. Where
+        # a later one reaches further optimizers, it is no iteration of theirs.
         backward.used = evaluated is not None
         if evaluated in reached:
             reached = [measurer for measurer in reached if measurer is not evaluated]

@@ -1,6 +1,7 @@
-"""The batch of a step whose loss is far above the usual one: its rows by their share of that loss.
+"""Describes the batch of a step whose loss is not finite or far above the last ones: its rows by
+their share of the loss.
 
-Only on the CPU, where reading a loss waits for nothing.
+Only on the CPU, where reading a loss does not wait for a device.
 """
 
 from __future__ import annotations
@@ -18,31 +19,33 @@ from tui_trainer.trace.module_calls import tensors_in
 from tui_trainer.trace.torch_private import is_dense
 
 RECENT = 32
+"""Number of last losses with which a loss is compared."""
 FACTOR = 4.0
-"""Times the highest of the last losses from which a batch is looked at."""
-OF_FIRST = 0.5
-"""Smallest share of the first loss that such a batch has: near zero, four times the usual loss is
-little."""
-MAX_LOOKED_AT = 20
+"""A batch is described if its loss exceeds the highest of the last losses by this factor …"""
+MIN_SHARE_OF_FIRST = 0.5
+"""… and the first loss times this one: near zero, even four times the last losses are little."""
+MAX_DESCRIBED = 20
+"""Maximum number of batches described in a run."""
 MAX_HELD = 1 << 20
-"""Elements of a tensor that is kept from the loss function to backward."""
+"""Maximum number of elements of a tensor that is kept from the loss function to backward."""
 MAX_ROWS = 5
 ROW_LOSSES = (
     *("cross_entropy", "nll_loss", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"),
     *("binary_cross_entropy", "binary_cross_entropy_with_logits"),
 )
-"""Loss functions that can be taken of each row."""
+"""Loss functions that return a loss for each row with `reduction="none"`."""
 
 
 class BadBatches:
-    """Follows the loss, and keeps weak references to what the last one was computed from."""
+    """Follows the loss, and keeps what the last one was computed from, by weak references except
+    for small tensors."""
 
     def __init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=RECENT)
         self._first = 0.0
         self._inputs: list[weakref.ref[torch.Tensor]] = []
         self._loss: tuple[Callable[..., Any], str, list[Any], dict[str, Any]] | None = None
-        self._left = MAX_LOOKED_AT
+        self._left = MAX_DESCRIBED
 
     def model_called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor):
@@ -58,25 +61,25 @@ class BadBatches:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
-        """`function`: torch's own."""
+        """`function` is PyTorch's own, without a wrapper."""
         if self._left and name in ROW_LOSSES and len(args) <= 2:
             named = {key: _weak(value) for key, value in kwargs.items()} if kwargs else {}
             self._loss = function, name, list(map(_weak, args)), named
 
-    def look_at(self, value: float) -> BadBatch | None:
-        """Called before backward: describes the batch of a loss of this `value` if that is far
-        above the losses before."""
+    def examine(self, value: float) -> BadBatch | None:
+        """Describe the batch if its loss, `value`, is not finite or far above the last losses.
+        Called before backward."""
         try:
-            return self._look_at(value)
+            return self._examine(value)
         finally:
             self._loss = None
 
-    def _look_at(self, value: float) -> BadBatch | None:
+    def _examine(self, value: float) -> BadBatch | None:
         if math.isfinite(value):
             recent = self._recent
             usual = max(recent, default=0.0)
             self._first = self._first or abs(value)
-            far = value > FACTOR * usual > 0 and value > OF_FIRST * self._first
+            far = value > FACTOR * usual > 0 and value > MIN_SHARE_OF_FIRST * self._first
             high = far and len(recent) == RECENT
             recent.append(abs(value))
             if not high:
@@ -137,8 +140,8 @@ _GONE = object()
 
 
 def _weak(value: Any) -> Any:
-    """A small tensor itself, without its graph: in `cross_entropy(model(x), y)` nothing else holds
-    the logits until backward."""
+    """A weak reference to a large tensor or one on a device; a small one itself, detached: in
+    `cross_entropy(model(x), y)` nothing else holds the logits until backward."""
     if not isinstance(value, torch.Tensor):
         return value
     if not value.is_cpu or value.numel() > MAX_HELD:

@@ -1,4 +1,4 @@
-"""Calls that clip gradients, from their beginning to the step that they belong to.
+"""Follows calls that clip gradients, and assigns each to the step that it belongs to.
 
 The norms and the limit are kept here; `probes/clipping.py` computes the scale from them.
 """
@@ -39,9 +39,9 @@ class Clippings:
     ) -> None:
         self.faults = faults
         self._measurers: list[StepMeasurer] = []
-        """The optimizers whose gradients it clips."""
+        """Optimizers whose gradients wait for their step and are clipped."""
         self._used: list[StepMeasurer] = []
-        """The optimizers whose gradients it clips although a step has used them already."""
+        """Optimizers whose gradients are clipped although their step has used them already."""
         self._gate = gate
         self._phases = phases
         self._waiting = waiting
@@ -67,8 +67,8 @@ class Clippings:
         self._measurers, self._used, careful = [], [], False
         for measurer in waiting.registry.measurers_of(parameters):
             if not measurer.passes:
-                # Updates by hand that change no weight, as of zero gradients, look like a step that
-                # ended here: whether they are still to come is not known.
+                # An update by hand that changes no weight (its gradients are zero) looks like a
+                # step that has ended, so it is unknown whether the update is still to come.
                 if measurer is not waiting.registry.by_hand:
                     self._used.append(measurer)
             elif waiting.waits(measurer):
@@ -84,7 +84,7 @@ class Clippings:
         return True
 
     def failed(self) -> None:
-        """The function raised."""
+        """The clipping function raised."""
         for measurer in self._measurers:
             measurer.clip_failed()
 

@@ -1,17 +1,17 @@
-"""Evaluations of a script: forward passes between its steps, without gradients or in `eval()` mode,
-and the mean of the losses that are computed in them.
+"""Follows evaluations of a script (forward passes between its steps, without gradients or in
+`eval()` mode) and averages the losses that are computed in them.
 
 A call in `eval()` mode with gradients is an evaluation if the model is trained in `train()` mode
 and no gradient is computed before it is called in that mode again.
 
-A loss is the scalar result of one of torch's loss functions, which its loss modules call too. The
+A loss is the scalar result of one of PyTorch's loss functions, which its loss modules call too. The
 mean weights all losses equally; for sums (`reduction="sum"`), it is their sum divided by the number
 of targets.
 
-Losses of another place of the script, or of another value of a loop over names (`for split in
-("train", "val")`), are another evaluation's if the losses before are complete: where the script
-comes back to them, or computes both from one call of the model, it has several losses, of which
-none is chosen.
+Losses computed at another line, or for another value of a loop over names (`for split in ("train",
+"val")`), belong to another evaluation if the earlier losses are complete. A script that returns to
+the earlier ones, or computes both from one call of the model, has several losses, and none of them
+is chosen.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ LOSS_FUNCTIONS = (
     "triplet_margin_loss",
 )
 CLASS_LOSSES = ("cross_entropy", "nll_loss")
-"""Their targets are classes, of which some may be ignored."""
-KEPT = 256
-"""Losses on a device that are summed at once."""
+"""Loss functions whose targets are class indices, some of which may be ignored."""
+MAX_UNSUMMED = 256
+"""Number of losses on a device that are collected before they are summed."""
 LOSS_MODULES = ("torch.nn.functional", "torch.nn.modules.loss")
 
 OnTrainingLoss = Callable[[Callable[..., Any], str, tuple[Any, ...], dict[str, Any], Any], object]
@@ -64,9 +64,9 @@ OnTrainingLoss = Callable[[Callable[..., Any], str, tuple[Any, ...], dict[str, A
 OnResult = Callable[[int, "dict[str, torch.Tensor | float]"], None]
 """(completed steps, mean loss of each evaluation by name)"""
 HELD_OUT = ("val", "dev", "eval", "held", "test")
-"""Beginnings of the names of data that is not trained on: the first found is that of *the* loss."""
+"""Prefixes of the names of held-out data: the first that is found has the loss called `loss`."""
 MAX_EVALUATIONS = 4
-"""Evaluations in a row that are distinguished."""
+"""Maximum number of evaluations in a row that are distinguished."""
 
 _Key = tuple[tuple[Any, int], str]
 """(place, label) of a loss."""
@@ -86,7 +86,7 @@ class _Mean:
     def add(
         self, loss: torch.Tensor, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> bool:
-        """Whether the loss is of the same reduction as those before."""
+        """Add a loss; return False where its reduction differs from that of the earlier losses."""
         is_sum = kwargs.get("reduction") == "sum"
         if self._count and is_sum != self._is_sum:
             return False
@@ -98,7 +98,7 @@ class _Mean:
             self._sum += float(loss)
         else:
             self._on_device.append(loss.clone())
-            if len(self._on_device) >= KEPT:
+            if len(self._on_device) >= MAX_UNSUMMED:
                 self._add_up()
         return True
 
@@ -130,13 +130,13 @@ class _Mean:
 
 
 class Observer(Protocol):
-    """The tracer."""
+    """The tracer, as `EvaluationLosses` reads it."""
 
     training_thread: int
 
 
 class EvaluationLosses:
-    """The losses of the evaluation between two steps, if there is one."""
+    """Collects the losses of the evaluation between two steps."""
 
     def __init__(self, observer: Observer, patches: Patches) -> None:
         self._observer = observer
@@ -144,10 +144,10 @@ class EvaluationLosses:
         self.on_result: OnResult | None = None
         """Called on the training thread when training continues. None: nothing is observed."""
         self.on_ambiguous: Callable[[int], None] = _ignore
-        """Called in place of it, with the number of completed steps, where several losses are
-        computed, since it is unknown which of them is the loss of the script."""
+        """Called instead of `on_result`, with the number of completed steps, where several losses
+        are computed and it is unknown which of them is the loss of the script."""
         self.on_fault: Callable[[Exception], None] = _ignore_fault
-        """Called with a fault of ours, after which the evaluation in progress has no loss."""
+        """Called with an exception of our own, after which the open evaluation has no loss."""
         self.label_of: Callable[[FrameType], str] = _no_label
         """The value of the loop over names that a frame or its callers execute; "" without one."""
         self.on_training_loss: OnTrainingLoss | None = None
@@ -167,9 +167,9 @@ class EvaluationLosses:
         self._with_gradients: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         """Models that the open evaluation has called with gradients."""
         self._any_with_gradients = False
-        """Whether there are any: a weak set takes time to look into."""
+        """False where `_with_gradients` is known to be empty: testing a weak set is slow."""
         self._usual: _Key | None = None
-        """The losses that were the only ones of the last evaluation that had just one."""
+        """Key of the losses in the last evaluation that had losses of one key only."""
         self._reset()
 
     def _reset(self) -> None:
@@ -178,10 +178,10 @@ class EvaluationLosses:
         self._calls = 0
         """Calls of models in the open evaluation."""
         self._calls_before = 0
-        """Number of calls at the last loss."""
+        """`_calls` at the last loss."""
         self._count = 0
         self._mixed = False
-        """Whether its losses cannot be distinguished by when they are computed."""
+        """Whether the order of the losses does not tell which evaluation each belongs to."""
         self._clear_with_gradients()
 
     def _clear_with_gradients(self) -> None:
@@ -197,7 +197,7 @@ class EvaluationLosses:
                 self._patches.replace(functional, name, self._listening(original, name))
 
     def includes(self, module: torch.nn.Module) -> bool:
-        """Whether a call of `module` with gradients, not within an iteration, is an evaluation."""
+        """Whether a call of `module` with gradients, outside an iteration, is an evaluation."""
         return (
             not module.training
             and module in self._trained
@@ -213,8 +213,8 @@ class EvaluationLosses:
             self._last_trained = weakref.ref(module)
 
     def gradients_computed(self) -> list[torch.nn.Module]:
-        """Gradients were computed: the calls before them were for training. Returns the models that
-        were called so, in `eval()` mode."""
+        """Gradients were computed, so the calls before them were for training. Return the models
+        that were called in `eval()` mode."""
         if not (self._any_with_gradients and self._with_gradients):
             return []
         called = list(self._with_gradients)
@@ -224,7 +224,7 @@ class EvaluationLosses:
         return called
 
     def call_began(self, module: torch.nn.Module, completed: int) -> None:
-        """A model is called for an evaluation, and not within an iteration."""
+        """A model is called for an evaluation, outside an iteration."""
         if torch.is_grad_enabled():
             self._with_gradients.add(module)
             self._any_with_gradients = True
@@ -233,7 +233,7 @@ class EvaluationLosses:
             self._open, self._step = True, completed
 
     def end(self) -> None:
-        """Training continues, or has ended."""
+        """Training continues or has ended: close the open evaluation and report its losses."""
         if not self._open:
             self._clear_with_gradients()
             return
@@ -244,7 +244,7 @@ class EvaluationLosses:
         if not means or self.muted or on_result is None:
             return
         if len(means) > MAX_EVALUATIONS and len({place for place, _ in means}) == 1:
-            (first, joined), *others = means.items()  # one evaluation of many named parts
+            (first, joined), *others = means.items()  # one evaluation with many named parts
             for _, other in others:
                 joined.join(other)
             means, mixed = {first: joined}, False
@@ -259,7 +259,7 @@ class EvaluationLosses:
             on_result(self._step, found)
 
     def _names(self, keys: list[_Key]) -> dict[_Key, str]:
-        """`loss`, and for further evaluations the name of their data, or of their function."""
+        """Name one evaluation `loss`, and the others by their data or their function."""
         if len(keys) == 1:
             self._usual = keys[0]
         usual = self._usual if self._usual in keys else None
@@ -311,7 +311,7 @@ class EvaluationLosses:
             place, frame = _place_of(sys._getframe(2))
             key = (place, self.label_of(frame) if frame is not None else "")
             if key != self._current:
-                # Both of one call of the model, or once more what was complete.
+                # Both losses come from one call, or the script returns to a complete one.
                 self._mixed |= self._count > 0 and self._calls == self._calls_before
                 self._mixed |= key in self._means
             if self._means.setdefault(key, _Mean()).add(loss, name, args, kwargs):
@@ -323,35 +323,33 @@ class EvaluationLosses:
             self.on_fault(fault)
 
 
-USUAL_DISTANCE = 5
-"""Steps between two evaluations from which calls without gradients are taken for one: a GAN calls
-its generator so in every iteration."""
-
-
+MIN_DISTANCE = 5
+"""Calls without gradients are an evaluation only where more steps than this lie between them: a GAN
+calls its generator without gradients in every iteration."""
 SAMPLING_CALLS = 4
-"""Calls with one batch that sample from dropout on purpose; fewer compute the loss, and then the
-accuracy."""
+"""Number of calls with one batch from which on they sample from dropout on purpose; fewer compute
+the loss and then the accuracy."""
 
 
 class EvaluationModes:
-    """Calls without gradients, between two steps, of models in `train()` mode that have layers for
-    which that matters."""
+    """Notices evaluations in `train()` mode: calls without gradients, between two steps, of models
+    with layers for which the mode matters."""
 
     def __init__(self) -> None:
         self._calls = 0
-        self._last = -USUAL_DISTANCE
+        self._last = -MIN_DISTANCE
         self._data: tuple[object, ...] | None = None
-        """What the first of these calls was given."""
+        """(storage, offset, shape, version) of the input of the first call."""
         self._repeated = False
-        """Whether the others were given the same."""
+        """Whether the later calls had the same input."""
 
     def evaluated(self, args: tuple[Any, ...]) -> None:
-        """A model was called in this way."""
+        """A model in `train()` mode is called without gradients."""
         self._calls += 1
         tensor = args[0] if args else None
         data = None
         if isinstance(tensor, torch.Tensor) and is_dense(tensor):
-            # A weak reference: its address is not used again while it is held.
+            # `memory` is a weak reference: its address is not reused while it is held.
             memory, version = storage_of(tensor), version_of_value(tensor)
             data = (memory, tensor.storage_offset(), tensor.shape, version)
         if self._calls == 1:
@@ -361,26 +359,27 @@ class EvaluationModes:
             self._repeated = same and (self._calls == 2 or self._repeated)
 
     def in_train_mode(self, step: int, losses: int) -> bool:
-        """At the end of a step: whether there was an evaluation before it, of several calls or with
-        `losses`."""
+        """Whether an evaluation in `train()` mode, with several calls or with `losses`, preceded
+        `step`. Called at the end of the step."""
         calls, self._calls = self._calls, 0
         repeated, self._repeated, self._data = self._repeated, False, None
         if not calls or (repeated and calls >= SAMPLING_CALLS):
             return False
         last, self._last = self._last, step
-        return step - last > USUAL_DISTANCE and (calls > 1 or losses > 0)
+        return step - last > MIN_DISTANCE and (calls > 1 or losses > 0)
 
 
-FEWEST_CALLS = 2
-"""Calls without gradients that precede the training of a script which collects its batches."""
+MIN_ROLLOUT_CALLS = 2
+"""Number of calls without gradients before the training from which on they may be rollouts."""
 
 
 class Rollouts:
-    """Calls without gradients in which a policy acts in an environment: they are part of `data`.
+    """Recognises rollouts: calls without gradients in which a policy acts in an environment, and
+    which are part of `data`.
 
-    An evaluation looks the same. A script is assumed to collect what it trains on where it makes
-    such calls before it trains for the first time, with inputs of one shape, computes no loss in
-    them, and has no DataLoader to draw batches from.
+    An evaluation looks the same. A script is assumed to collect its batches by rollouts where it
+    calls a model without gradients before it trains for the first time, with inputs of one shape,
+    computes no loss in these calls, and has no DataLoader.
     """
 
     def __init__(self) -> None:
@@ -397,15 +396,15 @@ class Rollouts:
         inputs = args[0] if args else None
         shape = inputs.shape if isinstance(inputs, torch.Tensor) else None
         if shape is None or (self._calls and shape != self._shape):
-            self._decided = True  # generated tokens come one by one
+            self._decided = True  # inputs of growing length generate tokens
         self._shape = shape
         self._calls += 1
 
     def training_begins(self, losses: int) -> None:
-        """A model is called for training. `losses`: those computed in the calls before it."""
+        """A model is called for training. `losses`: number of losses computed in earlier calls."""
         if not self._decided:
             self._decided = True
-            if self._calls >= FEWEST_CALLS and not losses:
+            if self._calls >= MIN_ROLLOUT_CALLS and not losses:
                 self.collecting = not objects_of_script(DataLoader)
 
 
@@ -422,7 +421,7 @@ def _no_label(frame: FrameType) -> str:
 
 
 def _label(key: _Key) -> str:
-    """The name of its data, or of the function that computes the loss."""
+    """The name of the evaluation's data, or of the function that computes its loss."""
     (code, _), label = key
     function = code.co_name if code is not None else ""
     return label or ("" if function.startswith("<") or function == "forward" else function)
@@ -439,8 +438,8 @@ def _place_of(frame: FrameType | None) -> tuple[tuple[Any, int], FrameType | Non
 
 
 def _target_count(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | torch.Tensor:
-    """The number of targets that a summed loss sums over; a 0-d tensor on a device, which is not
-    waited for."""
+    """The number of targets that a summed loss sums over; on a device a 0-d tensor, which is not
+    read."""
     given = args[0] if args else kwargs.get("input")
     target = args[1] if len(args) > 1 else kwargs.get("target")
     if name in CLASS_LOSSES and isinstance(target, torch.Tensor) and not target.is_floating_point():

@@ -30,7 +30,7 @@ class Faults:
         self.in_a_row = 0
         """Steps in a row that were abandoned."""
         self.own_s = 0.0
-        """Our overhead since it was last accounted for, without time spent in the gate."""
+        """Our overhead in seconds since it was last accounted for, without time in the gate."""
 
     @property
     def too_many(self) -> bool:

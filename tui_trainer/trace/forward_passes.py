@@ -1,4 +1,4 @@
-"""Calls of the models: forward passes for training, and evaluations."""
+"""Follows the calls of the models: forward passes for training, and evaluations."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ class ForwardPasses:
     def end_sampling(self) -> None:
         """The open forward is over, or abandoned."""
         sampling, self._sampling = self._sampling, []
-        for measurer in reversed(sampling):  # in the reverse order of what they replaced
+        for measurer in reversed(sampling):  # they undo replacements, the last one first
             measurer.probes.after_forward()
 
     @guarded
@@ -209,7 +209,7 @@ class ForwardPasses:
         within = self._within_iteration
         collecting = self.rollouts.collecting and not within
         self._phases.begin_evaluation(DATA if collecting else EVAL)
-        self._queue.drain()  # the next step may be long in coming
+        self._queue.drain()  # the next step may come late
         if not within:
             self.rollouts.called(args)
             self._evaluation.call_began(module, self._phases.step - 1)

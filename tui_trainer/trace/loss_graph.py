@@ -1,4 +1,4 @@
-"""Reads from the autograd graph of a loss how it is computed: names and shapes of nodes, no tensor.
+"""Reads how a loss is computed from its autograd graph: names and shapes of nodes, no tensors.
 A compiled model has no such graph.
 """
 
@@ -21,7 +21,7 @@ _VIEWS = frozenset(
     )
     for number in (0, 1)
 )
-_ON_THE_WAY = _VIEWS | frozenset(
+_PASSED_THROUGH = _VIEWS | frozenset(
     f"{name}Backward{number}"
     for name in (
         *("Neg", "Mul", "Div", "Sum", "Mean", "Add", "Sub", "Gather", "Index", "Select", "Slice"),
@@ -29,11 +29,11 @@ _ON_THE_WAY = _VIEWS | frozenset(
     )
     for number in (0, 1)
 )
-"""Between a loss and the output of the model."""
+"""Operations that may lie between a loss and the output of the model."""
 _LAYERS = {"AddmmBackward0": 1, "MmBackward0": 0, "ConvolutionBackward0": 0}
-"""Linear maps, and the position of what they map among their inputs."""
+"""Linear maps → position of their input in `next_functions`; their weight follows it."""
 _SUMS = ("Add", "Sub", "Mul", "Div", "Neg", "Sum", "Mean", "Sqrt", "Stack", "Cat", "Select")
-"""Between a loss and the penalties in it."""
+"""Operations that may lie between a loss and the penalty terms in it."""
 _NORMS = ("Pow", "Abs", "LinalgVectorNorm", "Norm")
 
 
@@ -42,8 +42,8 @@ def _no_name(parameter: Any) -> str:
 
 
 def loss_graph_of(node: Any, name_of: Callable[[Any], str] = _no_name) -> LossGraph | None:
-    """The graph below `grad_fn` of a loss; None where it cannot be read. `name_of(parameter)`: its
-    name, or ""."""
+    """Describe the graph below `node`, the `grad_fn` of a loss; None where it cannot be read.
+    `name_of(parameter)` returns the name of a parameter, or ""."""
     try:
         return _read(node, name_of)
     except (AttributeError, IndexError, TypeError, RuntimeError):
@@ -55,7 +55,7 @@ def _read(loss: Any, name_of: Callable[[Any], str]) -> LossGraph:
     logarithm: Literal["", "log", "nll_loss"] = ""
     for _ in range(MAX_PATH):
         name = node.name() if node is not None else ""
-        if name not in _ON_THE_WAY:
+        if name not in _PASSED_THROUGH:
             break
         if name.startswith(("Log", "NllLoss")):
             logarithm = logarithm or ("log" if name.startswith("Log") else "nll_loss")
@@ -94,8 +94,8 @@ def _read(loss: Any, name_of: Callable[[Any], str]) -> LossGraph:
 
 
 def _has_penalty(loss: Any) -> bool:
-    """Whether sums and factors alone lie between the loss and a norm or a power of a matrix, or of
-    rows of it."""
+    """Whether only sums and factors lie between the loss and a norm or a power of a weight matrix
+    or of its rows."""
     seen, waiting = {loss}, deque([loss])
     while waiting and len(seen) < MAX_NODES:
         node = waiting.popleft()
@@ -116,7 +116,7 @@ def _has_penalty(loss: Any) -> bool:
 
 
 def _norms_of(node: Any) -> list[Any]:
-    """The norms that it is the sum of."""
+    """Nodes of the norms that `node` adds up."""
     if "Norm" in node.name():
         return [node]
     if not node.name().startswith(("Sum", "Stack")):
@@ -125,8 +125,8 @@ def _norms_of(node: Any) -> list[Any]:
 
 
 def _has_matrix(node: Any) -> bool:
-    """Whether it is a parameter of two dimensions or more, a view of one, rows of an embedding, or
-    several of these in one tensor."""
+    """Whether `node` is a parameter of two dimensions or more, a view of one, rows of an embedding,
+    or a concatenation of any of these."""
     node = _without_views(node)
     if node is None:
         return False
@@ -139,13 +139,13 @@ def _has_matrix(node: Any) -> bool:
 
 
 def _is_joined(node: Any) -> bool:
-    """Whether scores are concatenated or stacked, before they are scaled and viewed: those of a
-    contrastive loss, one positive pair and many negative ones."""
+    """Whether the scores at `node` were concatenated or stacked before they were scaled and viewed,
+    as in a contrastive loss of one positive pair and many negative ones."""
     for _ in range(MAX_PATH):
         name = node.name() if node is not None else ""
         if name in ("CatBackward0", "StackBackward0"):
             return True
-        if name not in _ON_THE_WAY:
+        if name not in _PASSED_THROUGH:
             return False
         below = [child for child, _ in node.next_functions if child is not None]
         node = below[0] if below else None
@@ -153,8 +153,8 @@ def _is_joined(node: Any) -> bool:
 
 
 def _mixed_view(softmax: Any, classes: int) -> tuple[int, ...]:
-    """The shape (N, classes, …) that a view below the softmax turns into rows of classes, which
-    takes them from the last dimension instead; () without such a view."""
+    """The shape (N, classes, …) that a view below the softmax turns into (rows, classes) although
+    its last dimension is not that of the classes; () without such a view."""
     below = [child for child, _ in softmax.next_functions if child is not None]
     node = below[0] if len(below) == 1 else None
     if node is None or not node.name().startswith(("View", "UnsafeView", "ReshapeAlias")):
@@ -168,7 +168,7 @@ def _mixed_view(softmax: Any, classes: int) -> tuple[int, ...]:
 
 
 def _layers_behind_softmax(loss: Any) -> list[Any]:
-    """The weights (as nodes) of layers whose input is the softmax of what another layer returns.
+    """Weights (as nodes) of the layers whose input is the softmax of another layer's output.
 
     Attention over learned rows is left out, and so is a softmax of anything computed after the
     layer: with noise and a temperature it draws samples (Gumbel-softmax, topic models)."""
@@ -206,5 +206,5 @@ def _without_views(node: Any) -> Any:
 
 
 def _leaf(node: Any) -> Any:
-    """The parameter that a node stands for; None where it was computed."""
+    """The parameter at a leaf, also through views; None where the tensor was computed."""
     return getattr(_without_views(node), "variable", None)
