@@ -1,7 +1,7 @@
 """The gate: where the training thread pauses, steps, slows down, stops and does work for others.
 
-The training thread calls `Gate.reached` at the end of every phase; unless something was requested
-that costs one attribute read. Any other thread may call the controls. Work that touches tensors is
+The training thread calls `Gate.reached` at the end of every phase, which costs one attribute read
+unless something was requested. Any other thread may call the controls. Work that touches tensors is
 handed to the training thread with `call_soon` and never runs on another thread.
 """
 
@@ -105,7 +105,7 @@ class Gate:
         self.hooks = GateHooks()
         self.steps_per_epoch = steps_per_epoch
         self.no_epochs = ""
-        """Why there are none, as far as is known."""
+        """Why this run has no epochs, as far as is known; "" otherwise."""
         self.phase: Phase | Literal[""] = ""
         """The phase that ended last."""
         self.step_in_progress = 1
@@ -115,9 +115,10 @@ class Gate:
         self.boundary: Boundary = (0, 0)
         """The boundary that was reached last: its step, and its number within the step from 1."""
         self.passed: tuple[Boundary, Phase | Literal[""]] = (self.boundary, "")
-        """The boundary that the thread has left last, and the phase that ended there."""
+        """The last boundary that the thread has left, and the phase that ended there."""
         self.reached_at = 0.0
-        """Its time on the monotonic clock; 0.0 unless `times_boundaries` is set."""
+        """When `boundary` was reached, in seconds on the monotonic clock; 0.0 unless
+        `times_boundaries` is set."""
         self.times_boundaries = False
         self.shared: memoryview | None = None
         """Where another process reads step, boundary, phase and time (`SHARED_FIELDS` int64), if
@@ -139,9 +140,9 @@ class Gate:
         self.break_phases: frozenset[Phase] = frozenset()
         """The phases at whose end breakpoints are evaluated."""
         self.break_steps: frozenset[int] = frozenset()
-        """Steps in which it is known beforehand that it pauses at a breakpoint."""
+        """Steps that are known beforehand to pause at a breakpoint."""
         self.ignores_breakpoints = False
-        """Whether they are not, since steps are being repeated."""
+        """Whether breakpoints are not evaluated, since steps are being repeated."""
         self._scheduled: list[tuple[Sequence[int], Callable[[int], None]]] = []
         self._due: dict[Callable[[int], int], int] = {}
         """Work → the step after which it is due."""
@@ -150,7 +151,8 @@ class Gate:
         self._requests: deque[_QueuedCall] = deque()
         self._waiting = False
         self._pausing = False
-        """About to pause: set before the phase report, and cleared by what lets the thread run."""
+        """Whether the thread is about to pause: set before the phase report, and cleared by any
+        control that lets the thread run."""
         self._ended = False
         self._stopping = False
         self._checkpoint = False
@@ -158,7 +160,7 @@ class Gate:
         self._target: int | None = None
         self._target_is_epoch = False
         self._target_counts = False
-        """Whether it was given as a number of steps from `completed`."""
+        """Whether `_target` was given as a number of steps from `completed`."""
         self._hold: Boundary | None = None
         self._rate: float | None = None
         self._next_step_at = 0.0
@@ -182,17 +184,17 @@ class Gate:
 
     @property
     def current_step(self) -> int:
-        """The step that something belongs to which happens now in the script: within an iteration
-        the one in progress, otherwise the last completed one."""
+        """The step to which an event in the script belongs now: within an iteration the one in
+        progress, otherwise the last completed one."""
         return self.step_in_progress if self.within_step else self.completed
 
     @property
     def pause_requested(self) -> bool:
-        """Running, and about to pause at the next boundary."""
+        """Whether the thread is running and will pause at the next boundary."""
         return not self._waiting and self._boundaries_left > 0
 
     def may_pause_at(self, phase: Phase) -> bool:
-        """Whether it may pause at the next boundary, if that is the end of `phase`."""
+        """Whether the thread may pause at the next boundary, if that is the end of `phase`."""
         return self.armed or phase in self.break_phases
 
     @property
@@ -202,7 +204,7 @@ class Gate:
 
     @property
     def run_to(self) -> int | None:
-        """The step after which it pauses by itself."""
+        """The step after which the thread pauses by itself; None without a target."""
         return self._target
 
     @property
@@ -212,8 +214,8 @@ class Gate:
 
     @property
     def stops_soon(self) -> bool:
-        """Whether it will probably pause within the current step, so that what only a phase report
-        needs should be kept."""
+        """Whether the thread will probably pause within the current step, so that values that only
+        a phase report needs should be kept."""
         if self._boundaries_left > 0 or self._hold is not None:
             return True
         target, step = self._target, self.completed + 1
@@ -221,7 +223,7 @@ class Gate:
 
     @property
     def pauses_next(self) -> bool:
-        """Whether it is to pause at the next boundary, as when it is stepped by phases."""
+        """Whether the thread is to pause at the next boundary, as in stepping by phases."""
         step, number = self.boundary
         following = (step + 1, 1) if self.phase == "step" else (step, number + 1)
         return self._boundaries_left == 1 or (self._hold is not None and self._hold <= following)
@@ -229,14 +231,14 @@ class Gate:
     # ------------------------------------------------------------ controls, for any thread
 
     def pause(self) -> None:
-        """Pause at the next phase boundary; at this one where it is about to pause there."""
+        """Pause at the next phase boundary, or at this one if the thread is about to pause here."""
         with self._control():
             self._target = None
             if not (self._waiting or self._pausing):
                 self._boundaries_left = 1
 
     def resume(self) -> None:
-        """Run freely; forgets any target."""
+        """Run freely and forget any target."""
         with self._control():
             self._target = None
             self._release()
@@ -254,14 +256,14 @@ class Gate:
             self._release()
 
     def step_phase(self) -> None:
-        """Go to the next phase boundary; a further call before it is reached adds one more."""
+        """Run to the next phase boundary; each call before it is reached adds one boundary."""
         with self._control():
             self._target = None
             self._release(boundaries=self._boundaries_left + 1 if not self._waiting else 1)
 
     def pause_at(self, boundary: Boundary) -> None:
         """Pause at the first boundary that does not precede `boundary`. A thread that is paused
-        before it continues up to it. It stops several processes at the same boundary."""
+        before it continues up to it. Several processes are stopped at one boundary in this way."""
         with self._control():
             self._target = None
             if not (self._waiting and self.boundary >= boundary):
@@ -348,7 +350,7 @@ class Gate:
         self._waiting = self._pausing = False
 
     def _rearm(self) -> None:
-        """Called with the condition held."""
+        """Update `armed`. Called with the condition held."""
         self.armed = bool(
             self._boundaries_left
             or self._target is not None
@@ -377,8 +379,8 @@ class Gate:
             self._next_scheduled = min(self._next_scheduled, next_multiple(wanted, self.completed))
 
     def call_when_due(self, work: Callable[[int], int]) -> None:
-        """Like `after_step`, but after the steps that `work` chooses: it returns the next one. The
-        first is the next step that is made."""
+        """Like `after_step`, but after the steps that `work` chooses: it returns the next one. It
+        is called for the first time after the next step."""
         self.due_after(work, self.completed + 1)
 
     def due_after(self, work: Callable[[int], int], step: int) -> None:
@@ -387,16 +389,16 @@ class Gate:
         self._next_scheduled = min(self._next_scheduled, step)
 
     def continue_from(self, step: int) -> None:
-        """The training starts after optimizer step `step`. Steps that were requested before this
-        was known are counted from it."""
+        """The training starts after optimizer step `step`. A number of steps that was requested
+        before this call is counted from `step`."""
         with self._condition:
             if self._target is not None and self._target_counts:
                 self._target += step - self.completed
             self.completed, self.step_in_progress = step, step + 1
 
     def rewind(self, step: int) -> None:
-        """The training is taken to the end of step `step`, by the thread that trains. It is not
-        paused then, and steps and phases that it was to pause after are forgotten."""
+        """The training is taken to the end of step `step`. Called on the training thread, which is
+        not paused afterwards; targets at which it was to pause are forgotten."""
         with self._condition:
             self.completed, self.step_in_progress = step, step + 1
             self.phase, self.boundary = "step", (step, 0)
@@ -436,8 +438,8 @@ class Gate:
 
     def _leave(self, phase: Phase) -> None:
         self.passed = self.boundary, phase
-        # A process that follows rank 0 may have reported the boundary before, and was then to be
-        # held at this one: it reports that it has passed, before it waits for the others.
+        # A process that follows rank 0 may have reported the boundary before this one and been told
+        # since to stop here: it reports that it has passed, before it waits for the others.
         if self.times_boundaries and self.armed:
             self._call_hook(self.hooks.changed)
 
@@ -457,13 +459,13 @@ class Gate:
             self._call_hook(self.hooks.breakpoint_reached or self.pause)
 
     def iteration_skipped(self) -> None:
-        """A GradScaler has skipped the step after the last boundary. Waits there, with the
-        gradients still in place, if a condition of the end of the step is met."""
+        """A GradScaler has skipped the step after the last boundary. Pause there, with the
+        gradients still in place, if a breakpoint at the end of the step is met."""
         phase, step = self.phase, self.step_in_progress
         if self.breakpoints is None or "step" not in self.break_phases or self.ignores_breakpoints:
             return
         if phase == "" or phase == "step" or self._skipped_at == self.boundary:
-            return  # the latter for a further optimizer
+            return  # the last condition: a further optimizer of the same iteration
         self._skipped_at = self.boundary
         if self.breakpoints.skipped(phase, step) and not (self._stopping or self._ended):
             self._call_hook(self.hooks.breakpoint_reached or self.pause)

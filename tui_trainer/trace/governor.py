@@ -48,31 +48,32 @@ class ActiveProbe:
     """Cadence while not watched: the natural one times a power of two."""
     importance: int
     max_stretch: int = LIMITS[-1]
-    """How many times its natural cadence it may be stretched."""
+    """Largest factor by which the natural cadence may be stretched."""
     watched_natural: int = 0
     """Natural cadence while watched; 0: watching makes no difference."""
     watched_every: int = 0
-    """Cadence while watched: its natural one times a power of two."""
+    """Cadence while watched: `watched_natural` times a power of two."""
     watched: bool = False
-    """Whether a viewer watches it and that makes a difference."""
+    """Whether a viewer watches the probe and watching makes a difference."""
     with_clipping: bool = False
-    """Measured at every step at present, whatever the budget, from what clipping computes."""
+    """Whether every step is measured at present, whatever the budget, from norms that clipping
+    computes."""
     cost_ms: float = math.nan
     """Smoothed cost of one measurement."""
     failed: bool = False
-    """Whether it raised an exception and is no longer called."""
+    """Whether the probe raised an exception and is no longer called."""
     readings: list[Readings] = field(default_factory=list)
     spent_s: float = 0.0
     """Time on the training thread in this step."""
     needed: bool = False
-    """A breakpoint reads one of its tables: it measures every step."""
+    """Whether a breakpoint reads one of its tables, so that it measures every step."""
 
     def __post_init__(self) -> None:
         kind = type(self.probe)
         self.hooks = frozenset(
             name for name in STEP_HOOKS if getattr(kind, name) is not getattr(Probe, name)
         )
-        """Hooks that it implements: the others need not be called."""
+        """Hooks that the probe implements; the others need not be called."""
         self.rows = self.probe.rows
         self.owns_readings = kind.owns_readings
 
@@ -95,7 +96,7 @@ class ActiveProbe:
 
     @property
     def longest(self) -> int:
-        """The longest cadence that it may have now."""
+        """The longest cadence that the probe may have now."""
         return self.unstretched * (WATCHED_LIMIT if self.watched else self.max_stretch)
 
     def mean_ms(self, every: int | None = None) -> float:
@@ -119,13 +120,13 @@ whole window has been spent."""
 WARM_UP = 5
 """First steps, which are slow in every way and do not count."""
 MIN_ROOM = 0.1
-"""Share of the budget for what can be stretched, even where the rest exceeds it by itself (very
-short steps): something is always measured."""
+"""Share of the budget for probes that can be stretched, even where fixed costs alone exceed the
+budget (very short steps), so that something is always measured."""
 RESTORE_BELOW = 0.7
 """A cadence is restored only where the prediction stays below this share of the room, so that
 cadences do not oscillate."""
 MIN_MEASUREMENTS = 4
-"""Among the steps so far, of probes that are wanted often in short runs."""
+"""Measurements among the steps so far that a probe with `often_in_short_runs` keeps."""
 
 OnChange = Callable[[Sequence[ActiveProbe], str, Level], None]
 """Called with the probes whose cadence has changed, a sentence for the log and its level."""
@@ -143,10 +144,10 @@ class Governor:
         self._steps = 0
         self._step_ms: deque[float] = deque(maxlen=WINDOW)
         self._fixed_ms: deque[float] = deque(maxlen=WINDOW)
-        """Cost of what cannot be stretched, of the last steps."""
+        """Cost of what cannot be stretched, in each of the last steps."""
         self._since_decision = 0
         self._spent_ms = 0.0
-        """Cost of everything else since the last decision."""
+        """Cost of the probes that can be stretched, since the last decision."""
         self._watched: tuple[ActiveProbe, ...] = ()
         self._before_watching: dict[ActiveProbe, int] = {}
         """Cadences from before anything was watched."""
@@ -273,8 +274,8 @@ class Governor:
                     return
 
     def _report_if_exceeded(self, fixed: float, rest: float, step_ms: float) -> None:
-        """Report it once, after two windows over budget, and again only after the budget was
-        kept."""
+        """Report an exceeded budget once, after two windows over it, and again only after the
+        budget was kept."""
         allowed, share = self.budget * step_ms, (fixed + rest) / step_ms
         if fixed + rest <= allowed:
             self._windows_over = 0
@@ -294,8 +295,8 @@ class Governor:
         self._on_change((), text, "info")
 
     def _follow_watching(self, probes: Sequence[ActiveProbe]) -> bool:
-        """Report what is watched now or no longer. When nothing is watched, cadences that were
-        stretched for watched probes are restored. Returns whether a cadence changed."""
+        """Report probes that are watched now or no longer. When none is watched, restore cadences
+        that were stretched for watched probes. Returns whether a cadence changed."""
         watched = tuple(filter(_IS_WATCHED, probes))
         if watched == self._watched:
             return False

@@ -1,8 +1,8 @@
 """Finds the models that a training loop calls, and observes each of their calls and, where wanted,
 the calls of the modules inside.
 
-While a model is searched, `torch.nn.Module.__call__` is replaced: the outermost module called that
-has trainable parameters is a root. From then on only `__call__` of the root's own class is
+While a model is searched for, `torch.nn.Module.__call__` is replaced: the outermost called module
+that has trainable parameters is a root. From then on only `__call__` of the root's own class is
 replaced, so that sub-modules cost nothing and torch.compile sees no hook: global module hooks cost
 2 to 3 µs for every sub-module call, and compiled graphs guard on them. A class attribute is neither
 pickled nor copied with a model.
@@ -34,8 +34,9 @@ from tui_trainer.trace.torch_private import (
 _ABSENT = object()
 _DEPENDS_ON_MODE: weakref.WeakKeyDictionary[torch.nn.Module, bool] = weakref.WeakKeyDictionary()
 MAX_TENSORS = 4
-"""Tensors that are looked at of a module's arguments or result."""
+"""Maximum number of tensors that are read from a module's arguments or result."""
 MAX_DEPTH = 2
+"""Maximum depth of nested lists, tuples and dictionaries in which tensors are found."""
 
 
 class Patches:
@@ -54,7 +55,8 @@ class Patches:
     def restore(self, owner: Any = None, name: str = "") -> None:
         """Restore everything, or only `owner.name`.
 
-        What was replaced again by someone else is left alone; our function is inert inside it.
+        An attribute that someone else has replaced since is left alone: our function is inert
+        inside theirs.
         """
         for entry in reversed(self._replaced[:]):
             entry_owner, entry_name, found, ours = entry
@@ -107,12 +109,12 @@ class RootModules:
         """What is called in place of each call of a root."""
         self.called_without_gradients: Callable[[tuple[Any, ...]], None] = _ignore
         """Called with the arguments of each outermost call without gradients of a model that could
-        be a root, while the first one is searched."""
+        be a root, while the first root is searched for."""
         self._known: dict[int, weakref.ref[torch.nn.Module]] = {}
         self._classes: set[type] = set()
         self._searching = False
         self._within_call = False
-        """Whether such a call is open."""
+        """Whether a call that was given to `called_without_gradients` is open."""
 
     @property
     def modules(self) -> list[torch.nn.Module]:
@@ -235,7 +237,7 @@ OnReturn = Callable[[torch.nn.Module, Any], None]
 
 
 class SubmoduleCalls:
-    """Reports every call of a module below the root on the thread that began."""
+    """Reports every call of a module inside a root, on the thread that called `begin`."""
 
     def __init__(self, called: OnCall, returned: OnReturn) -> None:
         """Both are called on the training thread; neither may change anything."""
@@ -244,13 +246,13 @@ class SubmoduleCalls:
         self.thread = 0
         """Identity of the thread whose calls are reported."""
         self.fault: Exception | None = None
-        """What a callback raised: the rest of the forward is not observed."""
+        """The exception of a callback, after which the rest of the forward is not observed."""
         self.left_out: torch.nn.Module | None = None
-        """The model whose call had begun before it was observed."""
+        """The model whose call was under way at `begin` and is not reported."""
 
     def begin(self, root: torch.nn.Module, under_way: bool = False) -> bool:
-        """The forward of `root` begins; False where it cannot be observed. `under_way`: it has been
-        called already, and this call is not reported."""
+        """Observe the forward of `root`, which begins; False where it cannot be observed. With
+        `under_way` the call of `root` has begun already and is not reported."""
         if any(is_compiled(module) for module in root.modules()):
             return False
         self.fault, self.thread = None, get_ident()
@@ -265,7 +267,7 @@ class SubmoduleCalls:
 
 
 class _Replacement:
-    """The function in place of torch's, one for all that observe calls."""
+    """Replaces the function that calls modules by a single one of ours, for all observers."""
 
     def __init__(self) -> None:
         self._observers: tuple[SubmoduleCalls, ...] = ()

@@ -40,11 +40,11 @@ from tui_trainer.trace.torch_private import (
 )
 
 MAX_SEARCHES = 10
-"""Losses that are not finite whose graphs are searched, in a run."""
+"""Maximum number of non-finite losses of a run whose graphs are searched."""
 MAX_NODES = 20_000
-"""Nodes of a graph that are looked at."""
+"""Maximum number of nodes that are visited in a graph."""
 RESULTS = ("result", "output", "result0", "result1")
-"""Under which names a node saves what it returned; every other tensor is an input."""
+"""Names under which a node saves its results; every other saved tensor is an input."""
 SKIPPED = ("mask", "weight_mask", "rng_state", "indices", "index", "total_weight")
 PASSING = frozenset(
     (
@@ -86,7 +86,7 @@ class _OriginSearch:
         self._inputs_bad: dict[Any, bool | None] = {}
 
     def run(self) -> Origin | None:
-        """Post-order, so that the node deepest on the side of the input is found first."""
+        """Search in post-order, so that the node nearest to the inputs is found first."""
         seen: set[Any] = set()
         stack: list[tuple[Any, bool]] = [(self._root, False)]
         while stack and len(seen) < MAX_NODES:
@@ -164,14 +164,15 @@ class _OriginSearch:
 
 
 def _is_finite(tensor: torch.Tensor) -> bool | None:
-    """None for what has no such values, or none that can be read at once."""
+    """Whether all elements are finite; None for integers, and on a device, where reading waits."""
     if not (tensor.is_floating_point() or tensor.is_complex()) or not tensor.is_cpu:
         return None
     return bool(torch.isfinite(tensor).all())
 
 
 def _computed(name: str, inputs: dict[str, torch.Tensor], node: Any) -> bool | None:
-    """Whether the result of some simple operations is finite, from the inputs that they saved."""
+    """Whether the result of a simple operation is finite, judged from its saved inputs; None where
+    that is unknown."""
     x, other = inputs.get("self"), inputs.get("other")
     if name == "Div" and x is None and other is not None and other.is_cpu:
         return None if bool((other != 0).all()) else False
@@ -193,11 +194,11 @@ def _computed(name: str, inputs: dict[str, torch.Tensor], node: Any) -> bool | N
 # ---------------------------------------------------------------- between the model and the loss
 
 MAX_OUTSIDE = 64
-"""Nodes between a loss and the model that are looked at."""
+"""Maximum number of nodes that are visited between a loss and the model."""
 MAX_WATCHED = 24
-"""Those of them whose gradients are kept."""
+"""Maximum number of these nodes whose gradients are kept."""
 MAX_KEPT = 1 << 20
-"""Numbers in the gradients that are kept."""
+"""Maximum number of elements in all gradients that are kept."""
 FINITE_BACKWARD = PASSING | {
     *("AccumulateGrad", "Add", "Sub", "Mul", "Sum", "Mean", "Dot", "Mv", "Mm", "Bmm", "Addmm"),
     *("MseLoss", "SmoothL1Loss", "HuberLoss", "BinaryCrossEntropyWithLogits", "Rsub"),
@@ -213,33 +214,37 @@ NEVER_OVERFLOWING = frozenset(
         *("Cat", "Stack", "Where", "MaskedFill"),
     )
 )
-"""Those of them whose backward only moves, divides or drops gradients."""
+"""Operations of `FINITE_BACKWARD` whose backward only moves, divides or drops gradients."""
 FIRST_SEARCHES = 4
-"""Passes through losses of one form whose graphs are searched, and …"""
+"""Number of first passes through losses of one form whose graphs are searched …"""
 SEARCH_EVERY = 64
-"""… of the later ones each such. In between the operations are where they were found."""
+"""… and the number of passes from one later search to the next. In between, operations are looked
+up where they were found."""
 MAX_FORMS = 16
 MAX_CHILDREN = 8
-"""Of a node, as far as they tell the form of a loss."""
+"""Maximum number of children of a node that count for the form of a loss."""
 
 _Path = tuple[int, ...]
-"""From a node to one of those before it: indices into `next_functions`."""
+"""The way from a node to one on the side of the inputs: indices into `next_functions`."""
 
 
 @dataclass(slots=True)
 class _LossForm:
-    """Losses with the same last operations, which come from the same line as a rule."""
+    """Losses with the same last operations, which usually come from the same line of a script."""
 
     passes: int = 0
     suspects: tuple[tuple[_Path, type, str], ...] = ()
-    """Where the operations are that are watched, their types and their names."""
+    """(path from the loss, type, name) of each operation that is watched."""
 
 
 class LossOperations:
-    """Keeps the gradients of the operations between the model and the loss until it is known that
-    those of the parameters are finite. Of these operations the graph is gone after backward, and
-    running the model again does not run them. Nothing is computed, and of compiled code, whose
-    backward may be compiled too, nothing is kept."""
+    """Keeps the gradients of the operations between the model and the loss until the gradients of
+    the parameters are known to be finite.
+
+    After backward the graph of these operations is gone, and running the model again does not run
+    them. Nothing is computed. Where compiled code exists, whose backward may be compiled too,
+    nothing is kept.
+    """
 
     def __init__(self) -> None:
         self._since: int | None = None
@@ -257,7 +262,7 @@ class LossOperations:
         """Backward of a finite loss begins."""
         try:
             self._watch(loss)
-        except Exception:  # of a node that is unlike torch's own
+        except Exception:  # raised by a node that is unlike PyTorch's own
             self.backward_ended()
 
     def _watch(self, loss: torch.Tensor) -> None:
@@ -291,7 +296,7 @@ class LossOperations:
         return [(node, operation) for _, node, operation in found]
 
     def _search(self, root: Any, *, half: bool) -> list[tuple[_Path, Any, str]]:
-        """The operations, and where they are. `half`: gradients are of float16."""
+        """(path, node, name) of each operation to watch. `half`: gradients are in float16."""
         assert self._since is not None
         found: list[tuple[_Path, Any, str]] = []
         waiting: list[tuple[_Path, Any]] = [((), root)]
@@ -322,7 +327,7 @@ class LossOperations:
                 if size <= self._room:
                     self._room -= size
                     self._kept.append((operation, results, given))
-            except Exception:  # would end the script's backward
+            except Exception:  # it would end the script's backward
                 self._kept, self._room = [], 0
 
         return keep
@@ -333,11 +338,11 @@ class LossOperations:
         self._handles = []
 
     def origin(self) -> str:
-        """The operation whose backward was given finite gradients and made others; "" where it is
-        none of these."""
-        with contextlib.suppress(Exception):  # such as a layout that cannot be compared
+        """The operation whose backward made non-finite gradients of finite ones; "" where no kept
+        operation did."""
+        with contextlib.suppress(Exception):  # such as a layout without `isfinite`
             for operation, results, given in self._kept:
-                if _any_wrong(results) and not _any_wrong(given):
+                if _any_nonfinite(results) and not _any_nonfinite(given):
                     return operation
         return ""
 
@@ -347,7 +352,7 @@ class LossOperations:
 
 
 def _form(root: Any) -> tuple[type, ...]:
-    """Types of the last operations of a loss: a term that is added to it is one of them."""
+    """Types of the last operations of a loss. A term that is added to the loss changes them."""
     kinds = [type(root)]
     for child, _ in root.next_functions[:MAX_CHILDREN]:
         if child is not None:
@@ -367,9 +372,9 @@ def _follow(root: Any, path: _Path) -> Any | None:
 
 
 def _is_plain_power(node: Any) -> bool:
-    """Such as a square, whose slope is finite everywhere."""
-    # PowBackward1 and 2, which are called so too, save the exponent as a tensor: reading it would
-    # run the hooks that unpack saved tensors.
+    """Whether `node` is a power with an exponent of 1 or more, whose slope is finite everywhere."""
+    # PowBackward1 and PowBackward2 save the exponent as a tensor: reading it would run the hooks
+    # that unpack saved tensors.
     if node.name() != "PowBackward0" or not has_saved(node, "exponent"):
         return False
     exponent = saved(node, "exponent")
@@ -377,12 +382,12 @@ def _is_plain_power(node: Any) -> bool:
 
 
 def _converts_float16(node: Any) -> bool:
-    """Whether a conversion to another dtype was given float16, and its gradient is in float16."""
+    """Whether a conversion of dtype has a float16 input, so that its input gradient is float16."""
     before = next((each for each, _ in node.next_functions if each is not None), None)
     return before is not None and result_of(before)[1] is torch.float16
 
 
-def _any_wrong(gradients: Sequence[torch.Tensor | None]) -> bool:
+def _any_nonfinite(gradients: Sequence[torch.Tensor | None]) -> bool:
     return any(each is not None and _is_finite(each) is False for each in gradients)
 
 
@@ -467,7 +472,7 @@ class NonFiniteOrigins:
         return named
 
     def before_step(self, measurer: _Measurer, norms: Readings | None) -> None:
-        """The gradients with these norms are about to be used: what made them not finite."""
+        """Find what made the gradients with these norms non-finite, before they are used."""
         usual = measurer.float32_exact and not measurer.changed_by_hand  # then each is finite
         if measurer.passes and not usual:
             known = [norm for norm in norms or () if isinstance(norm, float)]
@@ -517,8 +522,9 @@ class NonFiniteOrigins:
         return name, None
 
     def _place_of(self, operation: str, inside: bool = True) -> str:
-        """The only line of the loop, or of the forward of a module, that computes it; if it is not
-        `inside` of a model, of the loop or of a function that the loop calls."""
+        """The only line that computes `operation`: of the loop or of the forward of a module; for
+        one that is not `inside` a model, of the loop or of a function that the loop calls. "" where
+        no line or several may."""
         frame = next(script_frames(), None)
         places = {place_in_frame(operation, frame)} if frame is not None else set()
         kinds = {type(module): module for root in self._roots.modules for module in root.modules()}
@@ -528,7 +534,7 @@ class NonFiniteOrigins:
             places |= places_in_called(operation, frame)
         places.discard("")
         if not places and frame is not None:
-            # A module without parameters, not in the model, if no other line of the file may be it.
+            # A module outside the models, such as a loss module, if no other line may compute it.
             outside = {
                 type(m): m for root in objects_of_script(torch.nn.Module) for m in root.modules()
             }

@@ -23,10 +23,10 @@ SAFE_SQUARE = 1e-250
 
 
 def clip_scale(kind: ClipKind, max_norm: float, before: float, after: float) -> float:
-    """What a clipping multiplied the gradients by.
+    """The factor by which a clipping scaled the gradients.
 
-    By norm PyTorch's own formula, min(1, max_norm / (norm + 1e-6)); by value and by hand the norm
-    after over the norm before. nan where a norm is, absent where one is.
+    For clipping by norm it is PyTorch's formula, min(1, max_norm / (norm + 1e-6)); by value and by
+    hand, the norm after divided by the norm before. nan or absent where a norm is.
     """
     if math.isnan(before):
         return before
@@ -38,8 +38,8 @@ def clip_scale(kind: ClipKind, max_norm: float, before: float, after: float) -> 
 class Norms:
     """Norms of a fixed number of tensors, some of which may be missing at times.
 
-    On the CPU Σx² by BLAS, which takes half the time of `_foreach_norm`, and once more in float64
-    where the sum is out of range; elsewhere one foreach norm that accumulates in float64.
+    On the CPU, BLAS computes Σx², which takes half the time of `_foreach_norm`; sums out of range
+    are computed again in float64. Elsewhere one foreach norm accumulates in float64.
     """
 
     def __init__(self, like: Sequence[torch.Tensor], device: torch.device) -> None:
@@ -51,7 +51,7 @@ class Norms:
         self._flat: list[torch.Tensor] = []
 
     def read(self, tensors: Sequence[torch.Tensor | None]) -> list[Reading]:
-        """One for each: a float on the CPU, else a 0-d tensor. 0 for a missing one."""
+        """The norm of each tensor: a float on the CPU, else a 0-d tensor; 0 for a missing one."""
         if self._sharded:
             tensors = [None if t is None else local(t) for t in tensors]
         if not self._on_host:
@@ -162,7 +162,7 @@ def total_of(
 
 
 def _placed(norms: Sequence[Reading]) -> Iterator[tuple[int, Reading]]:
-    """Each with the position of its (first) value."""
+    """Each norm, or tensor of norms, with the position of its (first) value."""
     place = 0
     for norm in norms:
         yield place, norm
@@ -176,8 +176,8 @@ def norms_before(
     limit: Any,
     total: Any,
 ) -> Readings:
-    """Norms before a clipping that, unexpectedly, did not compute all of them: the norm of what it
-    clipped is divided by the factor of PyTorch's own formula."""
+    """Norms before a clipping that, unexpectedly, did not compute all of them: the norm of a
+    clipped gradient is divided by the factor of PyTorch's formula."""
     given = [clipped] if isinstance(clipped, torch.Tensor) else clipped
     scaled = {id(local(p.grad)) for p in given if p.grad is not None}
     factor: torch.Tensor | None = None
@@ -253,8 +253,8 @@ def equal(before: Readings | None, after: Readings) -> bool:
 def norms_from_after(
     norms: Sequence[float], after: Readings, factors: Sequence[float]
 ) -> list[float]:
-    """Norms before a clipping, where those in float32 may have lost digits computed from the norms
-    `after` it and the factors by which it scaled."""
+    """Norms before a clipping. Where float32 may have lost digits, they are computed from the norms
+    `after` the clipping and the factors by which it scaled."""
     low, high = EXACT_IN_FLOAT32
     return [
         then / factor if not low < norm < high and isinstance(then, float) and factor > 0 else norm
@@ -263,7 +263,7 @@ def norms_from_after(
 
 
 def exact_in_float32(norms: Sequence[float]) -> bool:
-    """Whether float32 sums of squares of such gradients are exact."""
+    """Whether float32 sums of squares of gradients with these norms are exact."""
     low, high = EXACT_IN_FLOAT32
     usual = bool(norms) and low < min(norms) and max(norms) < high
     if not usual or math.isnan(sum(norms)):  # `min` and `max` may pass over a nan

@@ -27,7 +27,7 @@ class HostClock:
         self.current = TRACING
         self._since = perf_counter()
         self._gap = (OTHER, 0.0)
-        """What the time before the open phase was counted as, and how long it was."""
+        """(column, seconds) of the time before the open phase."""
         self.gap_began = self._since
         """When the time before the open phase began."""
 
@@ -41,7 +41,8 @@ class HostClock:
         return now
 
     def end_gap(self) -> float:
-        """A phase is open, which our own preparations precede; returns the present time."""
+        """A phase is open: close the gap before it and count our preparations for it as `tracing`;
+        returns the present time."""
         now = perf_counter()
         self._gap = (self.current, now - self._since)
         self.gap_began = self._since
@@ -62,7 +63,7 @@ class HostClock:
         self._gap = (phase, 0.0)
 
     def discount(self, seconds: float) -> None:
-        """Leave this much of our own time out of the step: the gate's, and excluded work."""
+        """Leave `seconds` in the gate or in excluded work out of the time of `tracing`."""
         self._totals[TRACING] -= seconds
 
     def total_ms(self, phase: int) -> float:
@@ -87,7 +88,7 @@ class HostClock:
         return lambda: times
 
     def take_phase(self, phase: int) -> PhaseTimes:
-        """The time of one phase, which is not this step's."""
+        """Take the time of one phase out of this step, to which it does not belong."""
         times = [0.0] * COLUMNS
         times[phase] = self._totals[phase] * 1e3
         self._totals[phase] = 0.0
@@ -127,7 +128,8 @@ class CudaClock:
         self.current = phase
 
     def end_gap(self) -> float:
-        """A phase is open: it ends the gap when its own time begins."""
+        """A phase is open: the gap ends when the time of the phase begins. Returns the present
+        time."""
         return perf_counter()
 
     def relabel_gap(self, phase: int) -> None:
@@ -151,7 +153,7 @@ class CudaClock:
 
     @property
     def gap_began(self) -> float:
-        """It is not timed on the host: the present time."""
+        """The present time: gaps are not timed on the host."""
         return perf_counter()
 
     def mark(self) -> int:
@@ -164,7 +166,7 @@ class CudaClock:
         return self._reader(spans, [])
 
     def take_phase(self, phase: int) -> PhaseTimes:
-        """The time of one phase, which is not this step's."""
+        """Take the time of one phase out of this step, to which it does not belong."""
         spans = [span for span in self._spans if span[0] == phase]
         self._spans = [span for span in self._spans if span[0] != phase]
         return self._reader(spans, [])
