@@ -1,4 +1,4 @@
-"""The optimizers of a run: finds and names them, and gives each a measurer."""
+"""Finds and names the optimizers of a run, and creates a measurer for each."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from tui_trainer.trace.torch_private import is_sharded
 
 Optimizer = torch.optim.Optimizer
 RECOUNT_EVERY = 200
-"""Steps between two counts of a model's parameters: some ways to add a layer are not announced."""
+"""Steps between two counts of a model's parameters: some ways to add a layer call no hook."""
 NEVER_STEPPED = (
     "the script never calls step() of its optimizer ({}): its own changes of the weights, if there "
     "are any, are the steps"
 )
 WATCHED_UNSTEPPED = 16
-"""Parameters that are compared until an optimizer first steps, to see whether the script updates
-them by itself."""
-INNER = ("optimizer", "_optimizer", "optim", "base_optimizer", "_base_optimizer")
-"""Attributes under which a wrapper has the optimizer that it wraps (accelerate, Lightning, SAM,
-…)."""
+"""Number of parameters that are compared until an optimizer first steps, to see whether the script
+updates them by itself."""
+INNER_ATTRIBUTES = ("optimizer", "_optimizer", "optim", "base_optimizer", "_base_optimizer")
+"""Attributes in which a wrapper keeps its inner optimizer (Accelerate, Lightning, SAM, …)."""
 
 
 def inner_optimizer(optimizer: Optimizer) -> Optimizer | None:
-    """The optimizer that this one wraps."""
+    """The optimizer that `optimizer` wraps; None without one."""
     held = vars(optimizer)
-    return next((i for name in INNER if isinstance(i := held.get(name), Optimizer)), None)
+    found = (held.get(name) for name in INNER_ATTRIBUTES)
+    return next((inner for inner in found if isinstance(inner, Optimizer)), None)
 
 
 def unwrapped_optimizer(optimizer: Optimizer) -> Optimizer:
@@ -84,12 +84,12 @@ class _Entry:
 
 
 def group_sizes(optimizer: Optimizer) -> tuple[int, ...]:
-    """Number of parameters in each group: changes when a group is added."""
+    """Number of parameters in each group, which changes when one is added."""
     return tuple([len(group["params"]) for group in optimizer.param_groups])
 
 
 class OptimizerRegistry:
-    """Optimizers by identity. An optimizer that is freed takes its measurer with it."""
+    """The optimizers of a run by identity. The measurer of a freed optimizer is dropped."""
 
     def __init__(
         self,
@@ -107,11 +107,11 @@ class OptimizerRegistry:
         self.measurers: tuple[StepMeasurer, ...] = ()
         """Measurers of the optimizers that are alive, in order of registration."""
         self._created: list[weakref.ref[Optimizer]] = []
-        """Optimizers that exist and are not registered: they may never be used."""
+        """Optimizers that exist and are not registered, since they may never be used."""
         self._pending: list[weakref.ref[Optimizer]] = []
         """Optimizers that are used and not registered yet."""
         self._searched = False
-        """Whether optimizers from before the tracer was attached were looked for."""
+        """Whether optimizers that are older than the tracer were searched for."""
         self._structure = 0
         """Raised when a module of a model, or the set of optimizers, has changed."""
         self._modules: set[int] = set()
@@ -124,9 +124,9 @@ class OptimizerRegistry:
         self._phases_unseen: dict[str, str] = {}
         self._loop_unseen: dict[str, str] = {}
         self._steppable: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
-        """Whether the script may ever call `step`, of the optimizers for which it was asked."""
+        """Optimizer → whether the script may ever call its `step`, where that was determined."""
         self._set_aside: OptimizerSlot | None = None
-        """That of an optimizer that turned out never to step."""
+        """The slot of an optimizer that has turned out never to step."""
         self._by_hand: HandUpdates | None = None
         self.by_hand: StepMeasurer | None = None
         """The measurer of a script that updates its weights by itself."""
@@ -137,7 +137,7 @@ class OptimizerRegistry:
         return self._names
 
     def existing(self) -> list[tuple[str, Optimizer]]:
-        """(name, optimizer) of all that are alive, registered or not, without their wrappers."""
+        """(name, optimizer) of all live optimizers, registered or not, without their wrappers."""
         slots = {id(ref()): entry.measurer.slot.name for ref, entry in self._entries.values()}
         optimizers = [each for each in self._optimizers() if isinstance(each, Optimizer)]
         found = {id(each): each for each in map(unwrapped_optimizer, optimizers)}
@@ -161,8 +161,8 @@ class OptimizerRegistry:
             self._search_roots(id(p) for group in optimizer.param_groups for p in group["params"])
 
     def refresh(self) -> None:
-        """Before a forward: register what is pending, and follow optimizers that were given
-        parameters and models that were given layers."""
+        """Before a forward, register pending optimizers, and register again those that were given
+        parameters or whose models were given layers."""
         if not self._entries and not self._pending:
             self._register_only_one()
         if self._pending:
@@ -181,8 +181,9 @@ class OptimizerRegistry:
                 self._register(optimizer, entry)
 
     def _register_only_one(self) -> None:
-        """Before the first forward of a loop that does not begin with `zero_grad`: what its only
-        optimizer is for is known already. Several are numbered in the order of their use."""
+        """Register the only optimizer before the first forward of a loop that does not begin with
+        `zero_grad`. Several optimizers have to wait: they are numbered in the order of their use.
+        """
         created = {id(each): each for each in map(unwrapped_optimizer, self._optimizers())}
         if len(created) != 1:
             return
@@ -194,8 +195,7 @@ class OptimizerRegistry:
             self.measurer_for(optimizer)
 
     def register_reached(self) -> list[StepMeasurer]:
-        """After a backward that reached no registered optimizer, or perhaps further ones: register
-        the existing optimizers whose parameters have a gradient now."""
+        """After a backward, register the existing optimizers whose parameters have a gradient."""
         found = []
         if not (self._searched or self._created or self._entries):
             self._searched = True
@@ -213,15 +213,15 @@ class OptimizerRegistry:
         return found
 
     def _is_used(self, optimizer: Optimizer) -> bool:
-        """Whether the script may call `step`: it may construct an optimizer, call its `zero_grad`
-        and yet update the weights by itself."""
+        """Whether the script may call the `step` of `optimizer`. A script may construct one, call
+        its `zero_grad`, and yet update the weights by itself."""
         known = self._steppable.get(optimizer)
         if known is None:
             known = self._steppable[optimizer] = may_be_stepped(optimizer)
         return known
 
     def set_aside(self, measurer: StepMeasurer) -> None:
-        """The optimizer of `measurer` never steps, while its weights change."""
+        """Drop the optimizer of `measurer`, which never steps although its weights change."""
         optimizer = self.optimizer_of(measurer)
         if optimizer is not None and not any(each.has_stepped for each in self.measurers):
             self._steppable[optimizer] = False
@@ -230,12 +230,12 @@ class OptimizerRegistry:
             self.add_created(optimizer)
 
     def measurers_of(self, parameters: Any) -> list[StepMeasurer]:
-        """The measurers of the optimizers that update any of these."""
+        """The measurers of the optimizers that update any of `parameters`."""
         given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
         return [m for m in self.measurers if not m.tracked.ids.keys().isdisjoint(map(id, given))]
 
     def optimizer_of(self, measurer: StepMeasurer) -> Optimizer | None:
-        """None also for updates by hand."""
+        """The optimizer of `measurer`; None if it was freed, and for updates by hand."""
         for reference, entry in self._entries.values():
             if entry.measurer is measurer:
                 found = reference()
@@ -243,8 +243,8 @@ class OptimizerRegistry:
         return None
 
     def measure_hand_updates(self, wanted: Sequence[torch.Tensor] = ()) -> StepMeasurer | None:
-        """For a script without an optimizer that steps: measure the parameters of the models that
-        it calls; None where none of them has a gradient or is `wanted`."""
+        """For a script without an optimizer that steps, measure the parameters of the models that
+        it calls. None where no parameter has a gradient or is `wanted`."""
         if self._any_unregistered():
             return None
         ids = {id(p) for p in wanted}
@@ -271,8 +271,8 @@ class OptimizerRegistry:
                     self.measurer_for(whole)
 
     def stepping(self, optimizer: Optimizer, replacing: Callable[[], None]) -> StepMeasurer:
-        """The measurer of an optimizer, or of the one that it wraps, whose step begins.
-        `replacing` is called before a new one takes the place of a former one."""
+        """The measurer of `optimizer`, or of the one that it wraps, whose step begins. `replacing`
+        is called before a new measurer takes the place of a former one."""
         known = self._entries.get(id(optimizer))
         if known is None or known[0]() is not optimizer:
             optimizer = unwrapped_optimizer(optimizer)
@@ -286,8 +286,8 @@ class OptimizerRegistry:
         return self._register(optimizer, entry)
 
     def measurer_for(self, optimizer: Optimizer) -> StepMeasurer:
-        """The measurer of this optimizer. A new one is made on its first appearance, and when the
-        parameters that are measured with it have changed."""
+        """The measurer of `optimizer`. A new one is created when the optimizer is first seen, and
+        when the set of parameters that are measured with it has changed."""
         known = self._entries.get(id(optimizer))
         if known is None or known[0]() is not optimizer:
             return self._register(optimizer, None)
@@ -314,7 +314,7 @@ class OptimizerRegistry:
         return next((m for m in self.measurers if id(parameter) in m.tracked.ids), None)
 
     def search_further_roots(self) -> None:
-        """A script without an optimizer may call several models."""
+        """Search for further models if no optimizer exists: such a script may call several."""
         if not self._entries and not self._any_unregistered():
             self._roots.search()
 
@@ -324,7 +324,7 @@ class OptimizerRegistry:
         return any(o is not None and self._is_used(unwrapped_optimizer(o)) for o in optimizers)
 
     def _search_roots(self, trained: Iterable[int]) -> None:
-        """Look for another model if no known one holds all of these parameters (identities)."""
+        """Search for another model if no known one has all parameters with the ids `trained`."""
         rooted = {id(p) for root in self._roots.modules for p in root.parameters()}
         if any(key not in rooted for key in trained):
             self._roots.search()
@@ -390,14 +390,14 @@ class OptimizerRegistry:
         if entry is not None and before is not None:
             measurer.weights = before.weights and WeightWatch(tracked.parameters)
         elif isinstance(optimizer, Optimizer) and self._by_hand is not None:
-            self._forget(id(self._by_hand))  # there is an optimizer after all
+            self._forget(id(self._by_hand))  # the script has an optimizer after all
             self._by_hand = None
         if entry is None and isinstance(optimizer, Optimizer):
             own = tracked.parameters[: tracked.own]
             measurer.unstepped = WeightWatch(own[:: -(-len(own) // WATCHED_UNSTEPPED) or 1])
             measurer.unstepped.remember()
         if entry is None:
-            self._structure += bool(self._entries)  # no other measurer has its parameters now
+            self._structure += bool(self._entries)  # other measurers must drop its parameters
             self._created = [r for r in self._created if r() is not optimizer]
         reference = weakref.ref(optimizer, lambda _: self._forget(key))
         self._entries[key] = (reference, _Entry(optimizer, measurer, self._structure))
@@ -406,8 +406,8 @@ class OptimizerRegistry:
         return measurer
 
     def _waiting_by_hand(self, optimizer: Optimizer) -> StepMeasurer | None:
-        """What was measured for updates by the script itself, before it was seen to use this
-        optimizer after all."""
+        """The measurer of updates by hand, if nothing has stepped before the script turned out to
+        use `optimizer`; it is handed over."""
         before = self.by_hand
         if before is None or before.has_stepped or not isinstance(optimizer, Optimizer):
             return None
@@ -415,7 +415,7 @@ class OptimizerRegistry:
         return before
 
     def _hand_over(self, slot: OptimizerSlot, optimizer: Optimizer) -> None:
-        """Give a slot in which nothing has stepped yet to another optimizer."""
+        """Give `slot`, in which nothing has stepped yet, to `optimizer`."""
         others = {each.name for each in self._slots if each is not slot}
         for position, info in enumerate(self._infos):
             if info.optimizer == slot.name:
@@ -425,13 +425,13 @@ class OptimizerRegistry:
         slot.occupy(optimizer)
 
     def _forget(self, key: int) -> None:
-        """An optimizer is gone, and its measurer with it."""
+        """Drop the measurer of a freed optimizer."""
         self._entries.pop(key, None)
         self._list_measurers()
 
     def _list_measurers(self) -> None:
         while True:
-            # A copy first: another optimizer may be freed meanwhile, on any thread.
+            # Copied, since another optimizer may be freed meanwhile, on any thread.
             entries = list(self._entries.values())
             self.measurers = tuple(entry.measurer for _, entry in entries)
             if len(entries) == len(self._entries):
@@ -440,15 +440,15 @@ class OptimizerRegistry:
         self.by_hand = None if known is None else known[1].measurer
 
     def _other_modules(self) -> list[torch.nn.Module]:
-        """Modules that may own parameters of models that are not called."""
+        """Modules that may own parameters that no called model has."""
         built = [
             module for module in (r() for r in list(self._built.values())) if module is not None
         ]
         return built + objects_of_script(torch.nn.Module)
 
     def _held(self, optimizer: Optimizer, slot: OptimizerSlot) -> set[int]:
-        """Identities of the parameters that other optimizers have, or that are measured with
-        another one already."""
+        """Identities of the parameters that other optimizers have, or that are already measured
+        with another optimizer."""
         held = {id(p) for other in self._optimizers() for p in parameters_of(other)}
         for measurer in self.measurers:
             if measurer.slot is not slot:
@@ -456,7 +456,7 @@ class OptimizerRegistry:
         return held - {id(p) for p in parameters_of(optimizer)}
 
     def _measured_names(self) -> dict[int, str]:
-        """id(parameter) → name, of all that is measured."""
+        """id(parameter) → name of every measured parameter."""
         tracked = [measurer.tracked for measurer in self.measurers]
         return {id(p): name for t in tracked for name, p in zip(t.names, t.parameters, strict=True)}
 
@@ -487,7 +487,7 @@ class OptimizerRegistry:
         return slot
 
     def _new_name(self, optimizer: Optimizer, names: Container[str]) -> str:
-        """A name that is not among `names`."""
+        """A name for `optimizer` that is not among `names`."""
         base = class_name(optimizer)
         real = [each for each in self._optimizers() if isinstance(each, Optimizer)]
         others = {id(unwrapped_optimizer(each)) for each in real} - {id(optimizer)}
@@ -500,7 +500,7 @@ class OptimizerRegistry:
         return name
 
     def _take_over(self, optimizer: Optimizer) -> OptimizerSlot | None:
-        """The slot of an optimizer that is gone, where this one replaces it."""
+        """The slot of a freed optimizer that `optimizer` replaces; None without one."""
         if self._set_aside is not None and isinstance(optimizer, HandUpdates):
             aside, self._set_aside = self._set_aside, None
             self._hand_over(aside, optimizer)
@@ -547,13 +547,13 @@ class OptimizerRegistry:
         self._recorder.describe(parameters=tuple(self._infos))
 
     def set_phases_unseen(self, reasons: dict[str, str]) -> None:
-        """The phases that this script does not seem to have, with the reasons."""
+        """Set the reasons for the phases that this script does not seem to have."""
         if reasons != self._phases_unseen:
             self._phases_unseen = reasons
             self._describe_unseen()
 
     def set_loop_unseen(self, reasons: dict[str, str]) -> None:
-        """What is not known of the loop (total steps, epochs), with the reasons."""
+        """Set the reasons for what is unknown about the loop (total steps, epochs)."""
         self._loop_unseen = reasons
         self._describe_unseen()
 
@@ -572,8 +572,8 @@ class OptimizerRegistry:
         self._recorder.describe(unseen=self._unseen())
 
     def _unseen(self) -> dict[str, str]:
-        """Why a quantity is missing: for all optimizers under its name, for one of several under
-        `name@optimizer`."""
+        """Quantity → why it is missing: by its name if for all optimizers, by `name@optimizer` if
+        for one of several."""
         unseen = {**self._loop_unseen, **self._phases_unseen}
         active = {probe.name for measurer in self.measurers for probe in measurer.probes.active}
         for measurer in self.measurers:

@@ -32,7 +32,7 @@ a group has `decoupled_weight_decay`."""
 
 @dataclass(eq=False)
 class OptimizerSlot:
-    """What an optimizer is called in a run, and where its measurements go."""
+    """The name of an optimizer in a run, and the tables in which it is measured."""
 
     name: str
     key: str
@@ -42,13 +42,14 @@ class OptimizerSlot:
     optimizer: weakref.ref[Optimizer]
     models: tuple[weakref.ref[torch.nn.Module], ...] = ()
     count: int = 0
-    """Number of parameters in these models."""
+    """Number of parameters in `models`."""
     tables: dict[str, Table] = field(default_factory=dict)
 
     @property
     def vacant(self) -> bool:
-        """Whether what it trained is gone. The optimizer itself may be left in a reference cycle
-        (a scheduler's) until the garbage collector runs."""
+        """Whether the models that the optimizer trained are freed; without models, whether the
+        optimizer is. An optimizer may be left in a reference cycle (a scheduler's) until the
+        garbage collector runs."""
         if self.models:
             return all(model() is None for model in self.models)
         return self.optimizer() is None
@@ -71,7 +72,7 @@ class OptimizerSlot:
 
     @property
     def momentum(self) -> float | None:
-        """The largest momentum of its groups, Adam's first beta included; None without."""
+        """The largest momentum of the groups, Adam's first beta included; None without any."""
         optimizer = self.optimizer()
         found = []
         for group in () if optimizer is None else optimizer.param_groups:
@@ -85,7 +86,7 @@ class OptimizerSlot:
 
     @property
     def weight_decay(self) -> WeightDecay | None:
-        """The largest of its groups that have matrices; None without."""
+        """The largest weight decay of the groups that have matrices; None without any."""
         optimizer = self.optimizer()
         found = []
         for group in () if optimizer is None else optimizer.param_groups:
@@ -126,7 +127,7 @@ class OptimizerSlot:
 
 
 def shapes_of(optimizer: Optimizer) -> tuple[tuple[int, ...], ...]:
-    """The shapes of its parameters, in its order."""
+    """The shapes of the optimizer's parameters, in its order."""
     return tuple(tuple(parameter.shape) for parameter in parameters_of(optimizer))
 
 

@@ -1,4 +1,4 @@
-"""The steps of optimizers: when one is open, and what completes it."""
+"""Follows the steps of optimizers: opens, completes and skips them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tui_trainer.trace.waiting_gradients import OpenStep, WaitingGradients
 
 
 class OptimizerSteps:
-    """Follows the calls of `step`, and the updates of a script that makes them by itself."""
+    """Follows the calls of `step`, and the updates that a script makes by itself."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class OptimizerSteps:
         """`resume(stepped)` is called at the end of an abandoned step."""
         self.faults = faults
         self.begun = 0
-        """How often any optimizer's `step` began."""
+        """Number of calls of `step` that began, of all optimizers."""
         self._gate = gate
         self._phases = phases
         self._registry = registry
@@ -105,7 +105,7 @@ class OptimizerSteps:
         self._phases.run()
 
     def _follow_gradients(self) -> None:
-        """What the script has done to gradients by itself since the last phase."""
+        """Follow the script's own changes of gradients since the last phase."""
         self._waiting.take_unseen()
         self._waiting.follow_changes_by_hand()
 
@@ -153,7 +153,7 @@ class OptimizerSteps:
         if measurer.reading is None:
             self._waiting.read(measurer)
         if self._phases.closure:
-            measurer.marks.remember()  # of the last evaluation
+            measurer.marks.remember()  # the gradients of the last evaluation
         rate = optimizer.param_groups[0].get("lr", absent(Absent.NO_LEARNING_RATE))
         evaluations = (
             self._open_step.evaluations if self._phases.closure else absent(Absent.NO_CLOSURE)
@@ -161,11 +161,11 @@ class OptimizerSteps:
         self._complete(measurer, rate, evaluations, began)
 
     def end_by_hand(self, zeroing: bool = False) -> None:
-        """Complete a step of a script that updates its weights by itself, once it has.
+        """Complete the step of a script that updates its weights by itself, if it has done so.
 
-        Gradients that are zeroed have been used where their update would not be seen. What the
-        script has done to them by itself since the last phase is not looked at: it may have been
-        after the update.
+        Gradients that are zeroed count as used where their update would be too small to be seen.
+        The script's own changes of gradients since the last phase are not followed: it may have
+        made them after the update.
         """
         measurer = self._registry.by_hand
         if measurer is None or not measurer.passes or self._phases.open is not None:
@@ -191,7 +191,7 @@ class OptimizerSteps:
     def _complete(
         self, measurer: StepMeasurer, rate: Any, evaluations: float, began: float
     ) -> None:
-        """The step of `measurer` is complete; `began`: when our part of its end began."""
+        """Complete the step of `measurer`. `began`: time at which our own work for it began."""
         phases, faults = self._phases, self.faults
         step, passes = phases.step, measurer.passes
         shared = bool(passes)
@@ -232,7 +232,7 @@ class OptimizerSteps:
         own_ms = completed.own_ms
         own_ms["tracer"] = max(0.0, overhead_ms - sum(own_ms.values()))
         self._queue.put(measurer, completed, self._gate.armed)
-        # `guarded` adds the whole of this call, of which the part above is accounted for already.
+        # `guarded` adds the time of this whole call, part of which is accounted for already.
         faults.own_s = began - accounted - self._queue.take_accounted_s()
         if self._observers.loop is not None:
             self._observers.loop.step_completed(step)
@@ -251,7 +251,7 @@ class OptimizerSteps:
 
     @guarded
     def _skip_step(self, optimizer: Optimizer) -> bool:
-        """Returns whether gradients were waiting."""
+        """Record a skipped iteration; return whether gradients were waiting."""
         measurer = self._registry.measurer_for(unwrapped_optimizer(optimizer))
         self._phases.stop_clock()
         self._waiting.take_unseen()
@@ -268,6 +268,6 @@ class OptimizerSteps:
 
 
 def _are_mixed(passes: Sequence[BackwardPass]) -> bool:
-    """Whether another optimizer has used one of these alone, and could use a later one as well."""
+    """Whether another optimizer has used one of `passes` alone and may use a later one as well."""
     used = any(each.used for each in passes)
     return used and any(not each.used and len(each.claims) > 1 for each in passes)

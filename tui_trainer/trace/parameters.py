@@ -1,4 +1,4 @@
-"""The parameters that a run trains, by the names that their models give them."""
+"""The parameters that a run trains, under the names that their models give them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from tui_trainer.trace.torch_private import is_sharded, local, plain_name, unwra
 
 @dataclass(frozen=True)
 class FurtherWeight:
-    """A weight that is measured and that no optimizer holds as it is."""
+    """A measured weight that no optimizer holds in this form."""
 
     name: str
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
-    """Its present value."""
+    """Returns its present value."""
     start: Callable[[], torch.Tensor]
-    """What its drift is measured from; only to be called before the first step."""
+    """Returns the value from which drift is measured; only to be called before the first step."""
 
     @property
     def elements(self) -> int:
@@ -41,15 +41,15 @@ class TrackedParameters:
     name: str
     """Name of the optimizer: its class in lower case, with `#2` when repeated."""
     key: str
-    """What its tables carry in `Table.optimizer`: "" for the first optimizer of a run."""
+    """Value of `Table.optimizer` in its tables: "" for the first optimizer of a run."""
     parameters: list[torch.Tensor]
     names: list[str]
     indices: list[int]
     """Their positions in `RunInfo.parameters`."""
     own: int
-    """How many of them the optimizer holds."""
+    """Number of parameters, at the front, that the optimizer holds."""
     gone: frozenset[int] = frozenset()
-    """Positions of those that are no longer in any model."""
+    """Positions of the parameters that are no longer in any model."""
     modules: dict[str, torch.nn.Module] = field(default_factory=dict)
     """Path to module, for the models that own these parameters."""
     models: list[torch.nn.Module] = field(default_factory=list)
@@ -57,18 +57,18 @@ class TrackedParameters:
     further: list[FurtherWeight] = field(default_factory=list)
     """Weights that have the positions after the parameters."""
     further_left_out: list[str] | None = None
-    """Which of these cannot be read, with the reason; None: not looked for yet."""
+    """Further weights that cannot be read, with the reason; None: not searched for yet."""
 
     def __post_init__(self) -> None:
         self.ids = {id(p): i for i, p in enumerate(self.parameters[: self.own])}
-        """id(parameter) to position, of the optimizer's own."""
+        """id(parameter) → position of the optimizer's own parameters."""
         self.empty = frozenset(i for i, p in enumerate(self.parameters) if not p.numel())
         """Positions of parameters without elements."""
         self._count = len(self.parameters)
         self.trainable = [p.requires_grad for p in self.parameters]
         self.sharded = any(is_sharded(p) for p in self.parameters)
-        """Whether this process holds only shards of them. What is measured of a parameter is then
-        that of its shard."""
+        """Whether this process holds only shards of the parameters. Measurements of a parameter are
+        then those of its shard."""
 
     @property
     def weight_names(self) -> list[str]:
@@ -90,7 +90,7 @@ class TrackedParameters:
         return self.further[position - self._count].read()
 
     def weight_at_start(self, position: int) -> torch.Tensor:
-        """What drift is measured from; only to be called before the first step."""
+        """The value from which drift is measured; only to be called before the first step."""
         count = len(self.parameters)
         if position < count:
             return local(self.parameters[position]).detach()
@@ -102,13 +102,14 @@ class TrackedParameters:
         return self.parameters[0].device if self.parameters else torch.device("cpu")
 
     def gradients(self) -> list[torch.Tensor | None]:
-        """The current gradients, of sharded parameters their shards; None where there is none."""
+        """The current gradients, or the shards of this process; None for a missing one."""
         if self.sharded:
             return [None if p.grad is None else local(p.grad) for p in self.parameters]
         return list(map(_gradient_of, self.parameters))
 
     def why_absent(self, gradients: Sequence[torch.Tensor | None]) -> NDArray[np.uint8]:
-        """The `Absent` of each parameter that has no gradient, or no elements; 0 for the others."""
+        """The `Absent` code of each parameter without a gradient or without elements; 0 for the
+        others."""
         absent = np.zeros(len(gradients), np.uint8)
         pairs = zip(gradients, self.parameters, strict=True)
         for position, (gradient, parameter) in enumerate(pairs):
@@ -128,7 +129,7 @@ _gradient_of = attrgetter("grad")
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
-    """Every parameter of every group, once."""
+    """Every parameter of every group of `optimizer`, once."""
     seen: set[int] = set()
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -140,9 +141,9 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
 class Names:
     """Names of parameters and modules over all models of a run.
 
-    The names of a model that is the only one are its own. Those of several models (a GAN's
-    networks, a head next to its backbone) begin with the variable that holds their model, or with
-    its class; those of a first model that was alone at first stay as they are.
+    A single model's names are its own. With several models (a GAN's networks, a head next to its
+    backbone), names begin with the variable that holds the model, or with its class; the names of a
+    first model that was single at first stay as they are.
     """
 
     def __init__(self, is_one_of_several: Callable[[torch.nn.Module], bool]) -> None:
@@ -150,7 +151,7 @@ class Names:
         self._prefixes: list[tuple[weakref.ref[torch.nn.Module], str]] = []
 
     def prefix_of(self, root: torch.nn.Module) -> str:
-        """`""` for the only model, `variable.`, `Class.` or `Class#2.` for others."""
+        """`""` for a single model; `variable.`, `Class.` or `Class#2.` for one of several."""
         whole, root = root, unwrapped(root)
         for model, prefix in self._prefixes:
             if model() is root:
@@ -165,7 +166,7 @@ class Names:
         return name
 
     def release(self) -> None:
-        """Free the prefixes of models that are gone, for those that replace them."""
+        """Make the prefixes of freed models available to the models that replace them."""
         self._prefixes = [(m, prefix) for m, prefix in self._prefixes if m() is not None]
 
     def parameters(self, root: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -195,9 +196,9 @@ def track_parameters(
     """Name every parameter of `optimizer` by the models that own it, and find the parameters of
     these models that no optimizer has.
 
-    `roots` are the models that are called, `others` gives modules that may own what these do not.
-    `held`: identities of parameters that any optimizer has, or that are measured with another one.
-    `known`: identity → name of parameters that were measured before, perhaps in a layer that has
+    `roots` are the models that are called; `others` returns modules that may own the remaining
+    parameters. `held`: ids of the parameters that another optimizer has, or that are measured with
+    one. `known`: id → name of the parameters that were measured before, perhaps in a layer that has
     been replaced. `before`: models whose parameters the optimizer held earlier. A parameter that no
     model owns is called `param_N` by its position in the optimizer. `TrackedParameters.indices` is
     left empty.
@@ -210,8 +211,8 @@ def track_parameters(
     models = [root for root in roots if any(id(p) in wanted for p in root.parameters())]
     called = {id(p) for model in models for p in model.parameters()}
     if len(models) > 1 or not wanted <= called | known.keys():
-        # Some of it was not called, or only in parts (a bare `model.forward`): a module around
-        # these may own all of it, and its names are the ones to show.
+        # A model that was not called, or only in parts (a bare `model.forward`), may own all
+        # parameters, and its names are the ones to show.
         models = owners_of(own, [*roots, *others()])
     models += [model for model in before if not any(model is other for other in models)]
     for model in models:
@@ -246,7 +247,7 @@ GONE = " (replaced)"
 
 
 def gone_name(name: str) -> str:
-    """The name of a parameter whose layer was replaced: the new layer's has the old one."""
+    """The name of a parameter whose layer was replaced: the new layer's parameter takes `name`."""
     plain = not name or name.startswith("param_") or name.endswith(GONE)
     return name if plain else name + GONE
 
@@ -256,7 +257,7 @@ def owners_of(
 ) -> list[torch.nn.Module]:
     """The modules that own the `missing` parameters, outermost first.
 
-    For models whose calls are not visible: a whole step compiled, a bare `model.forward`.
+    For models whose calls are not visible: in a compiled step, or by a bare `model.forward`.
     """
     wanted = {id(p) for p in missing}
     candidates: list[tuple[int, int, torch.nn.Module]] = []

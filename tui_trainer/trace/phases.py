@@ -1,4 +1,4 @@
-"""The phases of a step: which one is open, how long each takes, and whether its end is a boundary.
+"""Follows the phases of a step: which one is open, how long each takes, where the gate is passed.
 
 Rules:
 
@@ -6,12 +6,12 @@ Rules:
   `loss`. Between two calls of the same model, with no loss function called in between, it is `data`
   too: a rollout steps its environment there. Evaluations, and checkpoints that the script saves,
   are taken out of both.
-* All other time between phases is `tracing` where it is ours and `other` where it is the script's,
-  so that the times of a step add up to it.
-* A phase inside another one (a backward inside a forward, …) is part of it; only inside a `step`
-  with a closure are the closure's own phases counted.
-* The boundary of `data` is passed where the model is called, when the batch is certainly there, and
-  before it no other: that of a `zero_grad` between a step and the next forward follows it.
+* All other time between phases is `tracing` where our code runs and `other` where the script's
+  does, so that the times add up to the duration of the step.
+* A phase inside another one (a backward inside a forward, …) is part of the outer one; only inside
+  a `step` with a closure are the closure's own phases counted.
+* The boundary of `data` is the first of a step. It is passed where the model is called, when the
+  batch is certainly there; the boundary of a `zero_grad` before that call follows it.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ _SHARED, _NO_PHASE = absent(Absent.SHARED), absent(Absent.NO_PHASE)
 
 @dataclass(eq=False, slots=True)
 class _Clip:
-    """The time of a clip, which goes to the next step of any of its owners."""
+    """The time of a clipping, which counts for the next step of any of its owners."""
 
     owners: tuple[Any, ...]
     times: PhaseTimes
     wall_ms: float
     kept: bool = False
-    """Whether another optimizer has stepped since, which does not count it."""
+    """Whether the step of another optimizer, which does not count this time, came in between."""
 
 
 class Reporter(Protocol):
@@ -95,27 +95,27 @@ class Phases:
         self._reporter = reporter
         self._clock: HostClock | CudaClock = HostClock()
         self._may_change_clock = True
-        """Until the first step is complete: the model's device is known at its first call."""
+        """Whether the first step is still open: the model's device is known at its first call."""
         self._times: PhaseTimes = lambda: [0.0] * COLUMNS
         self._open: list[int] = []
         self._gap = OTHER
-        """What the time between two phases counts as, until the next phase begins."""
+        """Column that counts the time between two phases, until the next phase begins."""
         self._data_due = True
         """Whether the next call of the model needs a new batch."""
         self._zero_grad_due = False
         """Whether the boundary of a `zero_grad` follows that of `data`."""
         self._next_began: tuple[Any, float, float] | None = None
-        """Since a forward while gradients wait, until the next backward: (the clock's mark, time,
-        time in the gate) at its beginning. It may be the next iteration's."""
+        """(the clock's mark, time, time in the gate) at the beginning of a forward while gradients
+        wait, which may be the next iteration's; kept until the next backward."""
         self._last_called: weakref.ref[torch.nn.Module] | None = None
         """The model of the last forward."""
         self._loss_called = False
-        """Whether a loss function was called since then, outside of a phase."""
+        """Whether a loss function was called since the last forward, outside a phase."""
         self._clips: list[_Clip] = []
         self._clip_began = 0.0
         self._clip_ended = 0.0
         self._evaluating = False
-        """Whether the time since the last phase has had calls of an evaluation."""
+        """Whether an evaluation has called a model since the last phase."""
         self._evaluated = False
         """Whether there was an evaluation since the last step."""
         self._last_end = 0.0
@@ -171,8 +171,8 @@ class Phases:
             self._clip_began = now
 
     def leave(self, gap: int | None = None, owners: tuple[Any, ...] | None = None) -> None:
-        """Close the open phase and pass its boundary. `gap`: what the following time counts as
-        (None: as before). `owners`: the optimizers whose gradients a clip has clipped."""
+        """Close the open phase and pass its boundary. `gap`: column that counts the time from here
+        (None: as before). `owners`: the optimizers whose gradients the phase has clipped."""
         phase = self._open.pop()
         if owners is not None and not self.closure:
             wall_ms = (self._clip_ended - self._clip_began) * 1e3
@@ -196,7 +196,7 @@ class Phases:
         return True
 
     def fail(self) -> int | None:
-        """The call that is the open phase raised: close it without a boundary, and return it."""
+        """Close the open phase, whose call raised, without a boundary, and return it."""
         phase = self._open.pop() if self._open else None
         self.resume_clock()
         return phase
@@ -221,7 +221,7 @@ class Phases:
                 or (gate.break_phases and name in gate.break_phases)
                 or (phase == STEP and gate.has_work_after(self.step))
             ):
-                with torch.enable_grad():  # for the work that others do in the gate
+                with torch.enable_grad():  # for work for others in the gate
                     gate.reached(name, self.step)
             else:
                 gate.reached(name, self.step)
@@ -248,14 +248,14 @@ class Phases:
             self.resume_clock()
 
     def stop_clock(self) -> None:
-        """The time from here is ours."""
+        """Count the time from here as our own."""
         now = self._clock.switch(TRACING)
         if self._open and self._open[-1] == CLIP:
             self._clip_ended = now
 
     def begin_evaluation(self, phase: int = EVAL) -> None:
-        """The model is called without gradients; `resume_clock` follows. `phase`: what its time
-        counts as."""
+        """The model is called without gradients; `resume_clock` follows. `phase`: column that
+        counts its time."""
         self._evaluated = True
         if self._evaluating:
             self._clock.relabel(phase)  # the next batch of the evaluation
@@ -268,15 +268,15 @@ class Phases:
         self._clock.switch(CHECKPOINT)
 
     def resume_clock(self) -> None:
-        """The time from here is the script's."""
+        """Count the time from here as the script's."""
         between = not self._open or (self.in_closure and self._gap == LOSS)
         self._clock.switch(self._gap if between else self._open[-1])
 
     @contextmanager
     def excluded(self) -> Iterator[None]:
-        """Around work that is not training: it counts for no phase and for no step's time."""
+        """Around work that is not training: its time counts for no phase and no step."""
         current = self._open[-1] if self._open else self._gap
-        if self._in_gate:  # where the clock is stopped already
+        if self._in_gate:  # the clock is stopped already
             yield
             return
         began = self._clock.switch(TRACING)
@@ -317,9 +317,9 @@ class Phases:
         self.seen.add(LOSS)
 
     def before_step(self) -> None:
-        """`step` is open, perhaps without forward and backward before it."""
+        """`step` is open, perhaps without a forward and a backward before it."""
         if self._gap == DATA and self.seen == {STEP}:
-            self._clock.relabel_gap(OTHER)  # another optimizer's step, for which no batch was drawn
+            self._clock.relabel_gap(OTHER)  # no batch is drawn for another optimizer's step
         if self._zero_grad_due:
             self._end_zero_grad()
 
@@ -344,7 +344,7 @@ class Phases:
     # ------------------------------------------------------------ one step
 
     def end_step_by_hand(self) -> None:
-        """The script has updated the weights since the last phase, and a new one begins."""
+        """Count the time since the last phase as `step`: the script has updated the weights."""
         self._clock.relabel(STEP)
         self._clock.switch(TRACING)
         self.seen.add(STEP)
@@ -354,9 +354,9 @@ class Phases:
     def complete_step(
         self, owner: Any, shared: bool = False, clipped: bool = False
     ) -> tuple[float, PhaseTimes]:
-        """The step of optimizer `owner` has ended: its duration in milliseconds, and that of each
-        phase. `shared`: its backward was counted in another optimizer's step, and so was its clip
-        where it was `clipped`."""
+        """The step of optimizer `owner` has ended. Return its duration in milliseconds, and that of
+        each phase. `shared`: its backward was counted in another optimizer's step, and if it
+        `clipped`, so was the clipping."""
         own = [clip for clip in self._clips if owner in clip.owners] if self._clips else []
         step_ms, times = self._take(own, shared, clipped)
         self._times = times
@@ -365,8 +365,8 @@ class Phases:
         return step_ms, times
 
     def discard_iteration(self) -> tuple[float, PhaseTimes]:
-        """An iteration ends without a step: its duration, and that of each phase. The next batch
-        belongs to the same step."""
+        """An iteration ends without a step. Return its duration in milliseconds, and that of each
+        phase. The next batch belongs to the same step."""
         if self._next_began is not None:
             return self._discard_until(*self._next_began)
         step_ms, times = self._take(self._clips, False, False)
@@ -411,7 +411,7 @@ class Phases:
         return step_ms, _step_times(self._clock.take(), step_ms, own, shared, clipped)
 
     def rewind(self, step: int) -> None:
-        """The training was taken elsewhere: step `step` comes next, from its beginning."""
+        """The training was taken back or forward: `step` comes next, from its beginning."""
         self.close_all()
         self.discard_iteration()
         self.step = step
@@ -431,12 +431,12 @@ class Phases:
             self._clock.switch(DATA)
 
     def duration_ms(self, phase: int) -> float:
-        """Time of a phase in this step so far. Only while paused."""
+        """Time of a phase in this step so far, in milliseconds. Only while paused."""
         return self._times()[phase] if phase == STEP else self._clock.total_ms(phase)
 
     def unseen(self) -> dict[str, str] | None:
-        """Phases that this script does not have, with the reason; None where that is not known yet
-        or has not changed."""
+        """Phase → why this script does not have it; None where that is not known yet or has not
+        changed."""
         if self.step < STEPS_BEFORE_UNSEEN or self._seen_ever == self._reported_seen:
             return None
         self._reported_seen = set(self._seen_ever)
@@ -446,7 +446,7 @@ class Phases:
 def _step_times(
     taken: PhaseTimes, step_ms: float, clips: list[_Clip], shared: bool, clipped: bool
 ) -> PhaseTimes:
-    """The times of a step of `step_ms`, with those of its `clips`."""
+    """The times of a step of `step_ms` milliseconds, its `clips` included."""
     times: list[float] = []
 
     def read() -> list[float]:
