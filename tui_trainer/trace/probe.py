@@ -1,9 +1,9 @@
-"""What a probe is: one quantity, measured on a cadence, as a few tensors per step.
+"""The interface of probes: one quantity each, measured on a cadence, as a few tensors per step.
 
 The tracer makes one instance of each registered class for every optimizer. A probe never waits for
-a device: its hooks return tensors, those of all probes travel to the host in one copy, and `rows`
-is called when they have arrived (at once on the CPU, a step later on an accelerator). What else
-observes a traced training implements the interfaces at the end. The probes are listed in
+a device: its hooks return tensors, the tensors of all probes are copied to the host together, and
+`rows` is called when they have arrived (at once on the CPU, a step later on an accelerator). Other
+observers of a traced training implement the interfaces at the end. The probes are listed in
 `probes/__init__.py`.
 """
 
@@ -36,7 +36,7 @@ from tui_trainer.protocol.schema import AttentionInfo, Column, Table
 from tui_trainer.trace.parameters import TrackedParameters
 
 Reading = torch.Tensor | float
-"""A 0-d or 1-d tensor of any dtype and device, or a number that is on the host already."""
+"""A 0-d or 1-d tensor of any dtype and device, or a number on the host."""
 Readings = Sequence[Reading]
 Values = NDArray[np.float64]
 """Readings on the host."""
@@ -55,7 +55,7 @@ class ProbeOptions:
     """Names of probes that do not run."""
     attention_pattern: str | None = None
     """Regular expression over parameter names with the groups `layer` and one of `q`, `k`, `v`,
-    `qkv`, where the usual names are not used."""
+    `qkv`, for models without the usual names."""
     probe_names: tuple[str, ...] = ()
     """Names of all probes of the run, including those switched off; set by `ProbeSet`."""
     watch_nonfinite: bool = False
@@ -88,7 +88,7 @@ class ClipMeasurement:
     """Absent for clipping by norm, where it follows from the scale."""
     two_norm: bool
     total_before: float
-    """√Σ‖g‖² of all that was clipped."""
+    """√Σ‖g‖² of all clipped gradients."""
     gradient_scale: float
     """The loss scale that was still on the gradients."""
     norms: Values | None
@@ -98,31 +98,32 @@ class ClipMeasurement:
     positions: list[int] | None
     """Positions of the parameters that were clipped; None: all that have a gradient."""
     tentative: bool
-    """The script may have changed the gradients by itself: it has where the norms differ."""
+    """Whether the script has perhaps changed the gradients by itself: it has if the norms differ.
+    """
 
 
 @dataclass(eq=False, slots=True)
 class StepFacts:
-    """One step on the host, while its rows are made. Probes run in the order of the registry, so
-    that later ones can use what earlier ones have found."""
+    """One step on the host, while its rows are made. Probes run in the order of `PROBES`, so that
+    later ones can use the results of earlier ones."""
 
     step: int
     time: float
     loss: float
-    """May be absent (see `protocol.absent`), as any of these numbers."""
+    """May be absent (see `protocol.absent`), like any of these numbers."""
     learning_rate: float
     step_ms: float
     phase_ms: Sequence[float]
     """Milliseconds of each column of table `phase_ms`."""
     clips: Sequence[ClipMeasurement] = ()
     gradient_scale: float = 1.0
-    """What a GradScaler had multiplied the gradients by when they were measured."""
+    """The factor that a GradScaler had on the gradients when they were measured."""
     absent_gradients: NDArray[np.uint8] | None = None
-    """Why each tracked parameter has no gradient (`Absent`), 0 where it has one; None: all
-    have one."""
+    """Why each tracked parameter has no gradient (`Absent`), 0 where it has one; None: every
+    parameter has one."""
     left_alone: frozenset[int] = frozenset()
-    """Positions of the parameters that a script which updates its weights by itself has not changed
-    in this step: their gradients are not part of its total."""
+    """Positions of the parameters that an update by hand has not changed in this step: their
+    gradients are not part of the total."""
     evaluations: float = absent(Absent.NO_CLOSURE)
     """How often the optimizer evaluated its closure."""
     skipped_at_scale: float | None = None
@@ -130,7 +131,7 @@ class StepFacts:
     own_ms: dict[str, float] = field(default_factory=dict)
     """Our overhead on the training thread by probe, `tracer` for the rest."""
     gradient_norms: NDArray[np.float64] | None = None
-    """Norm for each tracked parameter, set by the probe of the gradients."""
+    """Gradient norm of each tracked parameter, set by the probe `Gradients`."""
     weight_norms: NDArray[np.float64] | None = None
     total_norm: float = absent(Absent.NOT_MEASURED)
     """√Σ‖g‖² over the optimizer's own parameters."""
@@ -145,7 +146,7 @@ class StepFacts:
 
 
 class Probe:
-    """Base class: measures nothing, at every step."""
+    """Base class of probes, which measures nothing, at every step."""
 
     name: ClassVar[str]
     every: ClassVar[int] = 1
@@ -153,12 +154,12 @@ class Probe:
     first_steps: int = 0
     """Number of first steps that are always measured, since problems often begin there."""
     topic: ClassVar[str] = ""
-    """Topic of a viewer that has it measured more often, at `watched_every`."""
+    """Topic whose viewers have the probe measure more often, at `watched_every`."""
     watched_every: ClassVar[int] = 1
     importance: ClassVar[int] = 0
-    """The governor stretches the less important ones first, and never those of 100 or more."""
+    """The governor stretches less important probes first, and never those of 100 or more."""
     max_stretch: ClassVar[int] = 1024
-    """How many times its natural cadence the governor may stretch it."""
+    """Largest factor by which the governor may stretch the natural cadence."""
     often_in_short_runs: ClassVar[bool] = False
     """Whether the governor keeps at least four measurements among the steps so far, whatever the
     budget."""
@@ -166,15 +167,16 @@ class Probe:
     """Whether `before_forward`, `after_forward` and `model_called` are called for every forward of
     a step, not only for the first."""
     owns_readings: ClassVar[bool] = False
-    """Its readings are tensors that no other code writes to: they may be fetched later."""
+    """Whether no other code writes to the tensors of its readings, so that they may be fetched
+    later."""
     tables: tuple[TableSpec, ...] = ()
     """Set by `__init__`; empty when there is nothing to measure here."""
     attention: tuple[AttentionInfo, ...] = ()
-    """The attention layers that it found."""
+    """The attention layers that the probe found."""
     unseen: str = ""
     """Why nothing is measured, for the panel. May change during the run: see `set_unseen`."""
     partly_unseen: str = ""
-    """What is left out, and why, for the log."""
+    """Why part of the quantity is not measured, for the log."""
     on_unseen_change: Callable[[], None] | None = None
 
     def __init__(self, tracked: TrackedParameters, options: ProbeOptions) -> None:
@@ -182,7 +184,7 @@ class Probe:
         self.options = options
 
     def set_unseen(self, reason: str) -> None:
-        """There is nothing to measure after all; "": there is."""
+        """Set the reason why nothing can be measured from now on; "": it can."""
         if reason != self.unseen:
             self.unseen = reason
             if self.on_unseen_change is not None:
@@ -195,20 +197,20 @@ class Probe:
         return False
 
     def wants(self, step: int) -> bool:
-        """Whether a step before a pause should be measured although its cadence does not call for
-        it. May be called several times, for no other step."""
+        """Whether a step before a pause should be measured although the cadence does not call for
+        it. Only called for steps before a pause, perhaps several times."""
         return False
 
     def before_forward(self, root: torch.nn.Module) -> None:
         """The first forward of a measured step begins; `after_forward` follows in any case."""
 
     def after_forward(self) -> None:
-        """That forward returned or raised."""
+        """The forward returned or raised."""
 
     def model_called(
         self, root: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """A root model is about to be called in a measured step: its arguments."""
+        """A root model is about to be called with these arguments in a measured step."""
 
     def loss_called(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
@@ -217,12 +219,12 @@ class Probe:
         its first backward has ended."""
 
     def gradients(self, gradients: Sequence[Gradient]) -> Readings:
-        """Gradients are complete and not clipped yet; in the order of `tracked.parameters`."""
+        """Read the complete gradients before clipping, in the order of `tracked.parameters`."""
         return ()
 
     def gradient_norms(self, norms: Readings) -> Readings:
-        """The same moment, for a probe that needs only the 2-norm of each gradient (flattened, one
-        for each; 0 without a gradient), which clipping may have computed anyway.
+        """Like `gradients`, for a probe that needs only the 2-norm of each gradient (flattened; 0
+        without a gradient), which clipping may have computed anyway.
 
         A probe with this hook measures every step whose gradients are clipped."""
         return norms
@@ -235,10 +237,10 @@ class Probe:
         return ()
 
     def rows(self, values: Values, facts: StepFacts) -> Sequence[Floats | None]:
-        """One row per table, or None for a table that has none at this step.
+        """Make one row per table, or None for a table without a row at this step.
 
         `values` holds the readings of `gradients` and then of `after_update`, flattened. Called for
-        one step after the other, perhaps on another thread than the hooks and at the same time.
+        one step after another, perhaps on another thread than the hooks and concurrently with them.
         """
         return ()
 
@@ -280,10 +282,10 @@ class RecorderLike(Protocol):
         """Add a line to the log."""
 
     def report(self, report: PhaseReport | None) -> None:
-        """What the phase produced at whose end the run is paused; None: it continues."""
+        """Show the report of the phase at whose end the run is paused; None: the run continues."""
 
     def watched(self, step: int) -> frozenset[str]:
-        """Topics that a viewer has on its screen now, or that are needed in this step."""
+        """Topics that a viewer has on screen now, or that are needed in `step`."""
 
 
 def skipped_text(scale: float) -> str:
@@ -320,7 +322,7 @@ class UpdateObserver(Protocol):
         """The weights are about to change."""
 
     def step_ended(self, optimizer: Optimizer) -> None:
-        """They have changed."""
+        """The weights have changed."""
 
 
 class ForwardObserver(Protocol):
@@ -341,11 +343,11 @@ class ForwardObserver(Protocol):
         kwargs: dict[str, Any],
         result: torch.Tensor,
     ) -> None:
-        """A loss function of torch returned a scalar."""
+        """A loss function of PyTorch returned the scalar `result`."""
 
     def backward_began(self, loss: torch.Tensor, value: torch.Tensor) -> None:
-        """The gradients of this scalar are about to be computed; `value`: it without its graph and
-        the scale of a GradScaler."""
+        """The gradients of `loss` are about to be computed. `value`: the loss without its graph and
+        without the scale of a GradScaler."""
 
     def detached(self) -> None:
         """The tracer is detached: nothing more is observed."""
@@ -353,7 +355,7 @@ class ForwardObserver(Protocol):
 
 @dataclass(eq=False)
 class Observers:
-    """Calls everything that observes the training now."""
+    """Everything that observes the training at present."""
 
     loop: LoopObserver | None = None
     updates: UpdateObserver | None = None

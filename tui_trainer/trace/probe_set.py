@@ -1,5 +1,5 @@
-"""The probes of one optimizer: which of them measure a step (by cadence, by what is watched, and by
-what clipping computes), and how they are called in its course."""
+"""Chooses the probes that measure a step of one optimizer (by cadence, by what is watched, and by
+what clipping computes) and calls them in the course of the step."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from tui_trainer.trace.probe import (
 from tui_trainer.trace.torch_private import set_grad_enabled
 from tui_trainer.trace.transfer import HostTransfer, TransferPart
 
-OF_FORWARD = frozenset(("before_forward", "after_forward", "model_called", "loss_called"))
-"""Hooks that are over for a probe that is chosen within the step."""
+FORWARD_HOOKS = frozenset(("before_forward", "after_forward", "model_called", "loss_called"))
+"""Hooks that come too early for a probe that is chosen within the step."""
 MAX_PLANS = 64
 NO_READINGS: Values = np.empty(0)
 _ARRAYS = frozenset({np.ndarray})
@@ -44,7 +44,7 @@ class StepPlan:
     def __init__(
         self, probes: Sequence[ActiveProbe], resting: Collection[ActiveProbe] = ()
     ) -> None:
-        """`resting`: those of `probes` that need not observe the forward."""
+        """`resting`: the probes among `probes` that need not observe the forward."""
 
         def those_with(hook: str) -> tuple[ActiveProbe, ...]:
             return tuple([probe for probe in probes if hook in probe.hooks])
@@ -68,8 +68,8 @@ NOTHING = StepPlan(())
 class ProbeSchedule:
     """Decides which probes measure a step.
 
-    Few different sets of probes ever occur: each has a plan, made once, so that a step calls the
-    probes that it needs and looks at no others.
+    Few different sets of probes ever occur. Each has a plan, made once, so that a step calls the
+    probes that measure it and touches no others.
     """
 
     def __init__(self, probes: list[ActiveProbe]) -> None:
@@ -79,14 +79,14 @@ class ProbeSchedule:
         self._steps = 0
         """Steps of this optimizer so far."""
         self._chosen = 0
-        """Bit set over `probes`."""
+        """Bit set of the probes that measure the current step."""
         self._resting = 0
-        """Bit set of those chosen that need not observe the forward of the step."""
+        """Bit set of the probes that need not observe the forward of the current step."""
         self._plans: dict[tuple[int, int], StepPlan] = {}
         self._working = 0
         """Bit set of the probes that have not failed, for which the plans were made."""
         self._watched: Collection[str] = ()
-        """Topics."""
+        """Topics that are watched."""
         self.update()
 
     def update(self) -> None:
@@ -100,11 +100,11 @@ class ProbeSchedule:
         self._periodic = 0
         """Bit set of the probes that measure some steps, and any step before a pause."""
         self._sometimes: list[tuple[int, int, int]] = []
-        """(cadence, first steps that are all measured, bit)."""
+        """(cadence, number of first steps that are all measured, bit)."""
         self._next_due: float = math.inf
         """The next of this optimizer's steps that is due by a cadence."""
         self._due = 0
-        """Bit set of the probes that measure it."""
+        """Bit set of the probes that are due at `_next_due`."""
         self._may_rest: list[tuple[Probe, int]] = []
         self._with_clipping = 0
         self.clip_readers: list[ActiveProbe] = []
@@ -134,8 +134,8 @@ class ProbeSchedule:
     def begin_step(self, step: int, watched: Collection[str], stops_soon: bool) -> None:
         """Choose the probes of a new step. `stops_soon`: the run is about to pause in it.
 
-        Cadences count the steps of this optimizer: where two take turns, the run's own number would
-        match one of them at even steps only.
+        Cadences count the steps of this optimizer: where two take turns, one of them makes only the
+        run's even steps.
         """
         if watched != self._watched:
             self._watched = watched
@@ -146,7 +146,7 @@ class ProbeSchedule:
         chosen = self._always
         if self._steps == self._next_due:
             chosen |= self._due
-        if stops_soon:  # what the user is about to look at is measured in full
+        if stops_soon:  # the user is about to look at this step: measure everything
             chosen |= self._before_pause(step)
         self._resting = 0
         for each, bit in self._may_rest:
@@ -168,17 +168,17 @@ class ProbeSchedule:
                 self._due |= bit
 
     def add_before_pause(self, step: int, passed: frozenset[str]) -> list[ActiveProbe]:
-        """Add what can still be measured of a step in which the hooks `passed` are over; returns
-        the probes that were added."""
+        """Add the probes that can still measure a step after the hooks `passed`; return the added
+        ones."""
         return self._add(self._before_pause(step, without=passed))
 
     def add_named(self, names: Collection[str]) -> list[ActiveProbe]:
-        """Add the working probes of these names; returns those that were added."""
+        """Add the working probes of these names; return the added ones."""
         working = [(place, p) for place, p in enumerate(self.probes) if not p.failed]
         return self._add(sum(1 << place for place, probe in working if probe.name in names))
 
     def add_clipping(self) -> None:
-        """Gradients are about to be clipped: add the probes that this serves."""
+        """Gradients are about to be clipped: add the probes that read the norms of clipping."""
         if self._with_clipping & ~self._chosen:
             self._add(self._with_clipping)
 
@@ -189,8 +189,8 @@ class ProbeSchedule:
             self._find_next_due()
 
     def _before_pause(self, step: int, without: frozenset[str] = frozenset()) -> int:
-        """Probes (a bit set) that measure a step before a pause, but for those with any of the
-        hooks `without`. All are asked, since a probe may then measure more than at its cadence."""
+        """Bit set of the probes that measure a step before a pause, except for those with any of
+        the hooks `without`. Every probe is asked, since it may measure more then than usual."""
         chosen = 0
         for position, probe in enumerate(self.probes):
             if probe.failed or not without.isdisjoint(probe.hooks):
@@ -201,7 +201,7 @@ class ProbeSchedule:
         return chosen
 
     def _add(self, bits: int) -> list[ActiveProbe]:
-        """Returns the probes that were not chosen before."""
+        """Add a bit set of probes; return the probes that were not chosen before."""
         before = self.plan.probes
         self._choose(self._chosen | bits)
         added = [probe for probe in self.plan.probes if probe not in before]
@@ -224,10 +224,10 @@ class ProbeSchedule:
 
 
 class ProbeContext:
-    """No gradients, and the tensors' own precision also where a script steps under autocast.
+    """Disables gradients, and autocast, under which a script may step.
 
-    Entered several times a step: a class costs a third of a generator
-    around `torch.no_grad`.
+    Entered several times a step: a class takes a third of the time of a generator around
+    `torch.no_grad`.
     """
 
     __slots__ = ("autocast", "depth", "device_type", "gradients")
@@ -261,8 +261,8 @@ class ProbeContext:
 
 
 class ProbeSet:
-    """Calls the probes that measure a step, takes their time, transfers what they read and collects
-    their rows. A probe that raises is switched off."""
+    """Calls and times the probes that measure a step, transfers their readings and collects their
+    rows. A probe that raises is switched off."""
 
     def __init__(
         self,
@@ -287,11 +287,11 @@ class ProbeSet:
                 self._add(kind, options, slot)
         self.schedule = ProbeSchedule(self.active)
         self._schedule_outdated = False
-        """Cadences changed or a probe failed, perhaps on another thread."""
+        """Whether cadences changed or a probe failed, perhaps on another thread."""
 
     def _add(self, kind: type[Probe], options: ProbeOptions, slot: OptimizerSlot) -> None:
         try:
-            with self.context:  # perhaps within a script's autocast
+            with self.context:  # the script may be within autocast
                 probe = kind(self._tracked, options)
             if probe.unseen:
                 self.unseen[kind.name] = probe.unseen
@@ -338,11 +338,10 @@ class ProbeSet:
             self.schedule.update()
         self.schedule.begin_step(step, self._recorder.watched(step), stops_soon)
 
-    def pauses_after_all(self, step: int, read: bool, norms: Readings | None) -> None:
-        """The run is about to pause in a step whose forward has begun: measure all that still can
-        be. `read`: whether the gradients have been read, with these `norms` where they are known.
-        """
-        passed = OF_FORWARD
+    def measure_before_pause(self, step: int, read: bool, norms: Readings | None) -> None:
+        """The run is about to pause in a step that has begun: measure everything that still can be.
+        `read`: whether the gradients have been read, with these `norms` where they are known."""
+        passed = FORWARD_HOOKS
         if read:
             passed |= {"gradients"} if norms is not None else {"gradients", "gradient_norms"}
         added = self.schedule.add_before_pause(step, passed)
@@ -350,8 +349,8 @@ class ProbeSet:
             self._give_norms(added, norms)
 
     def measure_norms(self, norms: Readings | None) -> None:
-        """Measure the update and the norms of the weights after it, and record those of the
-        gradients, where they are known, whatever their cadence."""
+        """Measure the update and the norms of the weights after it, and record `norms`, those of
+        the gradients, where they are known. Cadences do not matter here."""
         names = [schema.UPDATE_RATIO, schema.WEIGHT_NORM]
         names += [] if norms is None else [schema.GRAD_NORM]
         added = self.schedule.add_named(names)
@@ -385,7 +384,7 @@ class ProbeSet:
 
     def after_forward(self) -> None:
         with self.context:
-            # In the reverse order of what they replaced.
+            # The probes undo their replacements in reverse order.
             for probe in reversed(self.schedule.plan.after_forward):
                 self._call(probe, probe.probe.after_forward)
 
@@ -402,7 +401,7 @@ class ProbeSet:
             probe.readings = [self._call(probe, probe.probe.gradients, gradients) or ()]
 
     def gradient_norms(self, norms: Readings, spent_s: float = 0.0) -> None:
-        """`spent_s`: how long reading them took."""
+        """`spent_s`: seconds that reading the norms took."""
         for probe in self.schedule.plan.gradient_norms:
             probe.spent_s += spent_s
             spent_s = 0.0
@@ -425,7 +424,7 @@ class ProbeSet:
                 for probe in plan.after_update:
                     if probe.failed:
                         continue
-                    try:  # as `_call` does, with one look at the clock for each
+                    try:  # like `_call`, but with one reading of the clock per probe
                         readings = probe.probe.after_update()
                         if readings:
                             probe.readings.append(readings)
@@ -441,9 +440,9 @@ class ProbeSet:
         for probe in self.schedule.plan.reading:
             probe.readings = []
 
-    def of_skipped(self, norms: bool) -> list[ActiveProbe]:
-        """The probes that make rows of an iteration without a step; `norms`: whether gradients have
-        been read."""
+    def for_skipped(self, norms: bool) -> list[ActiveProbe]:
+        """The probes that make rows of an iteration without a step. `norms`: whether the norms of
+        its gradients were read."""
         kept = [schema.STEP, schema.CLIP, schema.PHASE_MS, "nonfinite"]
         if norms:
             kept.append(schema.GRAD_NORM)
@@ -471,7 +470,7 @@ class ProbeSet:
     # ------------------------------------------------------------ to the host
 
     def transfer(self, parts: list[TransferPart], probes: Sequence[ActiveProbe]) -> HostTransfer:
-        """Start the transfer of the header and of what each of `probes` has read. A probe whose
+        """Start the transfer of the header and of the readings of each of `probes`. A probe whose
         readings cannot be transferred is switched off."""
         try:
             return HostTransfer(parts, self.on_host)
@@ -487,7 +486,7 @@ class ProbeSet:
     def rows(
         self, probes: Sequence[ActiveProbe], parts: Sequence[Values | Exception], facts: StepFacts
     ) -> tuple[tuple[int, Floats], ...]:
-        """(table id, row) of everything that `probes` make of a step."""
+        """(table id, row) of every row that `probes` make of a step."""
         rows: list[tuple[int, Floats]] = []
         own_ms = facts.own_ms
         remaining = iter(parts)

@@ -1,6 +1,6 @@
-"""Phase reports: the results of the phase that has just ended, made while the run is paused there.
+"""Makes phase reports: the results of the phase that has just ended, while the run is paused there.
 
-A report only reads: it draws no random number, records no gradient and keeps nothing.
+A report only reads: it draws no random numbers, records no graph and keeps nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tui_trainer.trace.step_measurer import StepMeasurer
 from tui_trainer.trace.torch_private import base_of, is_sharded
 
 LARGEST = 5
-"""How many parameters a report lists."""
+"""Number of parameters that a report lists."""
 MAX_TENSORS = 6
 
 
@@ -40,21 +40,22 @@ class PhaseReporter:
         self._reported = False
         self.holds_tensors = False
 
-    # ------------------------------------------------------------ what is kept for a report
+    # ------------------------------------------------------------ tensors kept for a report
 
     def keep_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The model is about to be called with these; kept until the boundary is passed."""
+        """Keep the arguments of the model, which is about to be called, until the boundary is
+        passed."""
         named = [*((f"input {i + 1}", a) for i, a in enumerate(args)), *kwargs.items()]
         self._arguments = list(tensors_in(named))[:MAX_TENSORS]
         self.holds_tensors = True
 
     def keep_output(self, result: Any) -> None:
-        """The model returned this."""
+        """Keep the output of the model until the boundary is passed."""
         self._outputs = list(tensors_in([("output", result)]))[:MAX_TENSORS]
         self.holds_tensors = True
 
     def keep_norms(self, measurers: Sequence[StepMeasurer], stops_soon: bool) -> None:
-        """Gradients are about to be clipped."""
+        """Keep the norms of gradients that are about to be clipped, if the run `stops_soon`."""
         self._before_clip = [(m, _norms(m)) for m in measurers] if stops_soon else []
 
     def release(self) -> None:
@@ -214,7 +215,7 @@ def _total(norms: Iterable[float]) -> float:
 
 
 def _norms(measurer: StepMeasurer) -> list[float]:
-    """‖g‖ of each parameter now, 0 where there is none. Waits for the device."""
+    """The present ‖g‖ of each parameter, 0 without a gradient. Waits for the device."""
     return [
         0.0 if g is None else float(torch.linalg.vector_norm(g.detach().float()))
         for g in measurer.tracked.gradients()
@@ -256,7 +257,7 @@ def dtype_and_shape(tensor: torch.Tensor) -> str:
 
 
 def summary_of(name: str, tensor: torch.Tensor) -> Iterator[Quantity]:
-    """Dtype and shape; mean, standard deviation and range of its elements."""
+    """Dtype and shape of `tensor`; mean, standard deviation and range of its elements."""
     yield Quantity(name, dtype_and_shape(tensor))
     if not tensor.numel() or tensor.is_complex() or tensor.layout != torch.strided:
         return

@@ -1,4 +1,4 @@
-"""Detects what a script changes by itself: gradients, and weights without an optimizer."""
+"""Detects a script's own changes: of gradients, and of weights without an optimizer."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from tui_trainer.trace.step import Returned
 from tui_trainer.trace.torch_private import local, version_of
 
 SAMPLED_GRADIENTS = 8
-"""Gradients that are looked at before a backward, to see after it whether it has changed any."""
+"""Number of gradients that are compared before and after a backward to see whether it reached them.
+"""
 MAX_WATCHED = 256
-"""Parameters whose gradients are checked for changes; of larger models evenly spaced ones."""
+"""Maximum number of parameters whose gradients are checked for changes; evenly spaced in larger
+models."""
 SAMPLED = 64
-"""Elements sampled per weight to detect an update by hand."""
+"""Number of elements of a weight that are compared to detect an update by hand."""
 
 NO_GRADIENT = id(None)
 NO_VERSION = -1
@@ -31,21 +33,22 @@ class Marks(NamedTuple):
     versions: list[int]
 
     def differ_where_present(self, others: Marks) -> bool:
-        """Whether any gradient is another one than in `others`, or has another version."""
+        """Whether any gradient present here differs from `others` in identity or version."""
         both = zip(*self, *others, strict=True)
         return any(a != NO_GRADIENT and (a != b or n != m) for a, n, b, m in both)
 
 
 class GradientMarks:
-    """Finds out by their identities and versions whether the gradients of `parameters` change.
+    """Detects changes of the gradients of `parameters` by their identities and versions.
 
-    In-place operations raise the version of a gradient, but for those on `grad.data`.
+    In-place operations raise the version of a gradient, except for those on `grad.data`.
     """
 
     def __init__(
         self, parameters: Sequence[torch.Tensor], further: Sequence[torch.Tensor] = ()
     ) -> None:
-        """`further`: parameters that are looked at only where one of these has changed."""
+        """`further`: parameters that are checked only where the gradient of one of `parameters` has
+        changed."""
         self._every = -(-len(parameters) // MAX_WATCHED) or 1
         self._watched = parameters[:: self._every]
         self._all_watched = len(self._watched) == len(parameters)
@@ -54,21 +57,22 @@ class GradientMarks:
         count = len(self._watched)
         self._nothing = Marks([NO_GRADIENT] * count, [NO_VERSION] * count)
         self._known: Marks | None = self._nothing
-        """Since the last change that is known; None: they may have changed."""
+        """Marks after the last change that the tracer knows of; None: gradients may have changed
+        since."""
         self._places: list[int] = []
-        """Positions of a sample of the gradients that a backward usually gives."""
+        """Positions of a sample of the gradients that a backward usually computes."""
         self._choose_sample(range(count))
         self._before_backward: Marks | None = None
-        """None where the sample had no gradient."""
+        """Marks before the open backward; None where the sample had no gradient."""
         self._last = self._nothing
-        """Marks when they were last checked."""
+        """Marks at the last check."""
         self._used = self._nothing
         """Marks of the gradients that the last step used."""
         self._raised_by_clipping = 0
-        """By how much a clipping by norm raises the version of each gradient; 0: not known."""
+        """Number by which a clipping by norm raises the version of each gradient; 0: not known."""
 
     def before_backward(self) -> bool:
-        """Remember the gradients; returns whether the sample has any."""
+        """Remember the gradients; return whether the sample has any."""
         nothing = all(map(is_, map(_gradient_of, self._sample), repeat(None)))
         self._before_backward = None if nothing else self._current()
         return not nothing
@@ -105,7 +109,7 @@ class GradientMarks:
             if NO_GRADIENT in found:
                 self._choose_sample([i for i, each in enumerate(marks.ids) if each != NO_GRADIENT])
                 if found.count(NO_GRADIENT) == len(found):
-                    # Only others have gradients, which may be from before.
+                    # Only gradients outside the sample are present; they may be older.
                     reached = marks.differ_where_present(last)
         if reached:
             self._set_known(marks)
@@ -114,14 +118,14 @@ class GradientMarks:
     def _set_known(self, marks: Marks) -> None:
         self._known = marks
         if self._further:
-            self._further_known = self._marks_beside()
+            self._further_known = self._further_marks()
 
-    def _marks_beside(self) -> list[tuple[int, int]]:
+    def _further_marks(self) -> list[tuple[int, int]]:
         gradients = [parameter.grad for _, parameter in self._further]
         return [(id(g), NO_VERSION if g is None else version_of(g)) for g in gradients]
 
     def changed(self) -> bool:
-        """Whether the script has changed gradients since the last change that is known."""
+        """Whether the script has changed gradients since the last known change."""
         if self._known is None:
             return False
         marks = self._current()
@@ -131,7 +135,7 @@ class GradientMarks:
         return False
 
     def any_replaced(self) -> bool:
-        """Whether any gradient is another tensor than at the last change that is known."""
+        """Whether any gradient is another tensor than after the last known change."""
         return self._known is not None and self._current().ids != self._known.ids
 
     def first_changed(self) -> bool:
@@ -153,13 +157,13 @@ class GradientMarks:
             return None
         found = self.changed_watched()
         if self._further and self._further_known:
-            pairs = zip(self._further, self._marks_beside(), self._further_known, strict=True)
+            pairs = zip(self._further, self._further_marks(), self._further_known, strict=True)
             found += [place for (place, _), now, known in pairs if now != known]
         return found
 
     def changed_watched(self) -> list[int]:
-        """Positions of the watched parameters whose gradients changed; of larger models not all
-        are watched."""
+        """Positions of the watched parameters whose gradients changed; in larger models not every
+        parameter is watched."""
         if self._known is None:
             return []
         both = zip(*self._current(), *self._known, strict=True)
@@ -167,18 +171,18 @@ class GradientMarks:
         return [i * self._every for i in changed]
 
     def remember(self) -> None:
-        """The gradients are now as they should be."""
+        """Take the present gradients as the known state."""
         self._set_known(self._current())
 
     def clipped(self) -> None:
-        """`remember` after a clipping by norm of all of these gradients, which `changed` has looked
-        at before. It multiplies each in place, so that what it does to their versions is known once
-        it was seen."""
+        """Like `remember`, after a clipping by norm of all these gradients, before which `changed`
+        was called. Clipping multiplies every gradient in place and so raises each version by the
+        same number, which is learned once and then predicted."""
         before, raised = self._known, self._raised_by_clipping
         if before is not None and raised and self._last is before:
             self._known = self._last = Marks(before.ids, list(map(raised.__add__, before.versions)))
             if self._further:
-                self._further_known = self._marks_beside()
+                self._further_known = self._further_marks()
             return
         self.remember()
         after = self._known
@@ -188,12 +192,13 @@ class GradientMarks:
             self._raised_by_clipping = by.pop() if whole else 0
 
     def forget(self) -> None:
-        """The gradients have changed in a way that is known; the next backward marks them."""
+        """Forget the marks after a change that the tracer knows of; the next backward sets them
+        again."""
         self._known = None
 
     def assigned(self, returned: Returned) -> None:
-        """The script has assigned gradients that `torch.autograd.grad` returned: what it did to
-        them since is its own change, and to those that were there before."""
+        """The script has assigned gradients that `torch.autograd.grad` returned. Its changes to
+        them since then, and to the gradients that were there before, count as its own."""
         versions = {
             id(g): version for ref, version in returned.values() if (g := ref()) is not None
         }
@@ -213,7 +218,8 @@ class GradientMarks:
         self._used = self._known or self._nothing
 
     def _current(self) -> Marks:
-        """Called several times in every step, so without a loop of its own where it can be."""
+        """Marks of the present gradients. Called several times in every step, so it avoids Python
+        loops in the usual cases."""
         gradients = list(map(_gradient_of, self._watched))
         ids = list(map(id, gradients))
         if NO_GRADIENT not in ids:
@@ -230,18 +236,18 @@ _gradient_of = attrgetter("grad")
 
 
 class WeightWatch:
-    """Finds out whether a script that has no optimizer has updated its weights."""
+    """Detects updates of the weights by a script without an optimizer."""
 
     def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
         self._parameters = parameters
         self._versions: list[int] = []
         self._samples: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
-        """Parameters and copies of their first elements and gradients: an update through `.data`
-        leaves no other trace."""
+        """(parameter, copy of its first elements, copy of their gradients): an update through
+        `.data` leaves no other trace."""
         self._largest_ratio = 0.0
 
     def remember(self) -> None:
-        """A backward has ended: an update may follow."""
+        """Remember the weights after a backward, which an update may follow."""
         self._versions = list(map(version_of, self._parameters))
         self._samples = [
             (p, _first_elements(p).clone(), _first_gradients(p))
@@ -250,7 +256,7 @@ class WeightWatch:
         ]
 
     def changed(self) -> bool:
-        """Whether weights have changed since. May wait for the device."""
+        """Whether weights have changed since `remember`. May wait for the device."""
         by_version = list(map(version_of, self._parameters)) != self._versions
         if any(not _same(_first_elements(p), copy) for p, copy, _ in self._samples):
             self._largest_ratio = max(self._largest_ratio, self._ratio())
@@ -258,8 +264,8 @@ class WeightWatch:
         return by_version
 
     def left_alone(self) -> frozenset[int]:
-        """Positions of the parameters that the update has not changed although they had a gradient
-        that is large enough: the script updates others. May wait for the device."""
+        """Positions of the parameters that the update has not changed although their gradients are
+        large enough: the script updates other parameters. May wait for the device."""
         samples = {id(p): (copy, gradient) for p, copy, gradient in self._samples}
         found: list[int] = []
         for place, (parameter, version) in enumerate(
@@ -293,11 +299,11 @@ class WeightWatch:
     def _too_small(self, weights: torch.Tensor, gradient: torch.Tensor) -> bool:
         update = gradient.abs() * self._largest_ratio
         hidden = update <= weights.abs() * torch.finfo(weights.dtype).eps
-        return bool(torch.all(hidden | weights.isnan()))  # no update is seen in a nan
+        return bool(torch.all(hidden | weights.isnan()))  # an update of nan cannot be seen
 
 
 def _same(values: torch.Tensor, others: torch.Tensor) -> bool:
-    """Whether they are equal, nan and all."""
+    """Whether two tensors are equal, where nan equals nan."""
     return torch.equal(values, others) or bool(
         ((values == others) | (values.isnan() & others.isnan())).all()
     )

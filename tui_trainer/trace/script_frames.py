@@ -1,5 +1,6 @@
-"""The frames of the training loop and its callers: what their variables hold, which line calls a
-submodule or computes an operation, and whether any of their code calls `step` of an optimizer."""
+"""Reads the frames of the training loop and its callers: the objects in their variables, the line
+that calls a submodule or computes an operation, and whether their code calls an optimizer's `step`.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +22,13 @@ from torch.optim.optimizer import Optimizer
 
 MAX_FRAMES = 64
 MAX_HELD = 64
-"""Longest lists and dictionaries that are searched."""
+"""Maximum length of the lists and dictionaries that are searched."""
 _OWN_PACKAGE = __name__.rpartition(".")[0]
 
 COPY_REFERENCES = 3
-"""To a frame's copy of its variables: the frame's, ours, and that of the call that counts."""
+"""References to a frame's copy of its variables: the frame's, ours, and that of `getrefcount`."""
 MAX_NAME = 40
-"""Characters of a variable's name that is shown."""
+"""Maximum number of characters of a variable's name that is shown."""
 
 GENERIC_NAMES = frozenset(
     ("self", "model", "module", "net", "root", "optimizer", "opt", "optim", "obj", "o", "m")
@@ -36,14 +37,14 @@ GENERIC_NAMES = frozenset(
 
 GENERIC_ATTRIBUTES = ("optimizer", "opt", "optim")
 REFERRING_CLASSES = ("scheduler", "warmup")
-"""In the names of classes, in lower case, whose objects refer to an optimizer of the script's:
-torch's `LRScheduler`, and those of timm, Accelerate and others."""
+"""Words in the names of classes (in lower case) whose objects refer to an optimizer that they do
+not own: PyTorch's `LRScheduler`, and those of timm, Accelerate and others."""
 
 T = TypeVar("T")
 
 
 def script_frames() -> Iterator[FrameType]:
-    """The frames that called into torch or into this package, innermost first."""
+    """The script's frames above PyTorch and this package on the stack, innermost first."""
     frame: FrameType | None = sys._getframe()
     for _ in range(MAX_FRAMES):
         while frame is not None and _is_ours_or_torch(frame):
@@ -55,8 +56,8 @@ def script_frames() -> Iterator[FrameType]:
 
 
 def objects_of_script(kind: type[T]) -> list[T]:
-    """The instances of `kind` that the script's variables hold, by themselves, in a list or
-    dictionary, or as an attribute of `self`; innermost first."""
+    """The instances of `kind` in the script's variables, in lists and dictionaries in these, and in
+    attributes of `self`; those of the innermost frame first."""
     found: dict[int, T] = {}
     for frame in script_frames():
         variables = frame.f_locals
@@ -87,8 +88,8 @@ def forget_variables(frame: FrameType) -> None:
 
 def variable_of(*things: object) -> str:
     """The name of the variable, or of the attribute of `self`, in which the script holds one of
-    `things`; "" where there is none. That of an outer frame is preferred: a function may call all
-    of its arguments `optimizer`."""
+    `things`; "" without one. Names in outer frames are preferred: a function may call all of its
+    arguments `optimizer`."""
     for frame in reversed(list(script_frames())):
         name = _variable_in(frame, things)
         forget_variables(frame)
@@ -119,11 +120,11 @@ def _variable_in(frame: FrameType, things: tuple[object, ...]) -> str:
 
 
 def _attribute_of(held: dict[str, Any], things: tuple[object, ...]) -> str:
-    """`actor.optimizer`, for what is such an attribute of an object in a variable."""
+    """`actor.optimizer` where one of `things` is such an attribute of an object in a variable."""
     for name, value in held.items():
         if name == "self" or name.startswith("_") or not type(value).__dictoffset__:
             continue
-        if issubclass(type(value), ModuleType):  # its variables are searched with its frames
+        if issubclass(type(value), ModuleType):  # its frames are searched, and their variables
             continue
         if _refers_to_optimizer(type(value)):
             continue
@@ -139,13 +140,13 @@ def _attribute_of(held: dict[str, Any], things: tuple[object, ...]) -> str:
 
 
 def _refers_to_optimizer(kind: type) -> bool:
-    """Whether its instances are learning-rate schedulers, which do not own their optimizer."""
+    """Whether the instances of a class are schedulers, which do not own their optimizer."""
     names = [each.__name__.lower() for each in kind.__mro__]
     return any(word in name for word in REFERRING_CLASSES for name in names)
 
 
 def _holds(value: Any, thing: object) -> bool:
-    """Whether it is `thing`, or Lightning's wrapper of it."""
+    """Whether `value` is `thing`, or Lightning's wrapper of it."""
     return value is thing or (
         type(value).__name__ == "LightningOptimizer" and vars(value).get("_optimizer") is thing
     )
@@ -193,12 +194,12 @@ CALLS = {
     "logsoftmax": ("log_softmax", "cross_entropy"),
     "binarycrossentropy": ("binary_cross_entropy",),
 }
-"""Operation of the autograd graph to the functions that compute it, where the names differ."""
+"""Operation of the autograd graph → the functions that compute it, where the names differ."""
 
 
 def place_of_call(path: str, modules: Mapping[str, Any]) -> str:
-    """`file.py:12`: where the forward of the nearest class that is not torch's calls the submodule
-    at `path`; "" where that is not one single line."""
+    """The line, as `file.py:12`, in which the forward of the nearest class outside PyTorch calls
+    the submodule at `path`; "" unless that is a single line."""
     parts = path.split(".")
     while parts:
         parent = ".".join(parts[:-1])
@@ -212,14 +213,15 @@ def place_of_call(path: str, modules: Mapping[str, Any]) -> str:
 
 
 def place_of_operation(operation: str, module: Any) -> str:
-    """Where the forward of `module` computes an operation of the autograd graph."""
+    """The only line in which the forward of `module` computes an operation of the graph, or ""."""
     if type(module).__module__.startswith("torch."):
         return ""
     return _line_in(type(module).forward, lambda node: _computes(node, operation))
 
 
 def place_in_frame(operation: str, frame: FrameType) -> str:
-    """Where the function of `frame` computes an operation, at or before its current line."""
+    """The only line, up to the current one, in which the function of `frame` computes an operation;
+    "" unless there is a single one."""
     code, last = frame.f_code, frame.f_lineno
     lines = linecache.getlines(code.co_filename, frame.f_globals)
     if not lines:
@@ -232,7 +234,7 @@ def place_in_frame(operation: str, frame: FrameType) -> str:
 
 
 def places_in_called(operation: str, frame: FrameType) -> set[str]:
-    """Where the functions of the script that the code of `frame` names compute an operation."""
+    """Lines that compute an operation in functions of the script that the code of `frame` names."""
     code = frame.f_code
     variables = {**frame.f_globals, **frame.f_locals}
     forget_variables(frame)
@@ -242,7 +244,7 @@ def places_in_called(operation: str, frame: FrameType) -> set[str]:
 
 
 def place_in_file(operation: str, frame: FrameType) -> str:
-    """The only line of the whole file of `frame` that computes an operation."""
+    """The only line in the file of `frame` that computes an operation, or ""."""
     file = frame.f_code.co_filename
     text = "".join(linecache.getlines(file, frame.f_globals))
     return _single_line(text, file, 1, lambda node: _computes(node, operation), None, None)
@@ -260,7 +262,7 @@ def _line_in(function: Any, matches: Any) -> str:
 def _single_line(
     text: str, file: str, first: int, matches: Any, last: int | None, code: CodeType | None
 ) -> str:
-    """The place of the only line with a matching expression."""
+    """The only line with a matching expression, as `file.py:12`; "" unless there is just one."""
     try:
         if code is not None and first > 1:
             text = "".join(inspect.getblock(text.splitlines(keepends=True)))
@@ -278,7 +280,7 @@ def _single_line(
 
 
 def _expressions(tree: ast.AST, whole_file: bool) -> list[Any]:
-    """The calls and operators; of a whole file those outside of its functions and classes."""
+    """The calls and operators; with `whole_file` only those outside functions and classes."""
     found: list[Any] = []
     waiting: list[ast.AST] = [tree]
     while waiting:
@@ -312,18 +314,18 @@ def _computes(node: Any, operation: str) -> bool:
     return operator is not None and isinstance(node.op, operator)
 
 
-NAME = "step"
-OTHERS = frozenset(("torch", "numpy", "tui_trainer", *sys.stdlib_module_names)) - {"__main__"}
+STEP_METHOD = "step"
+LIBRARIES = frozenset(("torch", "numpy", "tui_trainer", *sys.stdlib_module_names)) - {"__main__"}
 """Packages whose code calls no step of the script's optimizers."""
 
 
 def may_be_stepped(optimizer: Optimizer) -> bool:
-    """Whether any code within reach of the training loop calls a `step` that may be this
-    optimizer's: that of the functions on the stack, of their modules and of what these import, and
-    of the optimizer's own class. True where that cannot be determined."""
+    """Whether any code within reach of the training loop calls a `step` that may be that of
+    `optimizer`: the functions on the stack, their modules, modules imported by these, and the class
+    of the optimizer. True where that cannot be determined."""
     try:
         return _finds_call(optimizer)
-    except Exception:  # of an object of the script that raises where it is looked at
+    except Exception:  # an object of the script may raise when it is read
         return True
 
 
@@ -339,7 +341,7 @@ def _finds_call(optimizer: Optimizer) -> bool:
         del variables
         held += [(value, names) for value in list(names.values())]
         if names.get("__name__") == "__main__" and frame.f_code.co_name == "<module>":
-            break  # what called the script is no part of it
+            break  # callers of the script are no part of it
     return any(
         _calls_step(code, names, optimizer, seen)
         for thing, names in held
@@ -348,10 +350,10 @@ def _finds_call(optimizer: Optimizer) -> bool:
 
 
 def _codes_of(thing: Any, within_module: bool = False) -> Iterator[CodeType]:
-    """The code of a function, of the methods of a class, or of both in a module."""
+    """Code objects of a function, of the methods of a class, or of both in a module."""
     kind = type(thing)
     if kind is ModuleType and not within_module:
-        if thing.__name__.partition(".")[0] not in OTHERS:
+        if thing.__name__.partition(".")[0] not in LIBRARIES:
             for value in list(vars(thing).values()):
                 yield from _codes_of(value, within_module=True)
     elif kind in (FunctionType, classmethod, staticmethod):
@@ -367,7 +369,7 @@ def _codes_of(thing: Any, within_module: bool = False) -> Iterator[CodeType]:
 
 
 def _is_script(thing: Any) -> bool:
-    return str(getattr(thing, "__module__", "")).partition(".")[0] not in OTHERS
+    return str(getattr(thing, "__module__", "")).partition(".")[0] not in LIBRARIES
 
 
 def _calls_step(
@@ -376,9 +378,9 @@ def _calls_step(
     if code in seen:
         return False
     seen.add(code)
-    if NAME in code.co_names:
+    if STEP_METHOD in code.co_names:
         for before, call in pairwise(dis.get_instructions(code)):
-            if call.argval == NAME and _is_method(call):
+            if call.argval == STEP_METHOD and _is_method(call):
                 of_name = before.opname.startswith("LOAD_") and before.opname != "LOAD_ATTR"
                 if not of_name or before.argval not in variables:
                     return True
@@ -389,7 +391,7 @@ def _calls_step(
 
 
 def _is_method(instruction: dis.Instruction) -> bool:
-    """Whether an attribute is loaded to be called."""
+    """Whether an instruction loads an attribute to be called."""
     if instruction.opname == "LOAD_METHOD":  # until Python 3.11
         return True
     marked = instruction.opname == "LOAD_ATTR" and bool((instruction.arg or 0) & 1)

@@ -7,8 +7,8 @@ The rules:
   exactly the objective whose gradient the optimizer uses. With a closure it is the loss of the
   first evaluation, at the weights that the step began with.
 * The gradients of a step are those after the last of these backward passes, before any clipping.
-* A clipping belongs to the step that uses the gradients it changed; after the update to none.
-* Gradients that are discarded before any optimizer has used them are a skipped iteration.
+* A clipping belongs to the step that uses the clipped gradients; one after the update to no step.
+* Gradients that are discarded before any optimizer has used them make a skipped iteration.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from tui_trainer.trace.probe_set import ProbeSet
 from tui_trainer.trace.transfer import HostTransfer, Transfers, length_of
 
 MAX_KEPT = 64
-"""Losses and clippings that are kept apart within one step."""
+"""Maximum number of losses within one step that are kept apart."""
 
 
 @dataclass(eq=False, slots=True)
@@ -62,9 +62,9 @@ class GradientReading:
     """The norms of one optimizer's gradients at one moment, on their device."""
 
     norms: Readings | None = None
-    """One for each tracked parameter, flattened; None where they were not measured."""
+    """Norm of each tracked parameter's gradient, flattened; None if they were not measured."""
     scale: torch.Tensor | None = None
-    """A factor (0-d) that a GradScaler still had on them."""
+    """The factor (0-d) that a GradScaler still had on the gradients."""
     absent: NDArray[np.uint8] | None = None
     """As `StepFacts.absent_gradients`."""
 
@@ -80,25 +80,26 @@ class Clipping:
     norm_after: Reading | None
     """None for clipping by norm, where it follows from the scale."""
     total: Reading | None
-    """√Σ‖g‖² of all it clipped, measured apart where `norm_before` may be something else."""
+    """√Σ‖g‖² of all clipped gradients, measured where `norm_before` may be something else."""
     two_norm: bool
     scales: dict[int, torch.Tensor | None]
     """id(measurer) → the loss scale (0-d) that was still on its gradients."""
     positions: dict[int, list[int] | None] = field(default_factory=dict)
-    """id(measurer) → positions of the parameters it clipped; None: all that have a gradient."""
+    """id(measurer) → positions of the clipped parameters; None: all that have a gradient."""
     readings: dict[int, GradientReading] = field(default_factory=dict)
     """id(measurer) → its gradients before this clipping."""
     tentative: bool = False
-    """The script may have changed the gradients by itself: it has where the norms differ."""
+    """Whether the script has perhaps changed the gradients by itself: it has if the norms differ.
+    """
 
 
 Returned = dict[int, tuple[weakref.ref[torch.Tensor], int]]
-"""id(parameter) → (its gradient, the version of that when it was returned)."""
+"""id(parameter) → (its gradient, the version of the gradient when it was returned)."""
 
 
 @dataclass(eq=False, slots=True)
 class BackwardPass:
-    """One or several calls of `backward` whose gradients go the same way."""
+    """One or several calls of `backward` whose gradients wait for the same optimizers."""
 
     losses: list[torch.Tensor]
     """0-d each, without any loss scale."""
@@ -108,16 +109,16 @@ class BackwardPass:
     loss_graph: LossGraph | None = None
     """Both are set for some of the passes."""
     producer: Producer | None = None
-    """What made the loss not finite, where that was seen."""
+    """The origin of a non-finite loss, where it was found."""
     bad_batch: BadBatch | None = None
     repeated: bool = False
     """Whether one of the losses was backpropagated before, into the same gradients."""
     calls: int = 0
-    """Calls of models before it."""
+    """Number of calls of models before the backward."""
     used: bool = False
     lost: list[LostGradients] = field(default_factory=list)
     returned: Returned = field(default_factory=dict)
-    """What `torch.autograd.grad` returned, which counts once the script has assigned it."""
+    """Gradients that `torch.autograd.grad` returned. They count once the script assigns them."""
 
     def add(self, losses: Sequence[torch.Tensor]) -> None:
         self.losses += losses
@@ -127,7 +128,7 @@ class BackwardPass:
 
 @dataclass(eq=False, slots=True)
 class LostGradients:
-    """What was known of one optimizer's gradients when they were discarded."""
+    """Measurements of one optimizer's gradients, which were then discarded."""
 
     measurer: Any
     reading: GradientReading
@@ -137,7 +138,7 @@ class LostGradients:
 
 
 class GradScaling:
-    """Follows a GradScaler, so that shown losses and gradients are without its scale."""
+    """Follows a GradScaler, so that losses and gradients are shown without its scale."""
 
     def __init__(self) -> None:
         self._losses: list[tuple[weakref.ref[torch.Tensor], torch.Tensor]] = []
@@ -164,12 +165,12 @@ class GradScaling:
         del self._losses[:-MAX_KEPT]
 
     def unscaled_loss(self, loss: torch.Tensor) -> torch.Tensor:
-        """What `loss` was before it was scaled; itself where it was not."""
+        """`loss` before it was scaled; `loss` itself if it was not scaled."""
         for reference, before in self._losses:
             if reference() is loss:
                 return before
         if self._scaler is not None and torch_private.graph_is_marked(loss):
-            scale = self.loss_scale()  # computed from a scaled loss, as in `scaled / n`
+            scale = self.loss_scale()  # `loss` was computed from a scaled one, as in `scaled / n`
             return loss.detach() / scale.to(loss.device)
         return loss
 
@@ -180,13 +181,13 @@ class GradScaling:
         return scale if isinstance(scale, torch.Tensor) else None
 
     def loss_scale(self) -> torch.Tensor:
-        """The factor (0-d) on losses now; nan where it is unknown."""
+        """The present factor (0-d) on losses; nan where it is unknown."""
         scaler = self._scaler() if self._scaler is not None else None
         scale = torch_private.loss_scale(scaler) if scaler is not None else None
         return scale if isinstance(scale, torch.Tensor) else torch.tensor(float("nan"))
 
     def read_loss_scale(self) -> float:
-        """The loss scale on the host. Waits for the device, as the scaler itself has just done."""
+        """The loss scale on the host. Waits for the device, as the scaler has done just before."""
         scaler = self._scaler() if self._scaler is not None else None
         return float(scaler.get_scale()) if scaler is not None else float("nan")
 
@@ -199,7 +200,7 @@ class GradScaling:
 
 
 def scalar(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of one element as a 0-d one, without its graph."""
+    """A tensor of one element as a 0-d tensor, without its graph."""
     if tensor.requires_grad:
         tensor = tensor.detach()
     return tensor.reshape(()) if tensor.dim() else tensor
@@ -210,7 +211,7 @@ def scalar(tensor: torch.Tensor) -> torch.Tensor:
 
 @dataclass(eq=False, slots=True)
 class StepOutcome:
-    """What the tracer knows of a step that has just completed, or of a skipped iteration."""
+    """Facts about a step that has just completed, or about a skipped iteration."""
 
     step: int
     losses: Sequence[torch.Tensor] | None
@@ -225,10 +226,10 @@ class StepOutcome:
 @dataclass(eq=False, slots=True)
 class CompletedStep:
     """A step whose values are on their way to the host: a header, then the readings of each probe
-    that took any."""
+    that has hooks."""
 
     optimizer: str
-    """Its key: "" for the first optimizer of the run."""
+    """Key of the optimizer: "" for the first one of the run."""
     outcome: StepOutcome
     transfer: HostTransfer
     probes: Sequence[ActiveProbe]
@@ -272,7 +273,7 @@ class CompletedStep:
 
 @dataclass(slots=True)
 class HeaderValues:
-    """What `Header.read` gives."""
+    """The result of `Header.read`."""
 
     loss: float
     learning_rate: float
@@ -326,7 +327,7 @@ class Header:
         return None if reading is None or reading is self._reading else reading.norms
 
     def read(self, values: Values) -> HeaderValues:
-        """Everything again, from its values on the host."""
+        """The same quantities as numbers, from the `values` of `readings` on the host."""
         left = values.tolist()
         left.reverse()
 
@@ -383,18 +384,17 @@ class HandChange:
     measurer: Any
     """The `StepMeasurer` of their optimizer."""
     before: Readings | None
-    """Norms; None where they were not read before."""
+    """Norms before the change; None where they were not read."""
     after: Readings
     positions: list[int] | None
     """Positions of the parameters whose gradients changed; None: unknown."""
     reading: GradientReading | None
     tentative: bool
-    """Whether they changed at all is known once the norms are on the host."""
+    """Whether it is still unknown, until the norms are on the host, if gradients changed at all."""
 
 
 def record_of(step: CompletedStep, probes: ProbeSet) -> tuple[StepRecord, StepFacts, float]:
-    """The record of a step or a skipped iteration, what it was made from, and the seconds spent
-    in probes."""
+    """(record of a step or a skipped iteration, its facts, seconds spent in probes)."""
     header, *parts = step.transfer.parts()
     if isinstance(header, Exception):
         raise header
@@ -428,7 +428,7 @@ def record_of(step: CompletedStep, probes: ProbeSet) -> tuple[StepRecord, StepFa
 
 
 class SkippedIteration:
-    """Gradients that no optimizer used, their values on their way to the host."""
+    """An iteration whose gradients no optimizer used, with values on their way to the host."""
 
     def __init__(
         self,
@@ -438,8 +438,9 @@ class SkippedIteration:
         producer: Producer | None = None,
         bad_batch: BadBatch | None = None,
     ) -> None:
-        """`parts`: (measurer, what it knew) for each optimizer that the gradients were for.
-        `loss_scale`: at which a GradScaler skipped. `producer`: what made a loss not finite."""
+        """`parts`: (measurer, its measurements) for each optimizer that could have used the
+        gradients. `loss_scale`: the scale at which a GradScaler skipped. `producer`: the origin of
+        a non-finite loss."""
         self.reason = reason
         self.loss_scale = loss_scale
         self.parts = parts

@@ -59,15 +59,16 @@ from tui_trainer.trace.torch_private import NormCapture
 from tui_trainer.trace.transfer import TransferPart
 
 NO_SIGNS: frozenset[Sign] = frozenset()
-NONE: frozenset[int] = frozenset()
+NO_POSITIONS: frozenset[int] = frozenset()
 CAREFUL_STEPS = 3
-"""First steps in which gradients are read after every backward, until it is known how the script
-treats them: later they are read at the clipping or the step, which costs nothing or once."""
-LOST_STEPS = 3
-"""Steps in a row that are measured because their loss or gradients are not finite."""
+"""Number of first steps in which gradients are read after every backward, until the tracer knows
+how the script treats them. Later they are read at the clipping, which costs nothing, or once, at
+the step."""
+NONFINITE_STEPS = 3
+"""Maximum number of steps in a row that are measured because loss or gradients are not finite."""
 CHANGES_WITHOUT_STEP = 3
-"""Iterations in which weights change while their optimizer has never stepped, after which the
-script is assumed to update them by itself. Fewer may be the perturbations of a method like SAM."""
+"""Number of iterations in which weights change although their optimizer has never stepped, from
+which on the script is assumed to update them by itself. Fewer may be perturbations, as in SAM."""
 
 
 class StepMeasurer:
@@ -91,64 +92,65 @@ class StepMeasurer:
         self.passes: list[BackwardPass] = []
         """Backward passes whose gradients wait for the optimizer's step."""
         self.clips: list[Clipping] = []
-        """Clippings of these gradients."""
+        """Clippings of the waiting gradients."""
         self.reading: GradientReading | None = None
-        """The gradients as they were after the last of these passes; None: not read yet."""
+        """Norms of the gradients after the last of `passes`; None: not read yet."""
         self.skip: tuple[torch.Tensor, torch.Tensor] | None = None
-        """For an optimizer that skips a step by itself when gradients are not finite: whether it
-        does (above 0), and the loss scale (0-d each). Set when its step begins."""
+        """(flag, loss scale), 0-d each, of an optimizer that skips steps with non-finite gradients
+        by itself; it skips where the flag is above 0. Set when its step begins."""
         self.weights: WeightWatch | None = None
         """Set where the script updates the weights by itself."""
         self.unstepped: WeightWatch | None = None
         """Set until the optimizer first steps."""
         self._changes_without_step = 0
-        self.left_alone = NONE
-        """Positions of the parameters that the script's last update by itself has not changed."""
+        self.left_alone = NO_POSITIONS
+        """Positions of the parameters that the last update by hand has not changed."""
         self._own = tracked.parameters[:own]
-        """The parameters that the optimizer, or the script by itself, updates."""
+        """The parameters that the optimizer, or the script by hand, updates."""
         self._updated: set[int] = set()
-        """Positions of those that the script has updated by itself so far."""
+        """Positions of the parameters that the script has updated by hand so far."""
         self.trainable_changed = False
-        """Whether parameters were frozen or unfrozen since this was last looked at."""
+        """Whether parameters were frozen or unfrozen since the last description of the run."""
         self.scaled = False
         """Whether a GradScaler is in use."""
         self.changed_by_hand = False
-        """Whether the script has changed gradients by itself: they are read at once then."""
+        """Whether the script has changed gradients by itself, so that they are read at once."""
         self.zeroes_by_hand = False
-        """Whether the script zeroes or releases gradients without `zero_grad`. Which of them it
-        discards unused is known too late: norms that are due are read after every backward."""
+        """Whether the script zeroes or releases gradients without `zero_grad`. Norms that are due
+        are then read after every backward: the tracer learns too late which gradients are
+        discarded."""
         self.given_gradients = False
         """Whether the script has set gradients that no backward has computed for this optimizer."""
         self._recorder = recorder
         self._norms = Norms(tracked.parameters, tracked.device)
         self._steps = 0
         self.float32_exact = False
-        """Whether the last norms were in EXACT_IN_FLOAT32."""
+        """Whether the last norms were within EXACT_IN_FLOAT32."""
         self._prepared_step = -1
         self._awaiting_norms = False
         """Whether norms are expected from the clipping in progress."""
         self._clip_norms_complete = False
         """Whether the last clipping gave the norm of every gradient."""
         self._kept_before = False
-        """Whether the open backward finds gradients that a step has used already."""
+        """Whether the open backward adds to gradients that a step has used already."""
         self.noticed: set[Sign] = set()
         """Signs of the step in progress."""
         self.averaged = False
-        """Whether the script has reduced gradients over several processes by itself: what it does
-        to them from then on may be part of their mean."""
+        """Whether the script has reduced gradients over several processes by itself: its later
+        changes of them may belong to the averaging."""
         self._calls = 0
-        """Calls of models that led to the last step."""
+        """Number of calls of models in the last step."""
         self._latest: Readings | None = None
-        """Norms after the last change that is known."""
+        """Norms after the last known change."""
         self._partly_unscaled = False
         """Whether `unscale_` has left the gradients of parameters in no optimizer scaled."""
-        self._lost_steps = 0
-        """Steps in a row whose loss or gradients were not finite, up to LOST_STEPS."""
+        self._nonfinite_steps = 0
+        """Steps in a row whose loss or gradients were not finite, up to NONFINITE_STEPS."""
         self.norms_read: Readings | None = None
-        """Norms of the waiting gradients, as read by the measurer that this one replaces: they may
-        have been clipped since. Empty where that has not read them."""
+        """Norms of the waiting gradients, as read by the measurer that this one replaces, perhaps
+        before they were clipped. Empty where it has not read them."""
         self._frozen = frozenset(i for i, t in enumerate(tracked.trainable) if not t)
-        self._frozen_zeros = NONE
+        self._frozen_zeros = NO_POSITIONS
         """Positions of frozen parameters on which `zero_grad` has left a gradient of zeros."""
         self._on_host = self.probes.on_host
 
@@ -174,14 +176,14 @@ class StepMeasurer:
             self._latest = [known.get(id(parameter), norm) for parameter, norm in pairs]
 
     def _norms_of(self, reading: GradientReading, given: Sequence[torch.Tensor]) -> Readings:
-        """The norms of these gradients in a reading of those of the parameters `given`."""
+        """Norms in the order of our own parameters, from a `reading` of the parameters `given`."""
         parameters = self.tracked.parameters
         if len(given) == len(parameters) and all(map(is_, given, parameters)):
             return reading.norms or ()
         if reading.norms is None or not self._on_host:
             return ()
         known = dict(zip(map(id, given), reading.norms, strict=True))
-        # A parameter that came since had no gradient to be clipped.
+        # A parameter that was added since then had no gradient to be clipped.
         now = self.norms_now()
         return [known.get(id(p), norm) for p, norm in zip(parameters, now, strict=True)]
 
@@ -190,8 +192,8 @@ class StepMeasurer:
         return self._steps > 0
 
     def changes_without_step(self) -> bool:
-        """Gradients are discarded: whether the weights have changed in several iterations although
-        the optimizer has never stepped."""
+        """Whether the weights have changed in several iterations although the optimizer has never
+        stepped. Called when gradients are discarded."""
         if self.unstepped is None or not self.unstepped.changed():
             return False
         self.unstepped.remember()
@@ -199,7 +201,7 @@ class StepMeasurer:
         return self._changes_without_step >= CHANGES_WITHOUT_STEP
 
     def updates_those_of(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether another optimizer has the same parameters, going by its first one."""
+        """Whether `optimizer` has the same parameters, judged by its first one."""
         first = next((p for group in optimizer.param_groups for p in group["params"]), None)
         return id(first) in self.tracked.ids
 
@@ -207,8 +209,8 @@ class StepMeasurer:
 
     @property
     def careful(self) -> bool:
-        """Whether gradients are read after every backward: whatever happens to them afterwards,
-        their norms are known."""
+        """Whether gradients are read after every backward, so that their norms are known whatever
+        happens to them afterwards."""
         return (
             self._steps < CAREFUL_STEPS
             or self.changed_by_hand
@@ -220,13 +222,13 @@ class StepMeasurer:
 
     @property
     def reads_early(self) -> bool:
-        """Whether gradients are read after every backward, where their norms are due."""
+        """Whether gradients are read after every backward if their norms are due."""
         return self.zeroes_by_hand or self.careful
 
     def before_backward(self) -> None:
         """A backward begins: remember the gradients, to see whether it reaches this optimizer."""
         if 0 < self._steps <= CAREFUL_STEPS and not self.passes and self.marks.changed():
-            self.zeroes_by_hand = True  # what `zero_grad` changes is known
+            self.zeroes_by_hand = True  # a change by `zero_grad` would be known
         there = self.marks.before_backward()
         if not self.passes:
             self._kept_before = there and self.marks.any_kept()
@@ -252,8 +254,8 @@ class StepMeasurer:
         self.reading = self.norms_read = None
 
     def changed_between_passes(self) -> bool:
-        """Whether the script has changed gradients since the last change that is known; also
-        through `.data` while this measurer is careful."""
+        """Whether the script has changed gradients since the last known change; while this measurer
+        is careful, also through `.data`."""
         if self.marks.changed():
             return True
         if not (self.careful and self._on_host and self._latest is not None):
@@ -264,17 +266,17 @@ class StepMeasurer:
         return changed
 
     def probably_changed(self) -> bool:
-        """`changed_between_passes`, checked on one parameter where that is enough."""
+        """Like `changed_between_passes`, checked on one parameter where that is enough."""
         if self.careful:
             return self.changed_between_passes()
         return self.marks.first_changed()
 
     def change_by_hand(self) -> HandChange | None:
-        """What the script has done to the gradients by itself since the last change that is known.
+        """The script's own change of the gradients since the last known one; None without.
 
-        Its in-place operations leave a mark, but for those on `grad.data`: while this measurer is
-        careful, the norms are compared as well. Gradients that it has released or zeroed are
-        discarded, which does not count as a change.
+        In-place operations raise the version of a gradient, except for those on `grad.data`: while
+        this measurer is careful, norms are compared as well. Gradients that the script has released
+        or zeroed count as discarded, not as changed.
         """
         changed = self.marks.changed()
         compare = self._latest is not None and self.careful
@@ -290,14 +292,14 @@ class StepMeasurer:
             changed_norms = differing(before, after)
             if not changed and not any(place < self.tracked.own for place in changed_norms):
                 if not changed_norms:
-                    self._latest = before  # by which `use_clip_norms` knows the reading
+                    self._latest = before  # `use_clip_norms` compares it with the reading
                 return None
             positions = sorted({*(positions or ()), *changed_norms})
         elif changed and positions is None:
             positions = self._probable_positions(before, after)
         if positions is not None and not (positions := self._kept(positions, after)):
             if self.thrown_away():
-                self._latest = before  # by which that is noticed at the next forward or backward
+                self._latest = before  # the next forward or backward notices the difference
             else:
                 self.marks.remember()
             return None
@@ -315,8 +317,8 @@ class StepMeasurer:
         return HandChange(self, before, after, positions, known, not (changed or self._on_host))
 
     def _probable_positions(self, before: Readings | None, after: Readings) -> list[int] | None:
-        """Positions of the parameters whose gradients changed, where not all of them are watched;
-        None: any of them."""
+        """Positions of the parameters whose gradients probably changed, where not all of them are
+        watched; None: any of them."""
         if self._on_host and before is not None and (found := differing(before, after)):
             return found
         if not self._kept(self.marks.changed_watched(), after):
@@ -325,19 +327,19 @@ class StepMeasurer:
         return None if len(there) == len(self.tracked.parameters) else there
 
     def _kept(self, positions: list[int], norms: Readings) -> list[int]:
-        """The positions at which there is a gradient that is not known to be zero."""
+        """The `positions` of gradients that are present and not known to be zero."""
         parameters = self.tracked.parameters
         kept = [place for place in positions if parameters[place].grad is not None]
         return [place for place in kept if norms[place] != 0] if self._on_host else kept
 
     def _replace_norms(self, norms: Readings) -> None:
-        """The script has set other gradients than those that backward computed."""
+        """Take the `norms` of gradients that the script has set in place of those of backward."""
         assert self.reading is not None
         self.reading = GradientReading(norms, None, self._why_absent(self.tracked.gradients()))
         self.probes.gradient_norms(norms)
 
     def after_clipping(self, clipping: Clipping) -> None:
-        """Gradients were clipped by torch."""
+        """Gradients were clipped by a function of PyTorch."""
         self._latest = self.norms_now() if self.careful else None
         if clipping.kind == "norm" and clipping.positions[id(self)] is None:
             self.marks.clipped()
@@ -367,7 +369,7 @@ class StepMeasurer:
         return bool(among) and all(among), any(among)
 
     def positions_of(self, given: list[torch.Tensor]) -> list[int] | None:
-        """Positions of these parameters; None: all that are tracked."""
+        """Positions of the parameters `given`; None: all that are tracked."""
         parameters = self.tracked.parameters
         if len(given) == len(parameters) and all(map(is_, given, parameters)):
             return None
@@ -385,8 +387,8 @@ class StepMeasurer:
         return GradientReading(norms)
 
     def gradients_zeroed(self, zeroed: Callable[[torch.Tensor], bool]) -> bool:
-        """Whether none of this optimizer's gradients is left, where those of the parameters for
-        which `zeroed` is true are zero."""
+        """Whether none of this optimizer's gradients is left after the parameters for which
+        `zeroed` is true were zeroed."""
         return all(p.grad is None or zeroed(p) for p in self._own)
 
     def any_gradient(self) -> bool:
@@ -399,8 +401,8 @@ class StepMeasurer:
     def thrown_away(self) -> bool:
         """Whether the script has released or zeroed all gradients that it uses.
 
-        Of a script that updates weights by itself these are the ones that it has updated so far;
-        before its first update those that it zeroes by itself."""
+        A script that updates weights by itself uses the gradients of the weights that it has
+        updated so far; before its first update, those that it zeroes by itself."""
         if not self.any_gradient() or self.all_zero():
             return True
         if self.weights is None or self._updated:
@@ -410,7 +412,7 @@ class StepMeasurer:
         return bool(gradients) and all(g is None or is_zero(g) for g in gradients)
 
     def hides_updates(self) -> bool:
-        """Whether an update by the script itself would not be seen. False before its first one."""
+        """Whether an update by hand would be too small to be seen. False before the first one."""
         return self.weights is not None and self.weights.too_small(self._updated)
 
     def updated_by_hand(self) -> None:
@@ -420,7 +422,7 @@ class StepMeasurer:
         parameters = self.tracked.parameters[: self.tracked.own]
         self.left_alone = self.weights.left_alone()
         if len(self.left_alone) == len(parameters):
-            self.left_alone = NONE
+            self.left_alone = NO_POSITIONS
         self._updated |= set(range(len(parameters))) - self.left_alone
         self._own = [p for place, p in enumerate(parameters) if place in self._updated]
 
@@ -433,15 +435,14 @@ class StepMeasurer:
             if stops_soon:
                 reading = self.reading
                 norms = None if reading is None else reading.norms
-                self.probes.pauses_after_all(step, reading is not None, norms)
+                self.probes.measure_before_pause(step, reading is not None, norms)
             return
         self._prepared_step = step
         self.probes.begin_step(step, stops_soon)
 
     def watch_update(self) -> None:
-        """The optimizer is about to change the weights: where loss or gradients are not finite, the
-        weights will not be either, so this step is measured. Only on the CPU, where that is known.
-        """
+        """Measure a step whose loss or gradients are not finite before the optimizer uses them: the
+        weights will not be finite either. Only on the CPU, where values can be read at once."""
         reading = self.reading
         if not self._on_host or reading is None:
             return
@@ -449,11 +450,11 @@ class StepMeasurer:
         if finite and reading.norms is not None:
             finite = math.isfinite(sum(n for n in reading.norms if isinstance(n, float)))
         if finite:
-            self._lost_steps = 0
+            self._nonfinite_steps = 0
             return
-        if self._lost_steps >= LOST_STEPS:
+        if self._nonfinite_steps >= NONFINITE_STEPS:
             return
-        self._lost_steps += 1
+        self._nonfinite_steps += 1
         if reading.norms is None and reading.absent is None and not self.clips:
             reading.norms = self.norms_now()
         self.probes.measure_norms(reading.norms)
@@ -464,10 +465,10 @@ class StepMeasurer:
         clipping: ClipKind | Literal[""] = "",
         gradients: list[Gradient] | None = None,
     ) -> GradientReading:
-        """Gradients are complete and not clipped yet. `scale`: a factor still on them.
+        """Read the complete gradients before clipping. `scale`: a factor still on them.
 
-        `clipping`: the kind of clipping that follows; by norm, `use_clip_norms` is called then.
-        `gradients`: those that `torch.autograd.grad` returned, in place of the current ones.
+        `clipping`: the kind of clipping that follows; after one by norm, `use_clip_norms` is
+        called. `gradients`: the result of `torch.autograd.grad`, instead of the current gradients.
         """
         careful = self.careful
         if clipping or careful:
@@ -498,7 +499,7 @@ class StepMeasurer:
         self.probes.gradient_norms(norms)
 
     def do_not_read(self, why: Absent = Absent.CHANGED_BY_HAND) -> None:
-        """The waiting gradients have been changed in a way that is not known."""
+        """Give up reading the waiting gradients, which were changed in an unknown way."""
         codes = np.full(len(self.tracked.parameters), why, np.uint8)
         self.reading = GradientReading(None, None, codes)
 
@@ -520,7 +521,7 @@ class StepMeasurer:
 
     def _why_absent(self, gradients: Sequence[Gradient]) -> NDArray[np.uint8] | None:
         if not self.tracked.empty and not any(map(is_, gradients, repeat(None))):
-            absent, frozen = None, NONE
+            absent, frozen = None, NO_POSITIONS
         else:
             absent = self.tracked.why_absent(gradients)
             frozen = frozenset(np.flatnonzero(absent == Absent.FROZEN).tolist())
@@ -530,8 +531,8 @@ class StepMeasurer:
         return absent
 
     def _find_unused_zeros(self, reading: GradientReading) -> None:
-        """`zero_grad(set_to_none=False)` leaves zeros on parameters that were frozen or replaced
-        since: these have no gradient. Only on the CPU, where the norms are known."""
+        """Mark the zeros that `zero_grad(set_to_none=False)` leaves on parameters that were frozen
+        or replaced since as absent gradients. Only on the CPU, where the norms are known."""
         if not self._on_host or reading.norms is None:
             return
         if 0.0 not in reading.norms and not self._frozen_zeros:
@@ -557,10 +558,10 @@ class StepMeasurer:
     def use_clip_norms(
         self, captured: NormCapture, clipped: Any, limit: Any, total: torch.Tensor
     ) -> None:
-        """The clipping of the parameters `clipped` computed norms of gradients and their `total`.
+        """Use the norms that a clipping of the parameters `clipped` computed, with their `total`.
 
-        The norms replace our own reading once a clipping has given every one of them, so that a
-        step has the same digits whether it was read before or not.
+        They replace our own reading once a clipping has computed every norm, so that a step has the
+        same digits whether it was read before or not.
         """
         norms: Readings | None = captured.norms_of(clipped, self.tracked.parameters)
         awaited, self._awaiting_norms = self._awaiting_norms, False
@@ -580,12 +581,12 @@ class StepMeasurer:
             if self._on_host:
                 norms = self._checked(norms, None if awaited else known, clipped, limit, total)
             if not awaited and not close(known, norms):
-                return  # changed through `.data` since they were read
+                return  # gradients were changed through `.data` since they were read
             self.reading.norms = norms
             self.probes.gradient_norms(norms)
 
     def clip_failed(self) -> None:
-        """The clipping raised before it changed any gradient: its norms are not known."""
+        """The clipping raised before it changed any gradient: read the norms that it owes."""
         self._awaiting_norms = False
         if self.reading is not None and self.reading.norms is None:
             with self.probes.context:
@@ -599,8 +600,9 @@ class StepMeasurer:
         limit: Any,
         total: torch.Tensor,
     ) -> Readings:
-        """Norms that a clipping computed on the CPU, with those that may have lost digits computed
-        again. `known`: our own, where they were read; the clipping's may have underflowed to 0."""
+        """Norms that a clipping computed on the CPU; those that may have lost digits are computed
+        again. `known`: our own norms, where they were read: the others may have underflowed to 0.
+        """
         values: list[float] = []
         for norm in norms:
             if not isinstance(norm, torch.Tensor):
@@ -647,7 +649,7 @@ class StepMeasurer:
         return completed
 
     def lose(self) -> LostGradients:
-        """The waiting gradients are discarded; returns what is known of them."""
+        """Discard the waiting gradients; return their measurements."""
         reading = self.reading or GradientReading()
         self._find_unused_zeros(reading)
         lost = LostGradients(self, reading, self.clips)
@@ -674,7 +676,7 @@ class StepMeasurer:
         return frozenset(signs) if signs else NO_SIGNS
 
     def _classes(self) -> int | None:
-        """Number of classes of the one cross-entropy that is the loss of the step."""
+        """Number of classes of the single cross-entropy that is the loss of the step."""
         found = self.passes[0].cross_entropy if self.passes else None
         if found is None:
             return None
@@ -688,9 +690,9 @@ class StepMeasurer:
         self.norms_read = None
 
     def skipped(self, outcome: StepOutcome, lost: LostGradients) -> CompletedStep:
-        """An iteration whose gradients no optimizer used."""
+        """Start the transfer of an iteration whose gradients no optimizer used."""
         norms = lost.reading.norms
-        probes = self.probes.of_skipped(norms is not None)
+        probes = self.probes.for_skipped(norms is not None)
         reading = [probe for probe in probes if probe.hooks]
         return self._complete(outcome, lost.reading, probes, reading, norms)
 
@@ -702,8 +704,8 @@ class StepMeasurer:
         with_readings: Sequence[ActiveProbe],
         norms: Readings | None = None,
     ) -> CompletedStep:
-        """`with_readings`: those of `probes` that have hooks. `norms`: the only readings, of an
-        iteration that was skipped."""
+        """`with_readings`: the probes that have hooks. `norms`: the only readings of a skipped
+        iteration."""
         header = Header(outcome, reading, None if norms is not None else self.skip, id(self))
         parts: list[TransferPart] = [(header.readings, False)]
         own_ms: dict[str, float] = {}
@@ -724,7 +726,7 @@ class StepMeasurer:
             own_ms=own_ms,
             header=header,
             absent=reading.absent,
-            left_alone=self.left_alone if norms is None else NONE,
+            left_alone=self.left_alone if norms is None else NO_POSITIONS,
         )
 
     # ------------------------------------------------------------ on the host
@@ -749,5 +751,5 @@ class StepMeasurer:
 
 
 def _is_finite(loss: torch.Tensor) -> bool:
-    """Whether a loss (0-d) is finite; True where that is not known without waiting for a device."""
+    """Whether a loss (0-d) is finite; True on a device, where reading it would wait."""
     return not loss.is_cpu or not loss.is_floating_point() or math.isfinite(loss.item())
