@@ -1,7 +1,7 @@
-"""Where the tracer hooks into torch: optimizers, zero_grad, backward, clipping, GradScaler, save.
+"""Hooks the tracer into PyTorch: optimizers, zero_grad, backward, clipping, GradScaler, saving.
 
-Every wrapper calls straight through while torch.compile traces it, on other threads than the one
-that trains and while the tracer is suspended.
+Every wrapper calls its original directly while torch.compile traces it, on other threads than the
+training thread, and while the tracer is suspended.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ CLIPPING: dict[str, ClipKind] = {
     "clip_grads_with_norm_": "norm",
     "clip_grad_value_": "value",
 }
-"""Functions of torch.nn.utils to the kind of clipping that they do."""
+"""Functions of torch.nn.utils → the kind of clipping that they do."""
 
 
 class TorchEvents(Protocol):
-    """What the hooks report: the tracer.
+    """Receives what the hooks report: the tracer.
 
-    A method that returns a bool returns whether a phase begins; if so, the matching `…_ended` or
+    A method that returns a bool tells whether a phase begins; if so, the matching `…_ended` or
     `phase_failed` follows.
     """
 
@@ -275,10 +275,10 @@ class TorchHooks:
             self._patches.replace(kind, "step", copy_metadata(step, original))
 
     def _wrap_safetensors(self) -> None:
-        """Wrap `save_file`. Where `safetensors.torch` is what imports PyTorch just now, it has none
-        yet, and the script has its own name for it when the first optimizer is created: what
-        `save_file` calls is wrapped then."""
-        with contextlib.suppress(ImportError, AttributeError):  # of a broken or another version
+        """Wrap `save_file`. While `safetensors.torch` is itself importing PyTorch, the function
+        does not exist yet. By the time the first optimizer is created the script may have imported
+        it by name, so `serialize_file`, which it calls, is wrapped then."""
+        with contextlib.suppress(ImportError, AttributeError):  # a broken or different version
             importlib.import_module("safetensors.torch")
             module = sys.modules["safetensors.torch"]
             later = not self._safetensors_wrapped
@@ -299,7 +299,7 @@ class TorchHooks:
                 events.saving_ended()
 
         wrapper = copy_metadata(save, original)
-        wrapper.__wrapped__ = original  # which our own checkpoints use
+        wrapper.__wrapped__ = original  # our own checkpoints use it
         self._patches.replace(module, name, wrapper)
 
     def _wrap_collectives(self) -> None:
@@ -362,7 +362,7 @@ class TorchHooks:
             self._patches.replace(torch.nn.utils, "get_total_norm", self._total_norm(total_norm))
 
     def _total_norm(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """`get_total_norm`, which notes the kind of norm for the clipping that follows."""
+        """Wrap `get_total_norm` to remember the kind of norm for the clipping that follows."""
 
         def total_norm(*args: Any, **kwargs: Any) -> Any:
             if not torch.compiler.is_compiling() and get_ident() == self._events.training_thread:
@@ -372,7 +372,7 @@ class TorchHooks:
         return copy_metadata(total_norm, original)  # type: ignore[no-any-return]
 
     def observed_clipping(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """A framework's own `clip_grad_norm_`, observed like torch's."""
+        """Wrap a framework's own `clip_grad_norm_`, which is then observed like PyTorch's."""
         return self._clipping(original, "clip_grad_norm_", "norm")
 
     def _clipping(

@@ -1,7 +1,7 @@
 """Everything that relies on PyTorch's private names or undocumented behaviour.
 
-All of it was seen in PyTorch 2.6 to 2.13. `tests/trace/test_torch_private.py` fails for each entry
-that a new version breaks. Where a name is missing the functions here report that nothing is known,
+Every entry works in PyTorch 2.6 to 2.13. `tests/trace/test_torch_private.py` fails for each entry
+that a new version breaks. Where a name is missing, a function here returns that nothing is known,
 so that a different PyTorch costs information and never a training.
 """
 
@@ -50,7 +50,7 @@ def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
 # ---------------------------------------------------------------- nested arguments
 
 TreeSpec = torch.utils._pytree.TreeSpec
-"""How values are nested in tuples, lists and dictionaries."""
+"""Describes how values are nested in tuples, lists and dictionaries."""
 tree_flatten = torch.utils._pytree.tree_flatten
 tree_unflatten = torch.utils._pytree.tree_unflatten
 tree_map = torch.utils._pytree.tree_map
@@ -66,8 +66,8 @@ BatchNormLayer = torch.nn.modules.batchnorm._BatchNorm
 
 
 def function_modes() -> int | None:
-    """How many `TorchFunctionMode`s are active in this thread, besides that of
-    `torch.set_default_device`; None where it is not known."""
+    """Number of active `TorchFunctionMode`s of this thread, without that of
+    `torch.set_default_device`; None where it is unknown."""
     try:
         active = torch._C._len_torch_function_stack()
         default = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
@@ -79,7 +79,7 @@ def function_modes() -> int | None:
 
 
 def remove_function_mode(mode: Any) -> None:
-    """Remove a mode from those of this thread, wherever it is; the others stay in their
+    """Remove `mode` from this thread's stack of modes, at whatever depth; the others keep their
     order."""
     above = []
     while torch._C._len_torch_function_stack():
@@ -92,8 +92,8 @@ def remove_function_mode(mode: Any) -> None:
 
 
 def compiled_code_exists() -> bool:
-    """Whether `torch.compile` was called: another mode would have its code compiled again. Where it
-    is not known, it is assumed."""
+    """Whether `torch.compile` was called, whose code a new mode would have compiled again; True
+    where that is unknown."""
     frames = sys.modules.get("torch._dynamo.eval_frame")
     if frames is None:
         return False
@@ -105,8 +105,8 @@ def compiled_code_exists() -> bool:
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether it is a DTensor, of which this process holds a shard: any operation on the whole may
-    be a collective."""
+    """Whether `tensor` is a DTensor, of which this process holds a shard: any operation on the
+    whole may be a collective."""
     return type(tensor) not in PLAIN and hasattr(tensor, "_local_tensor")
 
 
@@ -114,8 +114,8 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
-    """Whether any operation on numbers can be applied to it: it is neither of a subclass nor
-    sparse, nested or quantized."""
+    """Whether arithmetic applies to `tensor`: it is of no subclass, and neither sparse, nested nor
+    quantized."""
     return (
         type(tensor) in PLAIN
         and tensor.layout is torch.strided
@@ -125,7 +125,7 @@ def is_dense(tensor: torch.Tensor) -> bool:
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor."""
+    """The shard of `tensor` that this process holds; `tensor` itself if it is not sharded."""
     if type(tensor) in PLAIN:
         return tensor
     held: torch.Tensor = getattr(tensor, "_local_tensor", tensor)
@@ -136,8 +136,8 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gradient_scale(scaler: GradScaler, optimizer: torch.optim.Optimizer | None) -> Any:
-    """The factor (0-d tensor) that is still on the gradients of this optimizer (None: of any);
-    None when they are unscaled."""
+    """The factor (0-d tensor) that is still on the gradients of `optimizer` (None: of any
+    optimizer); None when they are unscaled."""
     states: dict[int, dict[str, Any]] = scaler._per_optimizer_states
     if optimizer is not None:
         if id(optimizer) in states and states[id(optimizer)]["stage"] is not OptState.READY:
@@ -186,11 +186,11 @@ def has_parameters(module: torch.nn.Module) -> bool:
 
 
 set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
-"""What `torch.set_grad_enabled` calls, without the object that it makes."""
+"""The function that `torch.set_grad_enabled` calls, without the context manager around it."""
 
 call_impl: Callable[[], Callable[..., Any]] = partial(getattr, torch.nn.Module, "_call_impl")
-"""The function to which `Module.__call__` delegates. (`__call__` is a slot of the type: when it is
-set, Python visits every subclass of Module and drops what it has cached of them.)"""
+"""The function to which `Module.__call__` delegates. (`__call__` is a slot of the type: setting it
+makes Python visit every subclass of Module and drop its method caches.)"""
 set_call_impl: Callable[[Callable[..., Any]], None] = partial(
     setattr, torch.nn.Module, "_call_impl"
 )
@@ -202,20 +202,20 @@ def base_of(tensor: torch.Tensor) -> torch.Tensor | None:
 
 
 version_of: Callable[[torch.Tensor], int] = attrgetter("_version")
-"""The number of in-place operations on a tensor and its views so far, but for those on `.data`. An
-attrgetter, since it is called for each gradient of a step. Raises RuntimeError for one made in
-`torch.inference_mode()`."""
+"""The number of in-place operations on a tensor and its views so far, except for those on `.data`.
+An attrgetter is fast enough to be called for each gradient of a step. Raises RuntimeError for a
+tensor made in `torch.inference_mode()`."""
 
 
 def version_of_value(tensor: torch.Tensor) -> int:
-    """`version_of` an input or result; 0 for one made in `torch.inference_mode()`, which counts no
-    operations."""
+    """`version_of` an input or result; 0 for one made in `torch.inference_mode()`, whose
+    operations are not counted."""
     return 0 if tensor.is_inference() else version_of(tensor)
 
 
 def storage_of(tensor: torch.Tensor) -> object:
     """A weak reference to the memory of a tensor, equal for views of the same memory. The address
-    is not used again while the reference is held."""
+    is not reused while the reference is held."""
     return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
 
 
@@ -241,14 +241,14 @@ def own_buffers(holder: object) -> dict[str, Any]:
 
 
 def _stored(holder: object, name: str) -> dict[str, Any]:
-    """Runs no code of the object."""
+    """Read a dictionary of a module without running code of the object."""
     own = getattr(holder, "__dict__", None)
     found = own.get(name) if isinstance(own, dict) else None
     return found if isinstance(found, dict) else {}
 
 
 def weight_norm_of(module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor, int] | None:
-    """(v, g, dim) of `torch.nn.utils.weight_norm` in its older form; None without."""
+    """(v, g, dim) of a module with `torch.nn.utils.weight_norm` in its older form; None without."""
     held = own_parameters(module)
     g, v = held.get("weight_g"), held.get("weight_v")
     if g is None or v is None:
@@ -268,7 +268,7 @@ DATA_LOADER_WORKER = "torch.utils.data._utils.worker"
 
 
 def norms_of(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> Sequence[torch.Tensor]:
-    """The 2-norm of each, accumulated in `dtype`: one kernel for many tensors."""
+    """The 2-norm of each tensor, accumulated in `dtype`: one kernel for many tensors."""
     return torch._foreach_norm(list(tensors), 2, dtype)
 
 
@@ -286,11 +286,11 @@ def subtract_each(targets: Sequence[torch.Tensor], others: Sequence[torch.Tensor
 
 _MARK = "tui_trainer_scaled"
 MAX_NODES = 16
-"""How far a loss is followed back through the graph."""
+"""Maximum number of nodes in which a loss is followed back through the graph."""
 
 
 def mark_graph(result: torch.Tensor) -> None:
-    """Mark the node that computed `result`; the mark lives and dies with the graph."""
+    """Mark the node that computed `result`; the mark is freed with the graph."""
     metadata = getattr(result.grad_fn, "metadata", None)
     if metadata is not None:
         metadata[_MARK] = True
@@ -322,14 +322,13 @@ def _operation_name(name: str) -> str:
 
 
 def next_sequence_number() -> int:
-    """The number that the next node of the graph gets on this thread: they are counted as they are
-    made."""
+    """The number that the next node of the graph gets on this thread, in order of creation."""
     number: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
     return number
 
 
 def sequence_number(node: Any) -> int:
-    """The number that a node of the graph got when it was made."""
+    """The number that a node of the graph got at its creation."""
     number: int = node._sequence_nr()
     return number
 
@@ -342,7 +341,7 @@ def result_of(node: Any) -> tuple[tuple[int, ...], torch.dtype]:
 
 
 def saved_names(node: Any) -> list[str]:
-    """The names of what a node has saved for backward."""
+    """The names of the values that a node has saved for backward."""
     return [name.removeprefix("_saved_") for name in dir(node) if name.startswith("_saved_")]
 
 
@@ -351,30 +350,30 @@ def has_saved(node: Any, name: str) -> bool:
 
 
 def saved(node: Any, name: str) -> Any:
-    """What a node has saved under this name: a number, a tensor, … Raises AttributeError; runs the
-    unpacking hook of a saved tensor."""
+    """The value (a number, a tensor, …) that a node has saved under `name`. Raises AttributeError;
+    runs the unpacking hook of a saved tensor."""
     return getattr(node, f"_saved_{name}")
 
 
 def saved_dim(node: Any, name: str = "dim") -> int:
-    """A saved dimension or index, which nodes keep as an unsigned number."""
+    """A saved dimension or index, which nodes store as an unsigned number."""
     return signed(saved(node, name))
 
 
 def signed(value: int) -> int:
-    """The 64-bit number that a node keeps as an unsigned one."""
+    """The signed number of an unsigned one of 64 bits, as which a node stores it."""
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
 def saved_tensors(node: Any) -> dict[str, torch.Tensor]:
     """The tensors that a node has saved for backward, by name. Runs the unpacking hooks of saved
-    tensors, so it must not be called where there are any."""
+    tensors, so it must not be called where a script has installed any."""
     found = {name: getattr(node, f"_saved_{name}", None) for name in saved_names(node)}
     return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
 
 
 def without_torch_function() -> AbstractContextManager[Any]:
-    """A context in which functions of torch call no `__torch_function__`."""
+    """A context in which PyTorch's functions do not call `__torch_function__`."""
     return torch._C.DisableTorchFunction()
 
 
@@ -384,7 +383,7 @@ def forward_hooks_of(module: torch.nn.Module) -> int:
 
 
 def tensors_of(tree: Any) -> list[torch.Tensor]:
-    """The tensors in what a function of `torch.func` returned."""
+    """The tensors in the nested result of a function of `torch.func`."""
     leaves, _ = torch.utils._pytree.tree_flatten(tree)
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
@@ -397,7 +396,7 @@ FULL_PRECISION = (torch.float32, torch.float64)
 class NormCapture:
     """The 2-norms of single gradients that `clip_grad_norm_` computes on its way to the total.
 
-    Reading all gradients a second time would cost as much as everything else the tracer does.
+    Reading all gradients a second time would cost as much as all the rest of the tracer.
     """
 
     def __init__(self) -> None:
@@ -435,7 +434,7 @@ class NormCapture:
         return self
 
     def _capture_coefficient(self) -> None:
-        """The gradients are sharded, or may be."""
+        """Capture the coefficient of the clipping, whose gradients are or may be sharded."""
         if self._our_clamp is not None:
             return
         original_clamp: Any = torch.clamp
@@ -456,9 +455,10 @@ class NormCapture:
             vars(torch.linalg)["vector_norm"] = self._original_norm
         if self._our_clamp is not None and torch.clamp is self._our_clamp:
             vars(torch)["clamp"] = self._original_clamp
-        # They refer back to this object: breaking the cycle frees it, and the gradients it holds,
-        # without waiting for the garbage collector. Gradients of several steps alive at once cost
-        # their memory, and 5 % of the step on a CPU, whose caches then never see a block again.
+        # These functions refer back to this object: breaking the cycle frees it, and the gradients
+        # it holds, without waiting for the garbage collector. Gradients of several steps alive at
+        # once cost their memory, and 5 % of a step on a CPU, since no block of memory is reused
+        # while it is in the caches.
         self._our_foreach = self._our_norm = self._our_clamp = None
 
     @property
@@ -469,8 +469,8 @@ class NormCapture:
     def norms_of(
         self, clipped: Any, parameters: Sequence[torch.Tensor]
     ) -> Sequence[torch.Tensor] | None:
-        """The norms of the gradients of `parameters` (flattened, in order), where exactly these
-        were clipped in this order and all have a gradient, as for a model on one device."""
+        """The norms of the gradients of `parameters` (flattened, in order); None unless exactly
+        these were clipped, in this order, and all have a gradient, as in a model on one device."""
         if len(self._calls) != 1 or type(clipped) is not list:
             return None
         tensors, norms = self._calls[0]
@@ -486,8 +486,8 @@ class NormCapture:
         return norms
 
     def whole_total(self, total: Any, limit: Any) -> Any:
-        """`total` where it is of sharded gradients: the norm over all processes, which the clipping
-        needs too. Absent where it is not visible, since computing it would be a collective."""
+        """`total`, for sharded gradients as the norm over all processes, which the clipping has
+        computed. Absent where that is not visible, since computing it would be a collective."""
         if not (isinstance(total, torch.Tensor) and is_sharded(total)):
             return total
         if self._coefficient is None:
@@ -495,8 +495,8 @@ class NormCapture:
         return float(limit) / self._coefficient.detach() - 1e-6
 
     def by_gradient(self) -> dict[int, torch.Tensor]:
-        """id(gradient) to its norm, where it has at least float32 precision; of sharded gradients
-        those of the shards."""
+        """id(gradient) → its norm, where that has at least float32 precision; for a sharded
+        gradient, the id and the norm of its shard."""
         return {
             id(local(tensor)): local(norm)
             for tensors, norms in self._calls
@@ -506,7 +506,7 @@ class NormCapture:
 
 
 def viewed_shape(node: Any) -> tuple[int, ...]:
-    """The shape of what a node of a view views."""
+    """The shape of the tensor below a view, from the node of the view."""
     return tuple(node._saved_self_sym_sizes)
 
 
@@ -516,9 +516,9 @@ class CrossEntropy:
 
     classes: int
     of_softmax: bool
-    """Whether its input is a softmax already."""
+    """Whether its input is already the output of a softmax."""
     divided: bool
-    """Whether it was divided by a number, as for gradient accumulation."""
+    """Whether the loss was divided by a number, as for gradient accumulation."""
 
 
 _SCALING = ("DivBackward0", "MulBackward0", "ToCopyBackward0")
@@ -526,8 +526,8 @@ _VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "ToCo
 
 
 def cross_entropy_of(loss: torch.Tensor) -> CrossEntropy | None:
-    """The mean cross-entropy over class indices that `loss` is, perhaps times a factor; None for
-    any other loss. Reads the names of at most ten nodes of its graph, and no tensor."""
+    """Describe `loss` if it is a mean cross-entropy over class indices, perhaps times a factor;
+    None for any other loss. Reads the names of at most ten nodes of its graph, and no tensor."""
     try:
         return _cross_entropy_of(loss.grad_fn)
     except (AttributeError, IndexError, TypeError):

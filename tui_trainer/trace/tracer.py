@@ -1,14 +1,14 @@
 """The tracer: turns a plain PyTorch loop into phases, from outside, and has each step measured.
 
 While attached, it observes every `zero_grad`, call of the model, `backward`, clipping and `step` on
-the training thread and makes of them the phases data → zero_grad → forward → loss → backward → clip
+the training thread and maps them to the phases data → zero_grad → forward → loss → backward → clip
 → step, in whatever order and number a script has them. Rules:
 
 * One optimizer step is one step, whichever optimizer makes it: a GAN's two networks take turns.
 * Evaluations (see `evaluation`) are not a phase.
-* Gradients that `zero_grad` discards, or with which a GradScaler does not call the optimizer,
-  are an iteration without a step. An optimizer that handles `found_inf` itself (PyTorch's fused
-  ones) is called all the same and leaves the weights as they are: that is a step.
+* An iteration whose gradients `zero_grad` discards, or for which a GradScaler does not call the
+  optimizer, is an iteration without a step. An optimizer that handles `found_inf` itself (PyTorch's
+  fused ones) is called all the same and leaves the weights as they are: that is a step.
 * `step` defines which losses, gradients and clippings are a step's, `phases.Phases` where a phase
   begins and ends.
 
@@ -61,9 +61,6 @@ from tui_trainer.trace.step_measurer import StepMeasurer
 from tui_trainer.trace.torch_hooks import TorchHooks
 from tui_trainer.trace.transfer import StepQueue
 from tui_trainer.trace.waiting_gradients import OpenStep, WaitingGradients
-
-GRAPHS_READ = 5
-"""Optimizer steps in which the graph of the loss is looked at."""
 
 
 class Tracer:
@@ -236,7 +233,7 @@ class Tracer:
             self.faults.report("register", fault)
 
     def rewind(self, step: int) -> None:
-        """The training was taken to the end of step `step`: what is open belongs to no step."""
+        """The training was taken to the end of step `step`: whatever is open is dropped."""
         self.flush()
         try:
             self._forwards.end_sampling()
@@ -262,8 +259,8 @@ class Tracer:
             self.faults.report("flush", fault)
 
     def flush_idle(self) -> None:
-        """For another thread, many times a second: record completed steps where the training thread
-        makes no further one for a while."""
+        """Record completed steps where the training thread makes no further one for a while. Called
+        by another thread, many times a second."""
         try:
             with torch.no_grad():
                 self._queue.drain_idle()
@@ -281,10 +278,10 @@ class Tracer:
         self.flush()
         self.faults.own_s += perf_counter() - began
 
-    # ------------------------------------------------------------ faults of ours
+    # ------------------------------------------------------------ our own faults
 
     def _give_up_step(self, where: str, fault: Exception) -> None:
-        """After a fault: the current step is not measured. After too many in a row nothing is."""
+        """Do not measure the current step after a fault; after too many in a row, switch off."""
         self.faults.report(f"step {self.step} is not measured: {where}", fault)
         try:
             if not self.faults.given_up:
@@ -358,11 +355,12 @@ class Tracer:
         return self._phases.duration_ms(phase)
 
     def gradient_scale(self, measurer: StepMeasurer) -> float:
-        """The factor that a GradScaler still has on this optimizer's gradients. Waits for it."""
+        """The factor that a GradScaler still has on this optimizer's gradients. Waits for the
+        device."""
         scale = self._waiting.scale_of(measurer)
         return float(scale) if scale is not None else 1.0
 
-    # ------------------------------------------------------------ zero_grad, and what it discards
+    # ------------------------------------------------------------ zero_grad
 
     @guarded
     def zero_grad_began(self, owner: Optimizer | torch.nn.Module) -> bool:
@@ -375,7 +373,7 @@ class Tracer:
         if any(measurer.passes for measurer in self.registry.measurers):
             self._waiting.follow_changes_by_hand()
         for measurer in self.registry.measurers:
-            # They may be discarded next: this is the last moment to read them.
+            # Gradients may be discarded next: this is the last moment to read them.
             if (
                 measurer.passes
                 and measurer.reading is None
@@ -402,7 +400,7 @@ class Tracer:
 
     @guarded
     def phase_failed(self) -> None:
-        """The torch function that is the open phase raised."""
+        """The PyTorch function of the open phase raised."""
         self._backwards.open = None
         if self._phases.fail() == CLIP:
             self._clips.failed()
@@ -412,8 +410,8 @@ class Tracer:
         return self._hooks.observed_clipping(original)
 
     def gradients_rescaled(self, optimizer: Optimizer) -> None:
-        """A framework unscales and clips the gradients of `optimizer` by itself: what they were
-        before is not measured."""
+        """A framework unscales and clips the gradients of `optimizer` by itself: their earlier
+        values are not measured."""
         self._waiting.rescaled.add(optimizer)
 
     @always_guarded
@@ -489,7 +487,7 @@ class Tracer:
     # ------------------------------------------------------------ the end
 
     def _script_ended(self) -> None:
-        """Report what was left of a step that never came."""
+        """Report an iteration that the script has begun and never completes."""
         try:
             self._phases.close_all()
             self._open_step.reset()

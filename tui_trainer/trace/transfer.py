@@ -1,8 +1,8 @@
 """Moves one step's readings to the host in one copy per device, and queues completed steps until
-their values are there.
+their values have arrived.
 
-On the CPU they are there at once. On an accelerator the copy goes into pinned memory without
-waiting, and an event later signals that it has arrived.
+On the CPU they have arrived at once. On an accelerator the copy goes into pinned memory without
+waiting, and an event later signals that it is complete.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from tui_trainer.trace.probe import Readings, Values
 
 NO_VALUES: Values = np.empty(0)
 UNWRITTEN = -7.1623e-133
-"""Written to the end of pinned memory, and there until the copy has overwritten it."""
-FEW = 64
-"""Elements of a tensor up to which a list of them is made faster than a vector."""
+"""Written to the end of pinned memory before a copy, which overwrites it."""
+MAX_AS_LIST = 64
+"""Number of elements of a tensor up to which a list is faster than a concatenated tensor."""
 SETTLE_S = 0.02
-"""Time after which the whole of a copy has arrived whose end has: it takes microseconds."""
+"""Time after which a copy whose end has arrived is complete: the rest takes microseconds."""
 
 
 def flattened(readings: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -125,10 +125,10 @@ class HostTransfer:
         return True
 
     def arrived_on_host(self) -> bool:
-        """The same for any thread, a little later.
+        """Like `arrived`, for any thread, and True a little later.
 
-        Looks at the memory, not at the events: while one thread captures a CUDA graph, a query by
-        another would break the capture.
+        Reads the memory, not the events: while one thread captures a CUDA graph, a query of an
+        event by another would break the capture.
         """
         if any(pinned.size and pinned[-1] == UNWRITTEN for pinned in self._pinned):
             return False
@@ -148,7 +148,7 @@ class HostTransfer:
         return found
 
     def parts(self) -> Sequence[Values | Exception]:
-        """`values`, with the exception in place of what cannot be read."""
+        """Like `values`, with an exception in place of a part that cannot be read."""
         if self._values is not None:
             found: list[Values | Exception] = []
             for (readings, _), values in zip(self._parts, self._values, strict=True):
@@ -182,7 +182,7 @@ class Transfers:
 
 
 def length_of(readings: Readings) -> int:
-    """Number of values."""
+    """Number of values in all readings."""
     return sum(r.numel() if isinstance(r, torch.Tensor) else 1 for r in readings)
 
 
@@ -208,19 +208,20 @@ def _vector(readings: Readings | list[float]) -> Values:
     if isinstance(first, torch.Tensor) and first.dim() == 1 and first.is_cpu:
         if len(readings) == 1:
             return first.to(torch.float64).numpy()
-        if first.numel() > FEW:
+        if first.numel() > MAX_AS_LIST:
             return flattened([torch.as_tensor(r) for r in readings]).numpy()
     return np.array(_read_on_host(readings), dtype=np.float64)
 
 
 RECORD_EVERY_S = 0.25
 BATCH = 16
-"""Steps are recorded in batches of this many or after this time: recording costs a third when its
-code is still in the processor's caches, which every forward and backward empties."""
+"""Steps are recorded in batches of this many, or after RECORD_EVERY_S: recording costs a third
+while its code is still in the processor's caches, which every forward and backward empties."""
 MAX_IN_FLIGHT = 32
-"""Steps on their way to the host before the training thread waits for the oldest."""
+"""Maximum number of steps on their way to the host; beyond it the training thread waits for the
+oldest."""
 IDLE_S = 0.3
-"""Time without a new step after which another thread records those that wait."""
+"""Time without a new step after which another thread records the waiting ones."""
 
 
 class Queued(Protocol):
@@ -242,7 +243,7 @@ class StepQueue:
     """Batches the completed steps of all optimizers and records them in order.
 
     The training thread puts and drains; one other thread may call `drain_idle`. The lock is held
-    while a step is recorded, and not while one is put that waits for its batch.
+    while steps are recorded, and not while a step is only added to its batch.
     """
 
     def __init__(self, on_fault: Callable[[str, Exception], None]) -> None:
@@ -272,8 +273,8 @@ class StepQueue:
                 self._accounted_s += self._record(recorder, step)
 
     def drain_idle(self) -> None:
-        """From another thread: record what has arrived where the training thread has put nothing
-        for a while. It gets the lock after each step."""
+        """Record what has arrived where the training thread has put nothing for a while. Called by
+        another thread, which releases the lock after each step."""
         while self._steps and perf_counter() - self._last_put > IDLE_S:
             with self._recording:
                 if not self._steps or not self._steps[0][1].transfer.arrived_on_host():
@@ -289,7 +290,7 @@ class StepQueue:
             return 0.0
 
     def take_accounted_s(self) -> float:
-        """Seconds of recording that probes account for, since the last call."""
+        """Seconds of recording since the last call that probes account for."""
         seconds, self._accounted_s = self._accounted_s, 0.0
         return seconds
 

@@ -1,5 +1,5 @@
-"""Gradients between backward and the optimizer's step: follows what the script does to them by
-itself, and which are discarded."""
+"""Follows gradients between backward and the optimizer's step: how the script changes them by
+itself, and which of them it discards."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class OpenStep:
 
     measurer: StepMeasurer | None = None
     evaluated: StepMeasurer | None = None
-    """`measurer`, once its closure was evaluated: what follows belongs to further evaluations."""
+    """`measurer`, once its closure was evaluated: later passes belong to further evaluations."""
     evaluations: int = 0
-    """Evaluations of its closure."""
+    """Number of evaluations of the closure."""
     inner: int = 0
-    """Depth of the steps of other optimizers inside it."""
+    """Depth of the open steps of other optimizers inside this one."""
     outer: int = 0
     """Identity of the outermost optimizer whose `step` is open, or was the last."""
 
@@ -75,7 +75,7 @@ class WaitingGradients:
         self._open_step = open_step
         self._on_skip = on_skip
         self.unclaimed: BackwardPass | None = None
-        """The backward passes since the last step that reached no optimizer."""
+        """Backward passes since the last step that have reached no optimizer, as one."""
         self.rescaled: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         """Optimizers whose gradients a framework has unscaled and clipped by itself."""
 
@@ -111,17 +111,17 @@ class WaitingGradients:
         return measurer.read_gradients(scale, clipping, gradients)
 
     def take_unseen(self) -> None:
-        """Gradients that came without any backward that was seen: set by the script, or by code
-        that calls the autograd engine by itself."""
+        """Take note of gradients that came without a visible backward: set by the script, or by
+        code that calls the autograd engine directly."""
         for measurer in self.registry.measurers:
             if measurer.passes:
                 self.resolve_returned(measurer)
             if not measurer.passes and measurer.marks.changed() and measurer.any_gradient():
-                # Changed in place, they are those that its last step has used.
+                # Gradients changed in place are those that the last step has used.
                 others = any(each.passes for each in self.registry.measurers)
                 used = (others or self._phases.just_stepped) and not measurer.marks.any_replaced()
                 if not used and not self._waits_elsewhere(measurer):
-                    # The script has copied them, as to weights in a higher precision.
+                    # The script has copied gradients, as to weights in a higher precision.
                     losses = self.unclaimed.losses if self.unclaimed is not None else ()
                     measurer.add_pass(BackwardPass([*losses]))
                     measurer.given_gradients = True
@@ -135,8 +135,8 @@ class WaitingGradients:
             self.unclaimed.add(backward.losses)
 
     def _waits_elsewhere(self, measurer: StepMeasurer) -> bool:
-        """Whether the gradients that have changed wait for the step of another optimizer, which
-        shares the parameters: the script has changed them for that one."""
+        """Whether the changed gradients wait for the step of another optimizer that shares their
+        parameters, for which the script has then changed them."""
         changed = measurer.marks.changed_positions()
         if not changed:
             return False
@@ -178,8 +178,8 @@ class WaitingGradients:
             measurer.marks.remember()
 
     def follow_changes_by_hand(self) -> None:
-        """Find out whether the script has changed gradients between backward and step by itself:
-        scaled, clipped or averaged them."""
+        """Record a clipping by hand if the script itself has changed gradients between backward and
+        step: scaled, clipped or averaged them."""
         changes: list[HandChange] = []
         for measurer in self.registry.measurers:
             if measurer.passes and measurer is not self._open_step.evaluated:
@@ -209,7 +209,7 @@ class WaitingGradients:
                 clipping.readings[id(measurer)] = change.reading
             measurer.clips.append(clipping)
 
-    # ------------------------------------------------------------ thrown away
+    # ------------------------------------------------------------ discarded gradients
 
     def zeroed(self, owner: Optimizer | torch.nn.Module) -> None:
         """`owner.zero_grad()` has returned: release the passes of the optimizers that have no
@@ -225,8 +225,8 @@ class WaitingGradients:
         self.skip(lost, "hand")
 
     def _discard(self, measurer: StepMeasurer) -> list[BackwardPass]:
-        """The gradients of `measurer` are discarded; returns the passes that no optimizer has used
-        or can still use."""
+        """Discard the gradients of `measurer`; return the passes that no optimizer has used or can
+        still use."""
         passes = measurer.passes
         knowledge = measurer.lose()
         if measurer.unstepped is not None and measurer.changes_without_step():
@@ -248,7 +248,7 @@ class WaitingGradients:
         losses = [loss for backward in lost for loss in backward.losses]
         step_ms, times = self._phases.discard_iteration()
         parts = []
-        # Of each optimizer what it knew last: earlier passes may have gone piece by piece.
+        # For each optimizer its last knowledge: passes may have been discarded one by one.
         made = {part.number: part for backward in lost for part in backward.lost}
         for knowledge in {made[n].measurer: made[n] for n in sorted(made)}.values():
             outcome = StepOutcome(
@@ -267,7 +267,7 @@ class WaitingGradients:
         self._on_skip(skipped)
 
     def between_passes(self, measurer: StepMeasurer) -> None:
-        """Before a further backward: follow what the script did to the gradients by itself."""
+        """Follow the script's own changes of gradients before a further backward."""
         self.resolve_returned(measurer)
         if not measurer.passes or measurer is self._open_step.evaluated:
             return
@@ -295,7 +295,7 @@ def _distinct(changes: Sequence[HandChange]) -> list[list[int] | None]:
 
 
 def _zeroed_by(owner: Optimizer | torch.nn.Module) -> Callable[[torch.Tensor], bool]:
-    """Whether a parameter is one of those whose gradients `owner.zero_grad()` zeroes."""
+    """A predicate of a parameter: whether `owner.zero_grad()` zeroes its gradient."""
     if isinstance(owner, Optimizer):
         ids = {id(p) for p in parameters_of(owner)}
     else:
