@@ -36,8 +36,8 @@ from tui_trainer.protocol.events import Level, NoticeKind
 from tui_trainer.protocol.messages import Breakpoint, BreakpointStop
 
 MAX_BREAKPOINTS = 100
-MISSED_AFTER = 10
-"""Evaluations after which the log names what a condition reads and the run does not measure."""
+EVALUATIONS_BEFORE_WARNING = 10
+"""Evaluations after which the log names the tables that a condition reads and the run lacks."""
 
 
 class BreakpointError(UserError):
@@ -45,12 +45,12 @@ class BreakpointError(UserError):
 
 
 class BreakpointHost(RecordedRun, Protocol):
-    """The run that breakpoints belong to. Every method may be called on any thread."""
+    """The run that breakpoints belong to. Every method may be called from any thread."""
 
     def notice(self, kind: NoticeKind, text: str, level: Level, step: int) -> None: ...
 
     def breakpoints_changed(self, breakpoints: Breakpoints) -> None:
-        """`phases`, `tables` or `steps` have changed."""
+        """Called after `phases`, `tables` or `steps` have changed."""
 
 
 @dataclass(eq=False)
@@ -72,7 +72,7 @@ class _Active:
     compared: int | None = None
     """The last step for which the processes were compared."""
     evaluations: int = 0
-    """Up to MISSED_AFTER."""
+    """Number of evaluations, counted up to EVALUATIONS_BEFORE_WARNING."""
 
     def as_message(self) -> Breakpoint:
         return Breakpoint(
@@ -90,17 +90,17 @@ class _Active:
 class Breakpoints:
     """The breakpoints of one run.
 
-    `reached`, `skipped`, `observe` and `logged` are called on the training thread; the controls,
-    which raise BreakpointError, on any.
+    The training thread calls `reached`, `skipped`, `observe` and `logged`. Any thread may call the
+    controls, which raise BreakpointError.
     """
 
     def __init__(self, run: BreakpointHost) -> None:
         self.phases: frozenset[Phase] = frozenset()
-        """Phases at whose end a condition is evaluated."""
+        """Phases at whose end some condition is evaluated."""
         self.tables: frozenset[str] = frozenset()
-        """Tables that conditions read, which have to be measured at every step."""
+        """Tables that conditions read and that therefore have to be measured at every step."""
         self.steps: frozenset[int] = frozenset()
-        """Steps in which it is known beforehand that a condition is met."""
+        """Every N of a condition `step == N` that pauses the run."""
         self.live: LiveStep | None = None
         self.stop: BreakpointStop | None = None
         """The breakpoint that fired last."""
@@ -162,7 +162,7 @@ class Breakpoints:
         once: bool | None = None,
         log_only: bool | None = None,
     ) -> Breakpoint:
-        """Change fields of a breakpoint; None leaves one as it is. Raises BreakpointError."""
+        """Change fields of a breakpoint; None leaves a field as it is. Raises BreakpointError."""
         if ignore is not None:
             _check_ignore(ignore)
         with self._lock:
@@ -203,7 +203,7 @@ class Breakpoints:
                 raise ExpressionError(error.message, expression.text, start, end, error.hint)
 
     def _replan(self) -> None:
-        """Called with the lock held."""
+        """Derive the plans and the public sets from the enabled breakpoints. Holds the lock."""
         plans: dict[Phase, list[_Active]] = {}
         for active in self._all.values():
             if active.enabled:
@@ -229,25 +229,27 @@ class Breakpoints:
         self._values.skip = record
 
     def logged(self, values: Mapping[str, float], table: str = schema.LOGGED) -> None:
-        """Take values that the script has logged, or the results of an evaluation."""
+        """Take values that the script has logged, or the metrics of a validation."""
         self._values.log(values, table)
 
     def observe_rank(self, rank: int, step: int, row: Floats) -> None:
-        """Take the row of table `ranks` of another process, on any thread."""
+        """Take a row of another process's table `ranks`. May be called from any thread."""
         if self._ranked:
             with self._lock:
                 self._values.ranks.setdefault(rank, OrderedDict())[step] = row
                 forget_old(self._values.ranks[rank])
 
     def reached(self, phase: Phase, step: int) -> bool:
-        """Evaluate the conditions of `phase`; returns whether the run has to pause. Never raises an
-        Exception."""
+        """Evaluate the conditions of `phase` and return whether the run has to pause. Never raises
+        an Exception."""
         context = LiveContext(phase, step, self._values, self.live, self._run)
         return self._check(self._plans.get(phase, ()), context, phase, step)
 
     def skipped(self, phase: Phase, step: int) -> bool:
-        """A GradScaler has skipped the iteration whose last phase was `phase`: evaluate the
-        conditions of the end of a step that it can meet; returns whether the run has to pause."""
+        """Evaluate the end-of-step conditions that an iteration skipped by a GradScaler can meet.
+
+        `phase` is the last phase of the iteration. Returns whether the run has to pause.
+        """
         active = [each for each in self._plans.get("step", ()) if each.expression.skips]
         if not active:
             return False
@@ -262,7 +264,10 @@ class Breakpoints:
         step: int,
         remark: str = "",
     ) -> bool:
-        """`remark`: follows the values that met a condition."""
+        """Evaluate `conditions` and return whether one of them pauses the run.
+
+        `remark` follows the values in the reason of a hit.
+        """
         stop: BreakpointStop | None = None
         fired: list[_Active] = []
         for active in conditions:
@@ -277,9 +282,9 @@ class Breakpoints:
                 self._disable(active, f"{type(error).__name__}: {error}", step)
                 continue
             active.logged_before = self._values.logged_count
-            if active.evaluations < MISSED_AFTER:
+            if active.evaluations < EVALUATIONS_BEFORE_WARNING:
                 active.evaluations += 1
-                if active.evaluations == MISSED_AFTER:
+                if active.evaluations == EVALUATIONS_BEFORE_WARNING:
                     self._report_missing_tables(active, step)
             met_before, active.met = active.met, outcome.met
             if not outcome.met:
@@ -310,8 +315,10 @@ class Breakpoints:
         return stop is not None
 
     def _report_missing_tables(self, active: _Active, step: int) -> None:
-        """Warn of a condition that cannot be met, such as one about attention in a model without.
-        It stays enabled: the script may still build such a model."""
+        """Warn of a condition on tables that the run lacks, such as those of attention.
+
+        The breakpoint stays enabled: the script may still build a model that has them.
+        """
         existing = {table.name for table in self._run.info().tables}
         missing = active.expression.tables - existing - {schema.LOGGED, schema.VALIDATION}
         if missing:

@@ -1,7 +1,7 @@
-"""The closures that conditions are compiled to, and the values that they work on.
-`breakpoint_list.py` calls them at the boundaries of the training.
+"""The closures that conditions are compiled to, and the values that they operate on.
+`breakpoint_list.py` calls the closures at the phase boundaries of the training.
 
-An `Evaluate` returns a Number or a Truth in the state of the run; an absent value is None.
+An `Evaluate` reads the state of the run and returns a Number or a Truth; None stands for absent.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class ColumnValues:
     names: tuple[str, ...]
     values: NDArray[np.float64]
     present: NDArray[np.bool_]
-    """Mask of values that are not absent."""
+    """Mask of the values that are present."""
 
 
 @dataclass(frozen=True)
 class Selector:
-    """Selects columns by a pattern of their names, by layer, or all of them."""
+    """Selects all columns, those of one layer, or those whose names match a pattern."""
 
     pattern: str | None = None
     layer: int | None = None
@@ -42,7 +42,7 @@ class Selector:
         return "any" if self.pattern is None else f'"{self.pattern}"'
 
     def matches(self, name: str) -> bool:
-        """Whether a name matches the pattern: in full, or up to one of its dots."""
+        """Whether the pattern matches `name`, or a part of `name` that ends before a dot."""
         if self.pattern is None:
             return True
         return fnmatch.fnmatchcase(name, self.pattern) or fnmatch.fnmatchcase(
@@ -66,9 +66,9 @@ class ConditionQuantity:
     name: str
     help: str
     known_from: Phase
-    """The earliest phase at whose end it is known."""
+    """The earliest phase at whose end the quantity is known."""
     table: str = ""
-    """The table that it is read from."""
+    """The table that holds the quantity."""
 
 
 class EvaluationContext(Protocol):
@@ -78,7 +78,7 @@ class EvaluationContext(Protocol):
     def step(self) -> int: ...
 
     def number(self, name: str) -> float | None:
-        """A quantity of SCALARS; None where it is absent."""
+        """The value of a quantity in SCALARS; None where it is absent."""
 
     def several(self, quantity: ConditionQuantity, selector: Selector) -> ColumnValues | None:
         """The selected columns; None where they were not measured.
@@ -87,17 +87,17 @@ class EvaluationContext(Protocol):
         """
 
     def logged(self, table: str, name: str) -> float | None:
-        """The value of this name that was logged, or measured by an evaluation, since the last
-        evaluation of the condition. `table`: `logged` or `validation`."""
+        """The newest value of `name` in `table` (`logged` or `validation`); None if no value was
+        added since the condition was last evaluated."""
 
     def ranks(self, column: str) -> ColumnValues | None:
-        """A column of every process in this step, by the number of its rank."""
+        """The values of `column` in this step, named `rank 0`, `rank 1`, … by process."""
 
     def nonfinite(self) -> MatchedValue | None:
-        """The quantity that has become nan or inf."""
+        """The quantity that has just become nan or inf; None without one."""
 
     def finding(self, rules: frozenset[str] | None, level: Level) -> MatchedValue | None:
-        """A new finding of at least this level, of one of these rules (None: of any)."""
+        """A new finding of one of `rules` (None: of any rule) with at least `level`."""
 
 
 Number = float | ColumnValues | None
@@ -111,20 +111,20 @@ class Compiled:
 
     kind: Literal["number", "several", "truth"]
     evaluate: Evaluate
-    """Returns a Number or a Truth. Appends the values to report."""
+    """Returns a Number or a Truth; appends the values to report to its second argument."""
     label: str = ""
     table: str = ""
 
 
 def conjunction_of(truths: Sequence[Truth]) -> Truth:
-    """None where it depends on a part that is absent."""
+    """Three-valued `and`: None if the result depends on an absent part."""
     if False in truths:
         return False
     return None if None in truths else True
 
 
 def disjunction_of(truths: Sequence[Truth]) -> Truth:
-    """None where it depends on a part that is absent."""
+    """Three-valued `or`: None if the result depends on an absent part."""
     if True in truths:
         return True
     return None if None in truths else False
@@ -135,7 +135,7 @@ def constant(value: float) -> Evaluate:
 
 
 def reported(find: Callable[[EvaluationContext], MatchedValue | None]) -> Evaluate:
-    """Whether `find` returns a reading, which is then reported."""
+    """True where `find` returns a value, which is then reported."""
 
     def evaluate(context: EvaluationContext, matched: list[MatchedValue]) -> Truth:
         found = find(context)
@@ -161,7 +161,8 @@ def _aligned(left: ColumnValues, right: ColumnValues) -> tuple[ColumnValues, Col
 
 
 def _joined(left: Number, right: Number) -> tuple[tuple[str, ...], NDArray[np.bool_]]:
-    """The names of two values, at least one of which has columns, and where both are present."""
+    """The column names of two operands, and the mask of columns in which both are present. At least
+    one operand has columns."""
     if isinstance(left, ColumnValues):
         if isinstance(right, ColumnValues):
             return left.names, left.present & right.present
@@ -222,8 +223,8 @@ def extreme(largest: bool, parts: Sequence[Evaluate]) -> Evaluate:
     return evaluate
 
 
-class ExponentialMean:
-    """The exponential mean of the finite values before the current one."""
+class ExponentialMovingAverage:
+    """The exponential moving average of the finite values before the current one."""
 
     def __init__(self, part: Evaluate, steps: int) -> None:
         self._part = part
@@ -252,8 +253,11 @@ def compare(
     right_part: Compiled,
     matched: list[MatchedValue],
 ) -> Truth:
-    """Whether the comparison holds, for any column where there are several; None where a value is
-    absent."""
+    """Whether the comparison holds, in any column if there are several; None for absent values.
+
+    Appends the most extreme column in which it holds to `matched`. `function` and `side` are those
+    of COMPARISONS.
+    """
     if left is None or right is None:
         return None
     if not isinstance(left, ColumnValues) and not isinstance(right, ColumnValues):

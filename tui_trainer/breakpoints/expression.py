@@ -3,10 +3,11 @@
 A condition is parsed with `ast` and compiled to closures over a whitelist of nodes, quantities and
 functions; nothing is ever executed as Python. Numbers are float64.
 
-* A quantity of several columns, such as `grad_norm(any)`, compares true where any of them does.
-* A value that is absent makes a comparison neither true nor false, and a condition with no other
-  true part is not met.
-* A condition is evaluated at the end of the step, or `at` the end of the phase that it names.
+* A comparison of a quantity with several columns, such as `grad_norm(any)`, is true if it is true
+  for any column.
+* A comparison with an absent value is neither true nor false. A condition is met only if it is
+  true.
+* A condition is evaluated at the end of the step, or at the end of the phase after `at`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from tui_trainer.breakpoints.compiled_conditions import (
     ConditionQuantity,
     Evaluate,
     EvaluationContext,
-    ExponentialMean,
+    ExponentialMovingAverage,
     MatchedValue,
     Number,
     Selector,
@@ -68,15 +69,15 @@ MAX_CHARACTERS = 300
 MAX_DEPTH = 30
 EMA_STEPS = 20
 """Steps over which `ema` averages by default."""
-MAX_READINGS = 3
-"""Values that the text of a hit names."""
+MAX_MATCHED_VALUES = 3
+"""Maximum number of values in the text of a hit."""
 
 
 class ExpressionError(UserError):
     """A condition that cannot be parsed, with the position of the error."""
 
     def __init__(self, message: str, text: str, start: int, end: int, hint: str = "") -> None:
-        """`start` and `end`: the characters of `text` that are wrong."""
+        """`text[start:end]` is the part of `text` that is wrong."""
         super().__init__(message, hint)
         self.text = text
         self.start = min(max(start, 0), len(text))
@@ -84,7 +85,7 @@ class ExpressionError(UserError):
 
     @property
     def pointed(self) -> str:
-        """The message, the condition, and a line of carets under what is wrong."""
+        """The message, the condition, and a line of carets under the part that is wrong."""
         marks = " " * self.start + "^" * (self.end - self.start)
         return f"{self.message}\n    {self.text}\n    {marks}"
 
@@ -99,7 +100,7 @@ class ConditionResult:
     @property
     def text(self) -> str:
         """The values, such as `loss 7.1`."""
-        return ", ".join(reading.text for reading in self.matched)
+        return ", ".join(value.text for value in self.matched)
 
 
 # ---------------------------------------------------------------- conditions
@@ -107,32 +108,32 @@ class ConditionResult:
 
 @dataclass
 class Expression:
-    """A compiled condition. It is stateful: it holds the means of `ema`."""
+    """A compiled condition. Stateful: it holds the moving averages of `ema`."""
 
     text: str
     phase: Phase
-    """The phase at whose end it is evaluated."""
+    """The phase at whose end the condition is evaluated."""
     at_step: int | None = None
-    """The only step that can meet it; None: not known before it is evaluated."""
+    """The N of a condition `step == N`; None for any other condition."""
     tables: frozenset[str] = frozenset()
-    """The tables that it reads."""
+    """The tables that the condition reads."""
     findings: bool = False
-    """Whether it reads findings."""
+    """Whether the condition reads findings."""
     skips: bool = False
-    """Whether an iteration that a GradScaler skips, which has no step, can meet it."""
+    """Whether an iteration without a step, which a GradScaler skips, can meet the condition."""
     ranks: tuple[tuple[int | None, int, int], ...] = ()
-    """Each rank that it reads (None: any), with the start and end of its place in the text. It is
-    then evaluated for steps that all processes have ended."""
+    """(rank or None for any, start, end in `text`) of each rank. A condition on ranks is evaluated
+    for steps that all processes have ended."""
     selectors: tuple[tuple[ConditionQuantity, Selector, int, int], ...] = ()
-    """Each selector with its quantity and the start and end of its place in the text."""
+    """(quantity, selector, start, end in `text`) of each selector."""
     _evaluate: Evaluate = field(default=lambda context, matched: True, repr=False)
 
     def evaluate(self, context: EvaluationContext) -> ConditionResult:
-        """Evaluate it now. Raises UserError if a selector matches nothing."""
+        """Evaluate the condition now. Raises UserError if a selector matches nothing."""
         matched: list[MatchedValue] = []
         if self._evaluate(context, matched) is not True:
             return ConditionResult(False)
-        return ConditionResult(True, tuple(dict.fromkeys(matched))[:MAX_READINGS])
+        return ConditionResult(True, tuple(dict.fromkeys(matched))[:MAX_MATCHED_VALUES])
 
     def check_ranks(self, count: int) -> None:
         """Raise ExpressionError for a rank that a run of `count` processes does not have."""
@@ -230,7 +231,7 @@ COMPARISONS: dict[type[ast.cmpop], tuple[Callable[[Any, Any], Any], int]] = {
     ast.Eq: (operator.eq, 0),
     ast.NotEq: (operator.ne, 0),
 }
-"""The function, and the side on which the most extreme value lies: 1 above, -1 below, 0 neither."""
+"""(function, side on which the most extreme value lies: 1 above, -1 below, 0 neither)"""
 ARITHMETIC: dict[type[ast.operator], Callable[..., NDArray[np.float64]]] = {
     ast.Add: np.add,
     ast.Sub: np.subtract,
@@ -447,7 +448,7 @@ class _Compiler:
         raise self._error(f"{name} takes {what} in quotes", node, f"such as {name}{example}")
 
     def _finding(self, node: ast.Call) -> tuple[frozenset[str] | None, Level]:
-        """The names of the rules (None: any), and the level that a finding has at least."""
+        """The names of the rules (None: any rule), and the lowest level of a finding."""
         match node:
             case ast.Call(
                 args=[], keywords=[ast.keyword(arg="level", value=ast.Constant(value=level))]
@@ -565,7 +566,7 @@ class _Compiler:
         if part.kind == "several":
             hint = "such as ema(max(grad_norm(any)))"
             raise self._error("ema takes one number", node.args[0], hint)
-        return Compiled("number", ExponentialMean(part.evaluate, steps))
+        return Compiled("number", ExponentialMovingAverage(part.evaluate, steps))
 
     # ------------------------------------------------------------ comparisons and logic
 

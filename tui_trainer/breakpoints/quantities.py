@@ -1,5 +1,5 @@
-"""The quantities that a condition can name, and what it reads: the values of the newest step and of
-the step in progress, and those of past steps where processes are compared."""
+"""The quantities that a condition can name, and their values: those of the newest step, of the step
+in progress and, for conditions that compare processes, of past steps."""
 
 from __future__ import annotations
 
@@ -75,16 +75,16 @@ COLUMN_QUANTITIES = {
 
 NONFINITE, FINDING, ANY, RANK = "nonfinite", "finding", "any", "rank"
 LOGS = {"log": schema.LOGGED, "logged": schema.LOGGED, "validation": schema.VALIDATION}
-"""Functions that read values by their names, and the table that has them."""
+"""Functions that read values by name → the table that holds the values."""
 RANK_QUANTITIES = {
     "loss": "loss",
     "grad_norm": "grad_norm_preclip",
     "step_ms": "step_ms",
     "lag_ms": "lag_ms",
 }
-"""What `rank(1).` can be followed by, and the column that it is in."""
+"""Quantity after `rank(1).` → its column in table `ranks`."""
 WITH_RANKS = ("step", "loss", "grad_norm", "learning_rate", "lr", "step_ms")
-"""Quantities that one condition can use with those of ranks: they are known for past steps."""
+"""Quantities that a condition on ranks can use as well: they are known for past steps."""
 EMA, ABS, MINIMUM, MAXIMUM = "ema", "abs", "min", "max"
 FUNCTIONS = {
     FINDING: "a new finding, by (part of) the name of its rule",
@@ -92,7 +92,7 @@ FUNCTIONS = {
     "logged": "the same as log",
     "validation": "a result of an evaluation, such as its loss",
     RANK: "a quantity of one process, or of any: rank(1).loss, rank(any).grad_norm",
-    EMA: "the exponential mean of a quantity over the previous steps",
+    EMA: "the exponential moving average of a quantity over the previous steps",
     ABS: "the absolute value",
     MINIMUM: "the smallest of numbers, or of several columns",
     MAXIMUM: "the largest of numbers, or of several columns",
@@ -103,7 +103,7 @@ NAMES = tuple(dict.fromkeys((NONFINITE, *SCALARS, *COLUMN_QUANTITIES, *FUNCTIONS
 
 def completions(text: str, columns: Mapping[str, Sequence[str]] | None = None) -> list[str]:
     """Completions of the last word of `text`: a quantity, a function or a phase; within quotes, a
-    rule or the name of a column. `columns`: names of columns by table."""
+    rule or a column. `columns`: table → names of its columns."""
     if text.count('"') % 2:
         return _quoted_completions(text, columns or {})
     at = re.search(r"(?:^|\s)at\s+(\w*)$", text)
@@ -137,12 +137,12 @@ def _quoted_completions(text: str, columns: Mapping[str, Sequence[str]]) -> list
 
 
 COLUMN_OF = {"lr": "learning_rate", "grad_norm": "grad_norm_preclip"}
-"""Scalar quantities whose column in table `step` has another name."""
+"""Scalar quantity → its column in table `step`, where the names differ."""
 ATTENTION_TABLES = (schema.ATTENTION, schema.ATTENTION_SPECTRUM, schema.ATTENTION_HEALTH)
-MAX_NAMED = 8
-"""Numbers of layers that a message lists."""
+MAX_LISTED_LAYERS = 8
+"""Maximum number of layers in a message."""
 STEPS_OF_RANKS = 256
-"""Steps that are kept to compare processes, and by which one may lag behind."""
+"""Steps that are kept to compare processes, and by which a process may lag behind."""
 
 
 class LiveStep(Protocol):
@@ -155,14 +155,14 @@ class LiveStep(Protocol):
         """The loss of the step so far."""
 
     def gradient_norms(self) -> tuple[tuple[str, ...], list[float | None]]:
-        """The norm of each parameter's gradient before clipping; None where there is none."""
+        """(parameter names, norms of their gradients before clipping); None without a gradient."""
 
     def clip(self) -> Mapping[str, float]:
-        """Columns of table `clip` as far as they are known; empty before the clipping."""
+        """The known columns of table `clip`; empty before the clipping."""
 
 
 class RecordedRun(Protocol):
-    """The run whose values are read. Both methods may be called on any thread."""
+    """The run whose values are read. Both methods may be called from any thread."""
 
     def info(self) -> RunInfo: ...
 
@@ -172,7 +172,7 @@ class RecordedRun(Protocol):
 
 @dataclass(slots=True)
 class ObservedValues:
-    """The newest completed step, and what has changed with it."""
+    """The newest completed step, and the values that conditions compare with it."""
 
     record: StepRecord | None = None
     broken: frozenset[str] = frozenset()
@@ -180,24 +180,25 @@ class ObservedValues:
     newly_broken: str = ""
     broken_parameter: str = ""
     skip: SkipRecord | None = None
-    """The newest iteration that had no step."""
+    """The newest iteration without a step."""
     broken_within: dict[Phase, bool] = field(default_factory=dict)
-    """Phase → whether a value was not finite there in the last step."""
+    """Phase → whether a value was not finite at its end in the last step."""
     numbers: dict[tuple[str, str], tuple[int, float]] = field(default_factory=dict)
-    """Logged values: (table, name) → (count, value)."""
+    """Logged values: (table, name) → (`logged_count` at the time, value)."""
     keeps_steps: bool = False
-    """Whether `steps` is kept: a condition compares processes."""
+    """Whether `steps` is filled, which conditions that compare processes need."""
     steps: OrderedDict[int, dict[str, float]] = field(default_factory=OrderedDict)
-    """The newest steps of this process: quantities of table `step`."""
+    """Newest steps of this process: step → column of table `step` → value."""
     ranks: dict[int, OrderedDict[int, Floats]] = field(default_factory=dict)
-    """Rank → step → row of table `ranks`, of the other processes."""
+    """Newest steps of the other processes: rank → step → row of table `ranks`."""
     logged_count: int = 0
+    """Number of calls of `log`."""
     known_findings: dict[int, Level] = field(default_factory=dict)
     tables: dict[int, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
     chosen: dict[
         tuple[ConditionQuantity, Selector, int], tuple[tuple[str, ...], NDArray[np.intp]]
     ] = field(default_factory=dict)
-    """(names, positions) of the columns that a selector chooses in a table."""
+    """(quantity, selector, table) → (names, positions) of the selected columns."""
 
     def observe(self, record: StepRecord, run: RecordedRun) -> None:
         self.record = record
@@ -227,7 +228,7 @@ class ObservedValues:
         forget_old(self.steps)
 
     def last_common_step(self, step: int) -> int:
-        """The last step, up to this one, that is known of every process that keeps up."""
+        """The last step up to `step` whose row is known of every process that keeps up."""
         newest = [max(rows) for rows in self.ranks.values() if rows]
         return min([step, *(last for last in newest if step - last < STEPS_OF_RANKS)])
 
@@ -244,7 +245,7 @@ class ObservedValues:
         return known
 
     def row(self, name: str, run: RecordedRun) -> tuple[int, tuple[str, ...], Floats] | None:
-        """(table, columns, values) of the newest step."""
+        """(id, columns, values) of the table called `name` in the newest step."""
         for number, values in self.record.rows if self.record is not None else ():
             found, columns = self.table(number, len(values), run)
             if found == name:
@@ -253,7 +254,7 @@ class ObservedValues:
 
 
 class LiveContext:
-    """The end of a phase, for `Expression.evaluate`."""
+    """The state of the run at the end of a phase."""
 
     def __init__(
         self,
@@ -407,8 +408,10 @@ class LiveContext:
 
 
 class SkippedContext(LiveContext):
-    """The end of an iteration that a GradScaler has skipped. Of its values only a loss that is not
-    finite is known: gradients that overflow are part of the search for a loss scale."""
+    """The state of the run after an iteration that a GradScaler has skipped.
+
+    Only a non-finite loss counts: gradients overflow regularly while the loss scale is tuned.
+    """
 
     def number(self, name: str) -> float | None:
         return None
@@ -427,7 +430,8 @@ class SkippedContext(LiveContext):
 
 
 class PastStepContext:
-    """The end of a step that every process has ended, for conditions that compare processes."""
+    """The state of the run at the end of a step that every process has ended, for conditions that
+    compare processes."""
 
     def __init__(self, step: int, values: ObservedValues) -> None:
         self.step = step
@@ -450,7 +454,7 @@ class PastStepContext:
         values = np.array(list(found.values()), np.float32)
         return ColumnValues(tuple(found), values.astype(np.float64), ~absent_mask(values))
 
-    # The language does not allow the others in such a condition.
+    # The compiler rejects the following quantities in a condition on ranks.
 
     def several(self, quantity: ConditionQuantity, selector: Selector) -> ColumnValues | None:
         return None
@@ -485,7 +489,8 @@ def _present(row: tuple[int, tuple[str, ...], Floats], column: str) -> float | N
 def names_of(
     table: str, columns: Sequence[str], quantity: ConditionQuantity
 ) -> tuple[tuple[str, ...], NDArray[np.intp]]:
-    """The columns of a quantity: their names (of parameters, layers or phases) and positions."""
+    """(names, positions) of the columns of a quantity. Names are those of parameters, layers or
+    phases."""
     if table not in ATTENTION_TABLES:
         return tuple(columns), np.arange(len(columns))
     suffix = f".{quantity.name}"
@@ -497,8 +502,8 @@ def names_of(
 def choose(
     names: Sequence[str], selector: Selector, quantity: ConditionQuantity
 ) -> NDArray[np.intp]:
-    """Positions of the selected names. Layers count from 0: the n-th attention layer, or the first
-    number in a parameter's name."""
+    """Positions of the selected names. `layer=n` selects the n-th attention layer, from 0, or the
+    parameters whose names have n as their first number."""
     if selector.layer is None:
         chosen = [i for i, name in enumerate(names) if selector.matches(name)]
     elif quantity.table in ATTENTION_TABLES:
@@ -521,8 +526,8 @@ def nothing_matches(
         if quantity.table in ATTENTION_TABLES:
             numbers = [*map(str, range(len(names)))]
         known = list(dict.fromkeys(filter(None, numbers)))
-        few = len(known) <= MAX_NAMED
-        words = ", ".join(known if few else [*known[:MAX_NAMED], "…", known[-1]])
+        few = len(known) <= MAX_LISTED_LAYERS
+        words = ", ".join(known if few else [*known[:MAX_LISTED_LAYERS], "…", known[-1]])
         hint = f"its layers are {words}" if known else ""
         return UserError(f"{quantity.name} has no {selector}", hint)
     pattern = selector.pattern or ""
