@@ -1268,7 +1268,7 @@ def test_backward_that_makes_gradients_not_finite_is_named_with_what_it_needs():
     )
     found = run.found["non-finite"]
     assert (found.onset, found.phase, found.parameters) == (2, "backward", NAMES[:1])
-    assert "the backward of `sqrt` (train.py:7) makes it of finite gradients" in found.text
+    assert "the backward of `sqrt` (train.py:7) made it from finite gradients" in found.text
     assert found.advice.startswith("look at what `sqrt` at train.py:7 is given: its slope")
 
 

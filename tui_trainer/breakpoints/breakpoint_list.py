@@ -203,7 +203,7 @@ class Breakpoints:
                 raise ExpressionError(error.message, expression.text, start, end, error.hint)
 
     def _replan(self) -> None:
-        """Derive the plans and the public sets from the enabled breakpoints. Holds the lock."""
+        """Derive the plans and the public sets from the enabled breakpoints. Needs the lock."""
         plans: dict[Phase, list[_Active]] = {}
         for active in self._all.values():
             if active.enabled:

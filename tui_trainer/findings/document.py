@@ -26,11 +26,11 @@ the findings, `tui-trainer check gpt --steps 300` those of a task, with the opti
 with `--json` as one object with `findings`, each with `rule`, `level`, `onset`, `where`, `title`,
 `text`, `next`, `confidence`, `evidence`, `cause` (the `number` of the finding that explains it) and
 `found` (the step at which it was first reported, later than the onset where a rule waits for more
-data), and with `faults`, for which something could not be checked. The exit status is 1 if there is
-a warning or an error.
+data), and with `faults`, the reasons why something could not be checked. The exit status is 1 if
+there is a warning or an error.
 
 A rule reports nothing until it has the data that it needs, and prefers a missed problem to a false
-alarm. Rules without thresholds report facts that hold or do not, such as how a loss is computed.
+alarm. Rules without thresholds report facts, such as how a loss is computed.
 Rules run on the recorder's thread. Most use what is measured anyway; for the others, probes look
 at the modes of dropout layers in every step, at the batch in the first six steps and every tenth,
 at activations every 25th step, and at the initial weights once, within the same budget. A rule that
@@ -39,8 +39,8 @@ raises an exception is switched off, with a line in the log.
 [How much the rules find](findings-measured.md) was measured with planted faults and with programs
 that train well.
 
-`tui-trainer explain RULE` prints a section of this page, `--json` as one object; words of a rule's
-name or title do for RULE. `--rules` of `run`, `check` and the
+`tui-trainer explain RULE` prints a section of this page, with `--json` as one object; RULE may be
+words of a rule's name or title. `--rules` of `run`, `check` and the
 tasks switches rules off or changes their thresholds: `--rules
 over-fitting=off,loss-diverges.rise=3`; `--rules off` switches all of them off but `ranks-diverge`
 (`--rules off,ranks-diverge=off` that one too).

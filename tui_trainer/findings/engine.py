@@ -22,13 +22,13 @@ from tui_trainer.protocol.schema import RunInfo
 
 MAX_FINDINGS = 200
 MAX_RANK_STEPS = 64
-"""Steps of which the rows of some ranks may be missing."""
+"""Maximum number of steps that wait for the rows of further ranks."""
 MAX_UPDATES = 5
 """How many times the text of a finding may change at the same level."""
 
 
 NOTHING: tuple[object, ...] = (None, (), frozenset())
-"""Values of an attribute of `Observation` that is not known of a step, or empty."""
+"""Values of an attribute of `Observation` that was not measured or is empty."""
 
 
 def _ignore(text: str) -> None:
@@ -71,7 +71,7 @@ class FindingsEngine:
         on_fault: Callable[[str], None] = _ignore,
         rules: Sequence[type[Rule]] = RULES,
     ) -> None:
-        """`on_fault(text)` is called when a rule is switched off because it failed."""
+        """`on_fault(text)` is called when a rule has raised an exception and is switched off."""
         self._settings = settings or RuleSettings()
         self._on_fault = on_fault
         self._kinds = [rule for rule in rules if self._settings.runs(rule)]
@@ -82,10 +82,10 @@ class FindingsEngine:
         self._reader = Reader()
         self._by_optimizer: dict[str, _OptimizerRules] = {}
         self._rank_rows: dict[int, dict[int, TableRow]] = {}
-        """Step → rank → row, until those of all ranks are there."""
+        """Step → rank → row, of the steps that still lack the row of some rank."""
         self._failed: set[str] = set()
         self.findings: list[Finding] = []
-        """Findings by number, as last reported."""
+        """Findings by number, each as it was last reported."""
         self._own_levels: list[Level] = []
         """The level of each finding without its effects."""
         self._numbers: dict[tuple[str, str, str], int] = {}
@@ -97,11 +97,11 @@ class FindingsEngine:
 
     @staticmethod
     def origin(producer: Producer) -> str:
-        """Where a value that is not finite came from, as a part of a sentence."""
+        """The origin of a non-finite value, as a part of a sentence."""
         return origin_text(producer)
 
     def step(self, record: StepRecord) -> list[Finding]:
-        """Evaluate the rules for a step; returns new and changed findings, without ids."""
+        """Evaluate the rules for a step and return new and changed findings, without ids."""
         if not self._kinds:
             return []
         seen = self._reader.observe(record)
@@ -134,12 +134,12 @@ class FindingsEngine:
         skipped = self._reader.observe_skip(record)
         reports: list[tuple[Rule, Found]] = []
         for rule in tuple(active.on_skip):
-            self._ask(rule, rule.skipped, reports, skipped)
+            self._call(rule, rule.skipped, reports, skipped)
         return self._publish(reports, record.step, record.time, record.optimizer) if reports else []
 
     def row(self, table: int, step: int, values: Floats, time: float) -> list[Finding]:
-        """Evaluate the rules for a row measured outside a step, if it is an evaluation or the last
-        of the rows of a step that the processes of a distributed training measure."""
+        """Evaluate the rules for a row measured outside a step: an evaluation, or the row of a rank
+        that completes those of a step. Rows of other tables are ignored."""
         name, columns = self._reader.table(table)
         rank = self._reader.rank_of(table)
         if name == schema.RANKS and rank is not None:
@@ -154,7 +154,7 @@ class FindingsEngine:
         key, active = next(iter(self._by_optimizer.items()))
         reports: list[tuple[Rule, Found]] = []
         for rule in tuple(active.on_evaluation):
-            self._ask(rule, rule.evaluation, reports, step, metrics)
+            self._call(rule, rule.evaluation, reports, step, metrics)
         return self._publish(reports, step, time, key) if reports else []
 
     def _rank_row(self, rank: int, step: int, row: TableRow, time: float) -> list[Finding]:
@@ -172,7 +172,7 @@ class FindingsEngine:
         active = self._rules_of(key)
         reports: list[tuple[Rule, Found]] = []
         for rule in tuple(active.on_ranks):
-            self._ask(rule, rule.ranks, reports, step, rows)
+            self._call(rule, rule.ranks, reports, step, rows)
         return self._publish(reports, step, time, key) if reports else []
 
     # ------------------------------------------------------------ rules
@@ -190,15 +190,15 @@ class FindingsEngine:
             active = self._by_optimizer[optimizer] = _OptimizerRules(rules, trend)
         return active
 
-    def _ask(
+    def _call(
         self,
         rule: Rule,
-        question: Callable[..., Iterable[Found]],
+        method: Callable[..., Iterable[Found]],
         reports: list[tuple[Rule, Found]],
         *arguments: object,
     ) -> None:
         try:
-            reports += [(rule, found) for found in question(*arguments)]
+            reports += [(rule, found) for found in method(*arguments)]
         except Exception as error:
             self._switch_off(rule, error)
 
@@ -301,8 +301,8 @@ class FindingsEngine:
                 self._set(moved, changed)
 
     def _raise_levels(self, changed: dict[int, Finding], step: int, time: float) -> None:
-        """Give causes the worst level of themselves and their effects: where only causes are shown,
-        a warning must not hide an error."""
+        """Give each cause the worst level among itself and its effects: where only causes are
+        shown, a warning must not hide an error."""
         levels = list(self._own_levels)
         for finding in self.findings:
             if finding.cause is not None:

@@ -33,6 +33,7 @@ from tui_trainer.protocol.events import SkipReason
 from tui_trainer.protocol.schema import AttentionInfo, ParameterInfo, RunInfo
 
 _REASON = 0xFF
+"""Mask of the reason in the bits of an absent float32."""
 
 
 _UNKNOWN = (
@@ -42,6 +43,7 @@ _UNKNOWN = (
     Absent.OUT_OF_RANGE,
     Absent.OVERFLOW,
 )
+"""Reasons for which a value exists but could not be measured."""
 
 
 class TableRow:
@@ -61,7 +63,7 @@ class TableRow:
 
     @cached_property
     def any_absent(self) -> bool:
-        # Where the sum is finite, each of them is: faster than the mask.
+        # A finite sum means that every value is finite, and is faster than the mask.
         return not math.isfinite(np.add.reduce(self.values, dtype=np.float64)) and bool(
             self.absent.any()
         )
@@ -96,12 +98,12 @@ class Observation:
     step: int
     time: float
     optimizer: str
-    """Its key, as in `Table.optimizer`."""
+    """Key of the optimizer, as in `Table.optimizer`."""
     loss: float | None = None
     loss_absent: Absent | None = None
     learning_rate: float | None = None
     gradient_norm: float | None = None
-    """Over all parameters of the optimizer, before clipping."""
+    """2-norm over all parameters of the optimizer, before clipping."""
     step_ms: float | None = None
     evaluations: float = 0.0
     """How often the optimizer called its closure; 0 without one."""
@@ -133,14 +135,14 @@ class Observation:
 
 @dataclass(slots=True)
 class SkippedStep:
-    """An iteration whose gradients no optimizer used, before step `step`."""
+    """An iteration whose gradients no optimizer used. The next step is `step`."""
 
     step: int
     optimizer: str
     reason: SkipReason
     loss_scale: float | None
     loss: float | None = None
-    """None where it is not known; a measured nan stays nan."""
+    """None where the loss is not known; a measured nan stays nan."""
     producer: Producer | None = None
     bad_batch: BadBatch | None = None
     nonfinite: tuple[NonFiniteRecord, ...] = ()
@@ -153,14 +155,13 @@ class RunFacts:
         self._infos: tuple[ParameterInfo, ...] = ()
         self.parameters: Mapping[str, ParameterInfo] = {}
         self.order: Mapping[str, int] = {}
-        """Position of each parameter in the model, which is the order of the forward pass for most
-        models."""
+        """Name → position in the model, which for most models is the order of the forward pass."""
         self.attention: tuple[AttentionInfo, ...] = ()
         self.optimizers: tuple[str, ...] = ()
         self.resumed = False
         """Whether the weights come from another run."""
         self.classes: int | None = None
-        """Number of classes of the cross-entropy that is the loss, if it is known."""
+        """Number of classes of a cross-entropy loss; None where it is not known."""
         self.of_task = False
         """Whether `classes` was declared by the task."""
         self.total_steps: int | None = None
@@ -169,7 +170,7 @@ class RunFacts:
         """Number of processes of a distributed training."""
         self.device = ""
         self.replaced: frozenset[str] = frozenset()
-        """Parameters of an optimizer that `not-in-optimizer` has said the model no longer has."""
+        """Parameters of an optimizer that the model no longer has, as `not-in-optimizer` found."""
 
     def update(self, info: RunInfo) -> None:
         if info.parameters is not self._infos:
@@ -202,41 +203,42 @@ RECENT_LOSSES = 64
 
 @dataclass
 class LossTrend:
-    """The loss of one optimizer so far, smoothed, in constant memory."""
+    """Running statistics of the losses of one optimizer, in constant memory."""
 
     count: int = 0
-    """Finite losses."""
+    """Number of finite losses."""
     first: list[float] = field(default_factory=list)
-    """The first FIRST_LOSSES of them."""
+    """The first FIRST_LOSSES finite losses."""
     recent: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=RECENT_LOSSES))
-    """The newest ones with their steps."""
+    """(step, loss) of the newest finite losses."""
     fast: float = math.nan
-    """Exponential mean over about 10 steps."""
+    """Exponential moving average over about 10 steps."""
     slow: float = math.nan
-    """Smoothed loss over about 100 steps."""
+    """Exponential moving average over about 100 steps."""
     noise: float = 0.0
     """Mean absolute distance of a loss from `fast`, over about 100 steps."""
     start: float = math.nan
     """Median of the first three losses."""
     best: float = math.inf
-    """Lowest `fast`."""
+    """Lowest `fast` so far."""
     best_step: int = 0
     lowest: float = math.inf
     """Lowest loss of a single step."""
 
     @property
     def reference(self) -> float:
-        """`start`, or a tenth of the first loss if that is higher: the loss may fall to almost
-        nothing in the first step. The first loss itself may be an outlier."""
+        """The loss at the start, for comparison: `start`, or a tenth of the first loss if that is
+        higher. The loss may fall to almost nothing in the first step, and the first loss itself
+        may be an outlier."""
         return max(self.start, self.first[0] / 10) if self.first else math.nan
 
     @property
     def fell_at_once(self) -> bool:
-        """Whether it has been below a hundredth of the first loss for some time, or as far below a
-        negative one."""
+        """Whether the loss fell to almost nothing in the first steps: each of the newest
+        RECENT_LOSSES / 2 losses is below the first one by more than 99 % of its size."""
         newest = [loss for _, loss in self.recent][-(RECENT_LOSSES // 2) :]
         if len(newest) < RECENT_LOSSES // 2 or self.count == len(newest):
-            return False  # the first one is among them
+            return False  # the first loss is among the newest ones
         return self.first[0] - max(newest) > 0.99 * abs(self.first[0])
 
     def add(self, step: int, loss: float) -> None:
@@ -288,7 +290,7 @@ class Reader:
         return self._tables.get(number, ("", ()))
 
     def rank_of(self, number: int) -> int | None:
-        """Whose measurements a table `ranks` has."""
+        """The rank whose measurements a table `ranks` holds; None for other tables."""
         return self._ranks.get(number)
 
     def observe(self, record: StepRecord) -> Observation:

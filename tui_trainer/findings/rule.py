@@ -1,6 +1,6 @@
-"""The base class of rules: a check of the measurements, with its documentation; and the settings of
-a user that switch rules and change thresholds, such as `over-fitting=off,loss-diverges.rise=3`. The
-rules are listed in `findings/rules/__init__.py`."""
+"""The base classes of rules, which check the measurements, and the user's settings, which switch
+rules off and change thresholds, such as `over-fitting=off,loss-diverges.rise=3`. The rules are
+listed in `findings/rules/__init__.py`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tui_trainer.protocol.events import Confidence, Evidence, Level
 
 @dataclass(frozen=True)
 class RuleThreshold:
-    """A number that a rule compares with."""
+    """A threshold of a rule, which the user may change."""
 
     name: str
     """As in `--rules RULE.NAME=VALUE`."""
@@ -30,14 +30,14 @@ class RuleThreshold:
 
 @dataclass(frozen=True)
 class Found:
-    """What a rule reports. A report with the `key` of an earlier one replaces it."""
+    """A report of a rule. It replaces an earlier report of the rule with the same `key`."""
 
     onset: int
     text: str
     level: Level | None = None
     """None: the level of the rule."""
     advice: str = ""
-    """What to do; "": the advice of the rule."""
+    """What to look at or try; "": the advice of the rule."""
     confidence: Confidence = "likely"
     parameters: tuple[str, ...] = ()
     phase: Phase | Literal[""] = ""
@@ -59,27 +59,29 @@ class Rule:
     needs: ClassVar[str]
     """What has to be measured before the rule can report anything."""
     explanation: ClassVar[str]
-    """What is tested, and why it matters."""
+    """What the rule tests, and why it matters."""
     advice: ClassVar[str]
     """What to look at or try."""
     source: ClassVar[str]
     """Where the test and its thresholds come from."""
     thresholds: ClassVar[tuple[RuleThreshold, ...]] = ()
     reads: str = ""
-    """Attribute of `Observation`: `step` is not called for steps of which it is None or empty."""
+    """Attribute of `Observation` that `step` requires: it is not called where that is None or
+    empty."""
     unconditional: ClassVar[bool] = False
-    """Whether it runs with `--rules off` too, until it is switched off by its name."""
+    """Whether the rule also runs with `--rules off`, unless it is switched off by its name."""
     explained_by: ClassVar[tuple[str, ...]] = ()
-    """Rules whose findings are the cause of this one if their onset is not later."""
+    """Rules whose findings can be the cause of this rule's findings, if their onset is not
+    later."""
     slack: ClassVar[int] = 10
     """Optimizer steps by which the onset of a cause may be later than that of this effect, since
     quantities are measured at different cadences."""
 
     exact: ClassVar[bool] = False
-    """Whether its onset is exact, being read from what every step measures: such a finding is no
-    cause of an effect that began before it."""
+    """Whether the onset is exact, because every step measures what the rule reads. Findings of such
+    a rule cannot be the cause of an effect that began earlier."""
     reach: ClassVar[int] = 1 << 62
-    """Optimizer steps after its onset within which it can be the cause of another finding."""
+    """Optimizer steps after the onset within which a finding can be the cause of another one."""
 
     def __init__(self, facts: RunFacts, trend: LossTrend, limits: Mapping[str, float]) -> None:
         """`limits`: the values of `thresholds` by name."""
@@ -92,20 +94,20 @@ class Rule:
         """Set the initial state, when the instance is created."""
 
     def step(self, seen: Observation) -> Iterable[Found]:
-        """A step of this optimizer; `trend` has its loss already."""
+        """Examine a step of this optimizer; `trend` already includes its loss."""
         return ()
 
     def skipped(self, skipped: SkippedStep) -> Iterable[Found]:
-        """An iteration for this optimizer without a step."""
+        """Examine an iteration of this optimizer that ended without a step."""
         return ()
 
     def ranks(self, step: int, rows: Mapping[int, TableRow]) -> Iterable[Found]:
-        """The rows of one step of all processes of a distributed training, by rank (given to the
-        rules of the first optimizer)."""
+        """Examine one step of all processes of a distributed training, as rank → row. Called for
+        the rules of the first optimizer only."""
         return ()
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> Iterable[Found]:
-        """An evaluation of the task (given to the rules of the first optimizer)."""
+        """Examine an evaluation of the task. Called for the rules of the first optimizer only."""
         return ()
 
 
@@ -117,7 +119,7 @@ class Streak:
     onset: int = 0
 
     def add(self, holds: bool, step: int) -> int:
-        """Returns the number of times in a row, including this one."""
+        """Count this step; returns how many times in a row the condition has held."""
         if not holds:
             self.count = 0
         else:
@@ -141,7 +143,7 @@ def evidence(
     """A number with its healthy range."""
     finite = value == value and abs(value) != float("inf")
     shown = text or f"{value:.3g}{unit}"
-    # A count is written like any other number, here and after it was read from the store.
+    # Counts become floats too: they are then written alike here and when read from the store.
     known, low, high = (None if x is None else float(x) for x in (value, low, high))
     return Evidence(quantity, shown, known if finite else None, low, high, table, column)
 
@@ -150,11 +152,11 @@ class SignRule(Rule):
     """Base class of rules that report a sign seen at `thresholds["steps"]` steps in a row."""
 
     sign: ClassVar[str]
-    """The sign that is looked for in `Observation.signs`."""
+    """The sign in `Observation.signs`."""
     problem: ClassVar[str]
-    """What is wrong, after `since step N`."""
+    """What is wrong, as the rest of a sentence that begins with `since step N`."""
     counted: ClassVar[str]
-    """Name of the evidence: what the steps have in common."""
+    """Name of the evidence: the kind of steps that are counted."""
     phase: ClassVar[Phase]
 
     reads = "signs"
@@ -181,32 +183,32 @@ class SignRule(Rule):
 
 
 class BatchRule(Rule):
-    """Base class of rules on what the model and the loss function receive, which report once."""
+    """Base class of rules that check the inputs and targets of batches and report once."""
 
     reads = "batch"
 
     def start(self) -> None:
         self.streak = Streak()
         self.done = False
-        """Nothing more is looked at."""
+        """Whether further batches are ignored."""
 
     def step(self, seen: Observation) -> Iterable[Found]:
         return () if self.done or seen.batch is None else self.batch(seen, seen.batch)
 
     def batch(self, seen: Observation, batch: BatchRecord) -> Iterable[Found]:
-        """A step whose batch was recorded, until the rule is `done`."""
+        """Examine a step whose batch was recorded. Not called once the rule is `done`."""
         raise NotImplementedError
 
     def persists(self, wrong: bool, step: int) -> bool:
-        """Count a measured step; True, and the rule is `done`, once `wrong` has held at
-        `thresholds["steps"]` of them in a row."""
+        """Count a measured step. Returns True and sets `done` once `wrong` has held at
+        `thresholds["steps"]` measured steps in a row."""
         self.done = self.streak.add(wrong, step) >= self.limits["steps"]
         return self.done
 
 
 def median_of(values: ArrayLike) -> float:
-    """As `np.median`, which imports numpy.ma and takes ten times as long for a few numbers; nan of
-    none."""
+    """The median; nan without values. `np.median` imports numpy.ma and takes ten times as long for
+    a few numbers."""
     ordered = np.sort(values)
     middle = len(ordered) // 2
     if not len(ordered):
@@ -253,7 +255,8 @@ class RuleSettings:
 
 
 def known_settings(text: str, rules: Iterable[type[Rule]]) -> RuleSettings:
-    """Like `parse_settings`, with the defaults where another version has written the text."""
+    """Like `parse_settings`, but with the defaults for a text that only another version can
+    parse."""
     try:
         return parse_settings(text, rules)
     except SettingsError:

@@ -178,8 +178,8 @@ ENDINGS = re.compile(r"(ing|ed|es|e|s)$")
 
 
 def rules_named(text: str) -> frozenset[str]:
-    """The rules whose name or title has all these words, whatever their endings: `exploding` is
-    found in `gradients-explode`."""
+    """The rules whose name or title contains every word of `text`, whatever its ending: `exploding`
+    finds `gradients-explode`."""
     words = re.split(r"[\s_-]+", text.casefold().strip())
     stems = [ENDINGS.sub("", word) if len(word) > 4 else word for word in words]
     return frozenset(

@@ -12,8 +12,8 @@ EVERY = 10
 """Every n-th row of table `attention` is examined."""
 
 
-class _PerLayer(Rule):
-    """Reads one statistic of every attention layer."""
+class _AttentionRule(Rule):
+    """Base class of rules that read one statistic of every attention layer."""
 
     def start(self) -> None:
         self._columns: dict[tuple[str, str], tuple[tuple[str, ...], list[tuple[int, str]]]] = {}
@@ -21,7 +21,7 @@ class _PerLayer(Rule):
         self._reported = False
 
     def values(self, row: TableRow, statistic: str) -> dict[str, float]:
-        """Layer → value, where it is finite."""
+        """Layer → finite value of `statistic`."""
         known = self._columns.get((row.table, statistic))
         if known is None or known[0] is not row.names:
             places = [
@@ -34,7 +34,7 @@ class _PerLayer(Rule):
         return {layer: value for layer, value in found.items() if abs(value) < float("inf")}
 
 
-class AttentionLogits(_PerLayer):
+class AttentionLogits(_AttentionRule):
     """Attention logits grow."""
 
     name = "attention-logits"
@@ -113,7 +113,7 @@ class AttentionLogits(_PerLayer):
         )  # fmt: skip
 
 
-class AttentionEntropy(_PerLayer):
+class AttentionEntropy(_AttentionRule):
     """The entropy of attention collapses."""
 
     reads = "health"

@@ -1,4 +1,4 @@
-"""Batches: the scale of the inputs, whether they vary, and batches that stand out.
+"""Batches: the scale of the inputs, inputs that do not vary, and batches that stand out.
 
 Labels and other targets of the loss are in `targets.py`.
 """
@@ -15,16 +15,17 @@ from tui_trainer.protocol.events import Level
 from tui_trainer.protocol.formatting import percent
 
 MIN_PAIRS = 4
-"""Pairs of successive batches after which `batches-repeat` gives up, where there are no more
-workers than that."""
+"""Pairs of successive batches after which `batches-repeat` gives up; with more workers than that,
+as many pairs as there are workers."""
 MAX_BAD_BATCHES = 3
-"""Reports of `bad-batch` in a run."""
+"""Maximum number of reports of `bad-batch` in a run."""
 SPARSE = 10.0
-"""Times the lower limit of `input-scale` from which single numbers of an input are not small."""
+"""Times the lower limit of `input-scale` from which the largest number of an input makes it sparse
+rather than small."""
 SAME_RISE = 20
-"""Steps within which a further batch with a still higher loss is not reported."""
+"""Steps after a bad batch within which another one belongs to the same rise of the loss."""
 MAX_ROWS = 3
-"""Rows of a bad batch that are named with their share of the loss."""
+"""Maximum number of rows of a bad batch that are listed with their shares of the loss."""
 
 
 def _checksums(batch: BatchRecord) -> tuple[int, ...]:
@@ -38,15 +39,15 @@ class InputScale(BatchRule):
     title = "the inputs are not normalised"
     needs = "the inputs of three steps, and a first layer that is linear or a convolution"
     explanation = (
-        "The first layer with weights is given numbers that are far larger, or far smaller, than "
-        "about 1. Its outputs and gradients have that scale too: a learning rate that suits the "
-        "other layers does not suit it, and the loss starts high or hardly moves. Numbers that "
-        "differ by much less than their mean (a normalisation that was applied twice) reach it as "
-        "a constant. A first layer "
-        "that normalises its input, or an embedding, is not checked, and neither is what the model "
-        "itself divides before its first layer. Integers that were cast to float without being "
-        "divided, such as pixels from 0 to 255, are found so; integers of a scale of about 1, such "
-        "as features that were rounded to 0 and 1, look like features that are meant so."
+        "The inputs of the first layer with weights are far larger or far smaller than 1. The "
+        "outputs and gradients of the layer have the same scale: a learning rate that suits the "
+        "other layers does not suit this one, and the loss starts high or hardly moves. Inputs "
+        "that vary by much less than their mean (normalised twice, for example) reach the layer "
+        "as a constant. A first layer that normalises its input, an embedding, and inputs that "
+        "the model itself scales before its first layer are not checked. The rule finds integers "
+        "that were cast to float without being divided, such as pixels from 0 to 255; integers of "
+        "a scale of about 1, such as features that were rounded to 0 and 1, look like intended "
+        "features."
     )
     advice = (
         "subtract the mean and divide by the standard deviation of the training data (for images: "
@@ -70,7 +71,7 @@ class InputScale(BatchRule):
         first = given[0]
         scale = max(abs(first.mean), first.std)
         large, small = scale > self.limits["high"], 0 < scale < self.limits["low"]
-        # Rows of many features that are nearly all zero have larger ones (TF-IDF).
+        # Sparse features (TF-IDF) are nearly all zero, and have a few larger numbers.
         small = small and max(abs(first.low), abs(first.high)) < SPARSE * self.limits["low"]
         flat = 0 < first.std < self.limits["variation"] * abs(first.mean)
         if not self.persists(large or small or flat, seen.step):
@@ -109,7 +110,7 @@ class ConstantInputs(BatchRule):
     explanation = (
         "All examples of a batch are equal, or all numbers in it are: the model can learn nothing "
         "from its input but a constant. Usually the data was overwritten, cropped to nothing, "
-        "divided as integers, or indexed by the same number."
+        "rounded to zero by an integer division, or always indexed with the same number."
     )
     advice = "print a batch where it is made, and again just before the model is called"
     source = "unexpected constant data is a fault of TheDeepChecker (Braiek & Khomh, TOSEM 2023)"
@@ -174,7 +175,7 @@ class SameBatch(BatchRule):
             self.done = True
             return
         self._count += 1
-        # Workers that yield the same data take turns: the batch changes once each had its own.
+        # Workers that yield the same data deliver each batch in turn before the batch changes.
         if self._count < self.limits["steps"] or seen.step - self._onset < batch.workers:
             return
         several = (self.facts.steps_per_epoch or 1) > 1
@@ -184,7 +185,7 @@ class SameBatch(BatchRule):
         self._level, self.done = level, level == "warning"
         yield Found(
             self._onset,
-            f"the inputs of all {self._count} steps that were looked at are the same"
+            f"the inputs of all {self._count} examined steps are the same"
             + (
                 f", although an epoch has {self.facts.steps_per_epoch:,} steps"
                 if several
@@ -205,15 +206,15 @@ class BatchesRepeat(BatchRule):
     name = "batches-repeat"
     title = "workers yield the same batches"
     needs = (
-        "the inputs of the first steps, one more than there are workers, and a DataLoader with "
-        "several of them"
+        "a DataLoader with several workers, and the inputs of the first steps, one more than there "
+        "are workers"
     )
     explanation = (
-        "Each batch comes as many times in a row as the DataLoader has worker processes, which "
+        "Each batch repeats as many times in a row as the DataLoader has worker processes, which "
         "deliver batches in turn. Each worker has its own copy of the dataset: an "
-        "IterableDataset that is not divided among them yields every example once per worker, and "
-        "a generator that is seeded alike in each makes the same random examples. An epoch is then "
-        "several times the same data."
+        "IterableDataset that is not divided among the workers yields every example once per "
+        "worker, and a random generator with the same seed in every worker makes the same "
+        "examples. An epoch then contains the same data several times."
     )
     advice = (
         "divide an IterableDataset by torch.utils.data.get_worker_info(), and seed random "
@@ -229,12 +230,12 @@ class BatchesRepeat(BatchRule):
         super().start()
         self._last: tuple[int, tuple[int, ...]] | None = None
         self._first = 0
-        """The first step whose batch was that of the step before."""
+        """The first step whose batch equals that of the step before."""
         self._pairs = self._equal = 0
         self._run = 1
-        """Steps in a row with the newest batch."""
+        """Length of the run of equal batches that ends with the newest one."""
         self._cut = 0
-        """Steps in a row that may belong to the first such run and were not looked at."""
+        """Steps before the first examined one that may belong to the first run."""
 
     def batch(self, seen: Observation, batch: BatchRecord) -> Iterable[Found]:
         inputs, workers = _checksums(batch), batch.workers
@@ -246,8 +247,8 @@ class BatchesRepeat(BatchRule):
         equal = inputs == last[1]
         run, self._run = self._run, self._run + 1 if equal else 1
         if seen.step != last[0] + 1:
-            self.done = True  # from here on too few steps are looked at
-            # More workers than steps that were looked at one after the other.
+            self.done = True  # from here on, only some steps are examined
+            # All batches so far were equal, and there are at least as many workers.
             if 1 < run == self._pairs + 1 <= workers and not equal:
                 yield self._found(workers)
             return
@@ -289,10 +290,10 @@ class BadBatchRule(Rule):
     level = "info"
     needs = "the losses of 32 steps before it, on the CPU"
     explanation = (
-        "The loss of this batch is several times the highest of the steps before. Its inputs were "
-        "looked at while they were there: their range, rows with values that are not finite, and, "
-        "where the loss function can be taken of each row, the rows with the largest shares of the "
-        "loss. One such batch is often a wrong label or a broken example; many are divergence."
+        "The loss of this batch is several times the highest loss of the steps before. Its inputs "
+        "were examined in that step: their range, rows with values that are not finite and, where "
+        "the loss function can be applied to single rows, the rows with the largest shares of the "
+        "loss. One such batch often means a wrong label or a broken example, many mean divergence."
     )
     advice = (
         "look at these rows of the batch; clip the gradient norm if such batches are to be kept"

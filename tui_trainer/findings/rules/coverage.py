@@ -13,15 +13,17 @@ from tui_trainer.protocol.absent import Absent
 from tui_trainer.protocol.formatting import counted, percent
 
 NO_MODEL = re.compile(r"param_\d+|.* \(replaced\)")
-"""Names of parameters of an optimizer that no model has."""
+"""Names of an optimizer's parameters that no model has."""
 MAX_CHANGES = 4
-"""Changes of a report of `never-reached` before the last one."""
+"""Changes of a report of `never-reached` from which only the last one is reported."""
 
 
 def _replaced(facts: RunFacts, row: TableRow, outside: Iterable[str]) -> frozenset[str]:
-    """Parameters of an optimizer in whose place the model has those of `outside`: no model has
-    them, they get no gradient, and each matrix of `outside` has the shape of one of them. Empty
-    where that does not explain all matrices: biases alone have equal shapes by chance."""
+    """Parameters of an optimizer that the model has replaced with the parameters `outside`.
+
+    Such a parameter is in no model, has no gradient, and has the shape of a parameter in `outside`.
+    Empty unless every matrix in `outside` has a counterpart: biases have equal shapes by chance.
+    """
     orphans = {
         name: info.shape
         for name, absent in zip(row.names, row.absent.tolist(), strict=True)
@@ -100,8 +102,8 @@ class NotInOptimizer(Rule):
         if replaced:
             self.facts.replaced |= replaced
             why = (
-                "it holds others of the same shape, which the model no longer has: it was created "
-                "before they were replaced"
+                "the optimizer holds others of the same shape, which the model no longer has: it "
+                "was created before they were replaced"
             )
             advice = "create the optimizer once the model has its final layers"
         yield Found(
@@ -148,10 +150,9 @@ class NeverReached(Rule):
     explanation = (
         "An optimizer holds these parameters and they are not frozen, but backward has not "
         "reached them in the first steps: the loss does not depend on them. Layers that take "
-        "turns (heads of several tasks) are reached later, which is then added as a remark. "
-        "Otherwise either forward does not use the layer, or "
-        "its output is detached (`.detach()`, `.item()`, numpy, torch.no_grad), or the optimizer "
-        "was given the parameters of a different model."
+        "turns (heads of several tasks) are reached later, and the finding then says so. "
+        "Otherwise forward does not use the layer, its output is detached (`.detach()`, `.item()`, "
+        "numpy, torch.no_grad), or the optimizer was given the parameters of a different model."
     )
     advice = (
         "check that forward uses these layers and that nothing detaches their output; remove them, "
@@ -168,7 +169,7 @@ class NeverReached(Rule):
         self._rows = 0
         self._done = False
         self._waiting: list[int] = []
-        """Positions of the parameters that were reported and have not been reached since."""
+        """Positions of reported parameters that backward has not reached since."""
         self._changes = 0
 
     def step(self, seen: Observation) -> Iterable[Found]:
@@ -227,7 +228,8 @@ class NeverReached(Rule):
         )  # fmt: skip
 
     def _reached(self, step: int, row: TableRow) -> Iterable[Found]:
-        """Some of what was reported may be used later: heads that take turns."""
+        """Update the report once backward reaches reported parameters, as of heads that take
+        turns."""
         reached = row.finite[self._waiting] | ~row.absent[self._waiting]
         if not reached.any():
             return
@@ -235,16 +237,16 @@ class NeverReached(Rule):
         self._waiting = [i for i, used in zip(self._waiting, reached, strict=True) if not used]
         if self._waiting:
             self._changes += 1
-            if self._changes < MAX_CHANGES:  # keep one for the last
+            if self._changes < MAX_CHANGES:  # leave room for the last change
                 names = [self._names[index] for index in self._waiting]
                 yield self._found(names, f" until step {step:,}")
             return
         yield Found(
             self._first,
-            f"backward did not reach {named(before)} before step {step:,}, and does now: layers "
-            "that take turns are used so",
+            f"backward did not reach {named(before)} before step {step:,}, and does now, as with "
+            "layers that take turns",
             level="info",
-            advice="leave it so if they are to take turns; otherwise see what used them first",
+            advice="if these layers are not meant to take turns, find out what used them first",
             confidence="certain",
             phase="backward",
             parameters=tuple(before[:16]),
@@ -263,8 +265,8 @@ class ZeroGradients(Rule):
     title = "gradients are exactly zero"
     needs = "the gradients of twenty steps"
     explanation = (
-        "Backward reaches these parameters, and their gradient is exactly 0 at every step: what "
-        "they compute is multiplied by zero, or passes a unit whose slope is zero. Usual causes "
+        "Backward reaches these parameters, and their gradient is exactly 0 at every step: their "
+        "output is multiplied by zero, or passes a unit whose slope is zero. Usual causes "
         "are dead ReLUs, weights that start at zero on both sides of a layer, a mask that hides "
         "everything, and rounding or comparisons, which have no slope. Biases alone are not "
         "reported: in a difference of two outputs they cancel."
@@ -296,7 +298,7 @@ class ZeroGradients(Rule):
             self._counts = np.zeros(len(row.names), np.int64)
         zero = row.values == 0
         if not self._counts.any() and self._first != seen.step and not zero.any():
-            self._done = True  # it is so from the start or not at all
+            self._done = True  # only gradients that are zero from the start are reported
             return
         self._counts = np.where(zero, self._counts + 1, -(1 << 60))
         if self._counts.max(initial=0) < self.limits["steps"]:
@@ -312,7 +314,7 @@ class ZeroGradients(Rule):
             and info.numel
         ]
         if not any(map(self.facts.is_matrix, names)) or not (row.finite & ~zero).any():
-            return  # a bias may cancel: in a Wasserstein loss, in a ranking
+            return  # a bias may cancel, as in a Wasserstein loss or a ranking loss
         yield Found(
             self._first,
             f"the gradient of {named(names)} is exactly 0 at every step",
@@ -431,7 +433,7 @@ class MostlyFrozen(Rule):
 
 
 class FrozenLate(Rule):
-    """Parameters that were trained first and frozen then."""
+    """Parameters that were trained at first and frozen later."""
 
     reads = "gradients"
     name = "frozen-late"

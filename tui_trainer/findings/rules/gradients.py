@@ -15,13 +15,14 @@ from tui_trainer.protocol.schema import EXPLODING_NORM, FIRST_NORMS
 MIN_DEPTH = 4
 """Minimum number of weight matrices for a comparison over depth."""
 STANDS_STILL = 60
-"""Steps after which gradients that are huge from the start should have moved the loss."""
+"""Steps within which gradients that are huge from the start should have moved the loss."""
 EVERY = 5
 """Every n-th measured row is examined."""
 
 
-class _Depth(Rule):
-    """Compares the gradients of the first and the last quarter of the weight matrices."""
+class _DepthRule(Rule):
+    """Base class of rules that compare the gradients of the first and the last quarter of the
+    weight matrices."""
 
     def start(self) -> None:
         self._names: tuple[str, ...] = ()
@@ -29,7 +30,8 @@ class _Depth(Rule):
         self._rows = 0
 
     def matrices(self, row: TableRow) -> NDArray[np.intp]:
-        """Where a row has the weight matrices that an optimizer holds, in the model's order."""
+        """Positions in `row` of the weight matrices that an optimizer holds, in the model's
+        order."""
         if row.names is not self._names:
             self._names = row.names
             chosen = [
@@ -63,7 +65,7 @@ class _Depth(Rule):
         return first, last, row.names[int(indices[0])], row.names[int(indices[-1])]
 
 
-class GradientsVanish(_Depth):
+class GradientsVanish(_DepthRule):
     """The first layers get almost no gradient."""
 
     name = "gradients-vanish"
@@ -121,7 +123,7 @@ class GradientsVanish(_Depth):
         )  # fmt: skip
 
 
-class GradientsExplode(_Depth):
+class GradientsExplode(_DepthRule):
     """Gradients grow without bound, towards the input or over time."""
 
     name = "gradients-explode"
@@ -147,8 +149,8 @@ class GradientsExplode(_Depth):
         RuleThreshold(
             "inside",
             100,
-            "total gradient norm, and the largest one of a matrix over that of the last matrix, in "
-            "sixty steps in which the loss does not fall",
+            "total gradient norm, and the largest norm of a matrix over that of the last matrix, "
+            "in sixty steps in which the loss does not fall",
         ),
     )
     explained_by = (
@@ -212,8 +214,8 @@ class GradientsExplode(_Depth):
         )  # fmt: skip
 
     def _inside(self, seen: Observation, norm: float) -> Iterable[Found]:
-        """Gradients that are huge before the last layer only, from the start, in a training that
-        does not move."""
+        """Report gradients that are huge from the start, but not in the last layer, while the loss
+        does not fall."""
         row, rate, trend = seen.gradients, seen.learning_rate or 0.0, self.trend
         warm_up = rate < 0.5 * self._highest_rate or rate > 1.001 * (self._rate or rate)
         self._rate, self._highest_rate = rate, max(self._highest_rate, rate)

@@ -20,7 +20,7 @@ class ConstantWeights(Rule):
         "The rows of this weight matrix are equal, and not zero. Units with equal weights compute "
         "the same output and get the same gradient: they stay equal, and the layer has the power "
         "of a single unit. Weights that start at zero are reported only if all weight matrices do: "
-        "as the last layer of a branch they are usual."
+        "the last layer of a branch often starts at zero."
     )
     advice = "initialise with random numbers (nn.init.kaiming_normal_, nn.init.xavier_uniform_)"
     source = (
@@ -50,11 +50,11 @@ class ConstantWeights(Rule):
 
 
 class InitialScale(Rule):
-    """Initial weights whose scale is far from what their number of inputs calls for."""
+    """Initial weights whose scale does not fit their number of inputs."""
 
     reads = "initial"
     name = "initial-scale"
-    title = "the scale of initial weights"
+    title = "initial weights have the wrong scale"
     needs = "the weights before the first step"
     explanation = (
         "A layer keeps the scale of its input if the root mean square of its weights is about "
@@ -96,8 +96,9 @@ class InitialScale(Rule):
         _, gain, worst = found[0]
         yield Found(
             seen.step,
-            f"the weights of {worst.name} start {gain:.3g} times as large as 1/√{worst.fan_in:,} "
-            "would be" + (f"; so do those of {named(names[1:])}" if names[1:] else ""),
+            f"the weights of {worst.name} start at {gain:.3g} times the usual scale of "
+            f"1/√{worst.fan_in:,}"
+            + (f"; those of {named(names[1:])} are off as well" if names[1:] else ""),
             phase="step",
             parameters=tuple(names[:8]),
             evidence=(
@@ -108,17 +109,17 @@ class InitialScale(Rule):
 
 
 class UntiedWeights(Rule):
-    """An embedding and an output layer that are equal, and two parameters."""
+    """An embedding and an output layer that start equal but are two parameters."""
 
     reads = "initial"
     name = "untied-weights"
-    title = "weights that were tied are not"
+    title = "tied weights have become two parameters"
     needs = "the weights before the first step"
     explanation = (
         "An embedding and a linear layer start with exactly the same weights, but are two "
-        "parameters: they were tied, and copied since (by deepcopy, by loading a state into a "
-        "model that does not tie them, by moving to another device in a way that makes new "
-        "parameters). From the first step on they part, and the model has more parameters than "
+        "parameters: they were tied, and have been copied since (by deepcopy, by loading a state "
+        "into a model that does not tie them, or by a move to another device that made new "
+        "parameters). From the first step on they diverge, and the model has more parameters than "
         "intended."
     )
     advice = "tie them again before the optimizer is created: head.weight = embedding.weight"
@@ -133,7 +134,7 @@ class UntiedWeights(Rule):
                 yield Found(
                     seen.step,
                     f"{each.name} starts equal to {each.equal_to}, but does not share its memory: "
-                    "they will part",
+                    "they will diverge",
                     phase="step",
                     parameters=(each.name, each.equal_to),
                     key=each.name,

@@ -22,7 +22,8 @@ class LearningRateZero(Rule):
         "The optimizer steps with a learning rate of exactly 0, so nothing is learnt. Either a "
         "schedule that starts at 0 is advanced once per epoch instead of once per step, or the "
         "schedule ended before the training did. The rate is that of the first parameter group; "
-        "where weights change nevertheless, others have their own, and nothing is reported."
+        "where weights change nevertheless, other groups have another rate, and nothing is "
+        "reported."
     )
     advice = (
         "print optimizer.param_groups[0]['lr']; check where scheduler.step() is called and how "
@@ -156,8 +157,8 @@ class NoWarmUp(Rule):
         "step on. Its estimate of the second moment is then based on a handful of gradients, and "
         "its updates are as large as they can be. The rule reports it only if the loss rises well "
         "above its first value. Where updates are too large as well, the learning rate itself is "
-        "too high: Adam's updates of noisy gradients become about four times smaller than its "
-        "first ones, and even a quarter of 20 % of a weight is too much."
+        "too high: with noisy gradients, Adam's later updates are about four times smaller than "
+        "its first ones, and even a quarter of 20 % of a weight is too much."
     )
     advice = "raise the learning rate linearly over the first 100 to 2,000 steps, or lower it"
     source = (
@@ -170,7 +171,7 @@ class NoWarmUp(Rule):
     )
     explained_by = ("update-ratio-high",)
     slack = 200
-    """As long as the steps that are checked."""
+    """The default of `steps`: a cause may begin anywhere in the checked steps."""
 
     def start(self) -> None:
         self._first_rate: float | None = None
@@ -227,11 +228,11 @@ class AdamEpsilon(Rule):
     explanation = (
         "Adam divides each update by the root of the mean square of the gradients, plus eps. Where "
         "gradients are tiny (units that hardly ever react, a loss near zero, their rounding "
-        "errors), eps alone keeps the update small; with a very small one these weights move by "
-        "the whole learning rate at every step, in a direction that is noise. Usual are 1e-10 to "
+        "errors), eps alone keeps the update small; with a very small eps these weights move by "
+        "the whole learning rate at every step, in a random direction. Usual values are 1e-10 to "
         "1e-3, and 1e-15 where tiny gradients are meant to count (hash grids of neural fields). A "
-        "larger one outweighs the gradients, so that the updates are about those of SGD with "
-        "momentum and a small rate; with a rate that was chosen for that it is right. "
+        "larger eps outweighs the gradients, so that the updates are about those of SGD with "
+        "momentum and a small learning rate, which is right only if the rate was chosen for it. "
         "In float16 the usual 1e-8 is rounded to zero: where the mean square is "
         "zero as well, the update is a division by zero, which is a warning."
     )
@@ -242,9 +243,9 @@ class AdamEpsilon(Rule):
         "1e-15; a low eps is a fault of TheDeepChecker (Braiek & Khomh, TOSEM 2023)"
     )
     thresholds = (
-        RuleThreshold("low", 1e-10, "smallest eps that is not remarked on"),
-        RuleThreshold("high", 1e-2, "largest eps that is not remarked on"),
-        RuleThreshold("float16", 3e-8, "half of the smallest number of float16, for such weights"),
+        RuleThreshold("low", 1e-10, "smallest eps that is not reported"),
+        RuleThreshold("high", 1e-2, "largest eps that is not reported"),
+        RuleThreshold("float16", 3e-8, "half of the smallest float16, for weights in float16"),
     )
 
     def step(self, seen: Observation) -> Iterable[Found]:
@@ -264,7 +265,7 @@ class AdamEpsilon(Rule):
         yield Found(
             seen.step,
             f"{optimizer} has eps={epsilon:.3g}"
-            + (", beside which gradients below it hardly count" if epsilon > high else "")
+            + (", which outweighs gradients that are smaller" if epsilon > high else "")
             + (f", which is zero in the float16 of its {len(half)} parameters" if vanishes else ""),
             level="warning" if vanishes else None,
             confidence="certain" if vanishes else "possible",
@@ -293,7 +294,7 @@ class MomentumHigh(Rule):
         "Sutskever et al., On the importance of initialization and momentum in deep learning (ICML "
         "2013); Goodfellow, Bengio & Courville, Deep Learning (2016), section 8.3.2: 0.5, 0.9, 0.99"
     )
-    thresholds = (RuleThreshold("high", 0.99, "largest momentum that is not remarked on"),)
+    thresholds = (RuleThreshold("high", 0.99, "largest momentum that is not reported"),)
 
     def step(self, seen: Observation) -> Iterable[Found]:
         momentum = seen.momentum

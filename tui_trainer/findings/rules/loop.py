@@ -21,8 +21,9 @@ class GradientsKept(Rule):
         "backward() adds to the gradients that are already there. Here the first backward of a "
         "step found the gradients that the previous step had used, unchanged: nothing zeroed, "
         "scaled or replaced them in between. Every update then follows the sum of all gradients "
-        "since they were last zeroed, like a momentum of 1. Where only every second step does, it "
-        "is a note: one batch of two counts twice, which is no accumulation of gradients."
+        "since they were last zeroed, like a momentum of 1. Where only every second step starts "
+        "with used gradients, the level is `info`: one batch of two counts twice, which is no "
+        "accumulation of gradients."
     )
     advice = "call optimizer.zero_grad() once per step, before backward (or after optimizer.step())"
     source = (
@@ -31,13 +32,13 @@ class GradientsKept(Rule):
     )
     thresholds = (
         RuleThreshold("steps", 2, "steps in a row that started with used gradients"),
-        RuleThreshold("alternations", 5, "times that every second step did, which is a note"),
+        RuleThreshold("alternations", 5, "times that every second step did, for an `info`"),
     )
 
     def start(self) -> None:
         self._streak = Streak()
         self._isolated: list[int] = []
-        """Every second step, so far, which started with used gradients."""
+        """Steps that started with used gradients, two steps apart."""
         self._norms: list[float] = []
         self._first = 0
         self._report: Found | None = None
@@ -278,18 +279,18 @@ class ScheduleEnds(Rule):
     needs = "the learning rate of every step, and the total number of steps or twice as many steps"
     explanation = (
         "The learning rate has fallen below a thousandth of its highest value although most of the "
-        "training is still to come. Where the number of steps is not known, it is reported once "
-        "half of the steps so far have been made at such a rate, and it has fallen to a tenth of "
-        "that. A schedule that counts epochs and is stepped once per batch (StepLR, ExponentialLR, "
-        "a cosine over the number of epochs) does that within a few hundred steps; what follows "
-        "trains almost nothing."
+        "training is still to come. Where the number of steps is not known, the rule reports once "
+        "half of the steps so far have been made at such a rate and the rate has fallen to a "
+        "ten-thousandth. A schedule that counts epochs and is stepped once per batch (StepLR, "
+        "ExponentialLR, a cosine over the number of epochs) ends within a few hundred steps; the "
+        "steps after it train almost nothing."
     )
     advice = "step the scheduler once per epoch, or give it the number of steps instead of epochs"
     source = "PyTorch's documentation of lr_scheduler (how to adjust the learning rate)"
     thresholds = (
         RuleThreshold("share", 0.001, "of the highest learning rate so far"),
         RuleThreshold(
-            "progress", 0.5, "share of all steps, or of those so far, until which it is a mistake"
+            "progress", 0.5, "share of all steps, or of those so far, in which the rate has to fall"
         ),
         RuleThreshold("steps", 10, "steps in a row"),
         RuleThreshold("unknown", 1e-4, "as `share`, where the number of steps is not known"),
@@ -341,9 +342,8 @@ class TrainModeEvaluation(Rule):
         "The model is called without gradients while it is in train() mode, and it has dropout or "
         "batch normalisation: dropout drops activations of the evaluation, and batch normalisation "
         "uses the statistics of each batch and updates its running ones from the evaluation's "
-        "data. Single calls, and those that come at almost every step (a GAN's), are not reported, "
-        "nor four and more calls that are all given the same batch, which sample from dropout on "
-        "purpose."
+        "data. Single calls, calls at almost every step (a GAN's), and four or more calls with the "
+        "same batch, which sample from dropout on purpose, are not reported."
     )
     advice = (
         "call model.eval() before an evaluation, and model.train() after it, unless dropout is to "

@@ -43,7 +43,7 @@ class InitialLoss(Rule):
         if self._done or seen.loss is None:
             return
         self._done = True
-        # Only of this very loss: a later training of the same run may have another one.
+        # The classes of this very loss: a later training of the same run may have another loss.
         classes = self.facts.classes if self.facts.of_task else seen.classes
         if classes is None or self.facts.resumed or not math.isfinite(seen.loss):
             return
@@ -191,11 +191,11 @@ class NoProgress(Rule):
         highest = float(recent.max())
         classes = self.facts.classes
         chance = math.log(classes) if classes else None
-        # Where it has fallen within the first steps.
+        # The means hide a fall within the first steps.
         below = trend.start - highest >= least or trend.fell_at_once
         if below or (fall >= least and fall > 2 * error):
             if chance is None or float(recent.mean()) < (1 - self.limits["fall"]) * chance:
-                self._reported = True  # it has learnt something: not checked again
+                self._reported = True  # the model has learnt something: not checked again
                 return
             if seen.step - self._rose_at < len(recent) or _falls(recent):
                 return  # an initial loss above that of guessing may take longer to come down
@@ -227,7 +227,7 @@ class NoProgress(Rule):
 
 
 def _falls(losses: NDArray[np.float64]) -> bool:
-    """Whether the second half of the losses is lower than the first, outside of their noise."""
+    """Whether the second half of the losses is lower than the first, beyond their noise."""
     before, after = np.array_split(losses, 2)
     error = math.sqrt(float(before.var()) / len(before) + float(after.var()) / len(after))
     return float(before.mean() - after.mean()) > 2 * error
@@ -245,12 +245,12 @@ class NoBetterThanPrior(Rule):
     )
     explanation = (
         "A model that ignores its inputs can reach the entropy of the labels' distribution, which "
-        "is counted over the batches. This one is updated at the usual rate and has not got below "
-        "that: so far the inputs tell it nothing about the labels. Either they do not belong "
-        "together (shuffled separately, joined by the wrong key, off by one), or the inputs carry "
-        "nothing of what the labels depend on (an augmentation, crop or normalisation that "
-        "destroys them), or learning is slow to begin. It is a hint that comes early; if the loss "
-        "has not fallen at all after 300 steps, there is a warning."
+        "is counted over the batches. This model is updated at the usual rate, and its loss is not "
+        "below that entropy: so far it has learnt nothing from its inputs. Either inputs and "
+        "labels do not belong together (shuffled separately, joined by the wrong key, off by one), "
+        "or the inputs have lost what the labels depend on (by an augmentation, a crop or a "
+        "normalisation), or learning is slow to begin. This is an early hint; if the loss has not "
+        "fallen at all after 300 steps, `no-progress` warns."
     )
     advice = (
         "look at a few inputs with their labels just before the model is called; train on the "
@@ -271,7 +271,7 @@ class NoBetterThanPrior(Rule):
     slack = NoProgress.slack
 
     RECENT = 32
-    """Losses that are compared."""
+    """Number of newest losses whose mean is compared."""
 
     def start(self) -> None:
         self._labels: LabelCounts | None = None
@@ -330,9 +330,9 @@ class LossDiverges(Rule):
     explanation = (
         "The smoothed loss is twice as high as at the start, or more than half of its improvement "
         "is lost again, well outside its noise, and it stays there. Usually the learning rate is "
-        "too high for this stage of the training. A loss that is made of another number of the "
-        "model's outputs at every step (episodes of a reinforcement learning) is not judged: it "
-        "grows with them."
+        "too high for this stage of the training. A loss over a number of model calls that varies "
+        "from step to step (episodes in reinforcement learning) is not judged: it grows with that "
+        "number."
     )
     advice = "lower the learning rate, clip gradients; look at what happened at the onset"
     source = (
@@ -362,7 +362,7 @@ class LossDiverges(Rule):
         self._above_start = Streak()
         self._above_best = Streak()
         self._varied = 0
-        """Steps whose loss came from another number of calls than the one before."""
+        """Steps whose loss comes from another number of model calls than the loss before it."""
         self._noise = 0.0
         """Noise of the loss before it began to rise."""
         self._reported = False

@@ -12,7 +12,9 @@ from tui_trainer.history.records import LossGraph
 NEEDS = "the autograd graph of the first loss, which a compiled model does not show"
 
 
-class _OfFirstGraph(Rule):
+class _LossGraphRule(Rule):
+    """Base class of rules that examine the autograd graph of the first loss."""
+
     reads = "loss_graph"
     needs = NEEDS
 
@@ -29,7 +31,7 @@ class _OfFirstGraph(Rule):
         raise NotImplementedError
 
 
-class SoftmaxOverBatch(_OfFirstGraph):
+class SoftmaxOverBatch(_LossGraphRule):
     """The softmax of the loss is taken over the examples."""
 
     name = "softmax-over-batch"
@@ -54,17 +56,17 @@ class SoftmaxOverBatch(_OfFirstGraph):
             )
 
 
-class ClassesMixed(_OfFirstGraph):
-    """A view makes rows of classes out of a dimension that is not that of the classes."""
+class ClassesMixed(_LossGraphRule):
+    """A view makes rows of classes out of a dimension other than that of the classes."""
 
     name = "classes-mixed"
     title = "a view mixes classes and positions"
     explanation = (
         "The model returns the scores of all classes for every pixel or position, with the classes "
-        "in dimension 1: (N, classes, …). A view or reshape makes rows of classes of it without "
-        "moving that dimension to the end first, so that each row holds neighbouring numbers of "
-        "one class. They are then compared with the label of another position; the shapes fit, and "
-        "the loss stays near what the frequencies of the labels alone allow."
+        "in dimension 1: (N, classes, …). A view or reshape turns the scores into rows of classes "
+        "without moving that dimension to the end first, so that each row holds neighbouring "
+        "numbers of one class. Each row is then compared with the label of another position; the "
+        "shapes fit, and the loss stays near what the frequencies of the labels alone allow."
     )
     advice = (
         "give cross_entropy the scores as they are, (N, classes, …) with targets (N, …); or call "
@@ -85,16 +87,16 @@ class ClassesMixed(_OfFirstGraph):
             )
 
 
-class LogOfLogits(_OfFirstGraph):
-    """The loss takes what a layer outputs for probabilities or their logarithms."""
+class LogOfLogits(_LossGraphRule):
+    """The loss takes logits for probabilities or log-probabilities."""
 
     name = "log-of-logits"
     title = "the loss is given logits where it expects probabilities"
     explanation = (
-        "The loss takes the logarithm of what the last layer outputs, or nll_loss is given that "
-        "output directly. Nothing makes it probabilities (softmax, sigmoid) or logarithms of them "
-        "(log_softmax): the logarithm of a negative number is nan, or constant where it was "
-        "clamped, and nll_loss has no minimum."
+        "The loss takes the logarithm of the output of the last layer, or nll_loss is given that "
+        "output directly. Nothing turns the output into probabilities (softmax, sigmoid) or "
+        "log-probabilities (log_softmax): the logarithm of a negative number is nan, or constant "
+        "where the number was clamped, and nll_loss has no minimum."
     )
     advice = "use cross_entropy, which takes logits; or apply log_softmax before nll_loss"
     source = (
@@ -107,13 +109,13 @@ class LogOfLogits(_OfFirstGraph):
             what = "the logarithm" if graph.log_of_outputs == "log" else "nll_loss"
             yield Found(
                 seen.step,
-                f"the loss takes {what} of what the last layer outputs, without a softmax",
+                f"the loss takes {what} of the output of the last layer, without a softmax",
                 phase="loss",
                 evidence=(evidence("softmax before the loss", 0, low=1, text="none"),),
             )
 
 
-class SoftmaxInside(_OfFirstGraph):
+class SoftmaxInside(_LossGraphRule):
     """Softmax as the activation of a hidden layer."""
 
     name = "softmax-inside"
@@ -121,9 +123,9 @@ class SoftmaxInside(_OfFirstGraph):
     explanation = (
         "The output of a softmax is the input of another layer. A softmax over n units makes them "
         "compete and scales them to 1/n on average: the signal and its gradients shrink at every "
-        "such layer, and the layers before it hardly learn. Attention over positions is something "
-        "else and not reported, nor a softmax of scores with noise or a temperature, which draws "
-        "samples (Gumbel-softmax)."
+        "such layer, and the layers before it hardly learn. Attention over positions is not "
+        "reported, nor a softmax of scores with noise or a temperature, which draws samples "
+        "(Gumbel-softmax)."
     )
     advice = "use ReLU, GELU or tanh inside the network, and a softmax only in the loss"
     source = "a fault of TheDeepChecker's catalogue (Braiek & Khomh, TOSEM 2023)"
@@ -142,7 +144,7 @@ class SoftmaxInside(_OfFirstGraph):
             )
 
 
-class SquaredSoftmax(_OfFirstGraph):
+class SquaredSoftmax(_LossGraphRule):
     """Squared error of class probabilities."""
 
     name = "squared-error-of-softmax"
@@ -166,7 +168,7 @@ class SquaredSoftmax(_OfFirstGraph):
             )
 
 
-class LossScaled(_OfFirstGraph):
+class LossScaled(_LossGraphRule):
     """The loss is a sum where a mean is expected."""
 
     name = "loss-scaled"
@@ -205,7 +207,7 @@ class LossScaled(_OfFirstGraph):
                 return
 
 
-class LossSign(_OfFirstGraph):
+class LossSign(_LossGraphRule):
     """The loss is a mean log-likelihood that is minimised."""
 
     name = "loss-sign"
@@ -229,8 +231,8 @@ class LossSign(_OfFirstGraph):
             return
         yield Found(
             seen.step,
-            f"the first loss, {seen.loss:.4g}, is that of guessing among {graph.classes:,} classes "
-            "with a minus: it is lowest where the right classes are the least likely",
+            f"the first loss, {seen.loss:.4g}, is minus that of guessing among {graph.classes:,} "
+            "classes: it is lowest where the right classes are the least likely",
             phase="loss",
             evidence=(evidence("first loss / ln K", times, low=0, table="step", column="loss"),),
         )

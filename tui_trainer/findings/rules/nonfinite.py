@@ -19,7 +19,7 @@ PHASES: dict[str, Phase] = {
     "weight": "step",
     "input": "data",
 }
-"""Where each kind of origin belongs."""
+"""Kind of origin → the phase that it belongs to."""
 DOMAINS = {
     **dict.fromkeys(
         ("log", "log2", "log10"), ": it needs numbers above zero (clamp them, or add a small one)"
@@ -29,7 +29,7 @@ DOMAINS = {
     "exp": ": in float32 it overflows beyond 88 (subtract the maximum first)",
     "pow": ": negative numbers have no fractional power, and large ones overflow",
 }
-"""Operation → what it needs, as a part of a sentence."""
+"""Operation → the condition for a finite result, as the end of a sentence."""
 SLOPES = {
     **dict.fromkeys(
         ("sqrt", "log", "log2", "log10"),
@@ -46,7 +46,7 @@ SLOPES = {
         ("acos", "asin"), ": its slope is infinite at −1 and 1 (clamp what it is given)"
     ),
 }
-"""The same for its backward."""
+"""Operation → the condition for a finite backward, as the end of a sentence."""
 HEALTHY = ", healthy: finite"
 """The healthy range, which has no limits that could be drawn."""
 
@@ -72,8 +72,9 @@ class NonFiniteRule(Rule):
         "weights and random numbers and with every operation checked, which names the operation "
         "and the line of the source that calls it; where only gradients are not finite, so is "
         "backward, before the optimizer uses them. What the loss computes outside of the model, "
-        "such as a penalty, is not run again: of its gradients the first is known that is not "
-        "finite, and the line, if only one line of the loop computes that operation."
+        "such as a penalty, is not run again: the finding names the operation of its first "
+        "gradient that is not finite, and the line, if only one line of the loop computes that "
+        "operation."
     )
     advice = (
         "look for log, sqrt, exp and divisions at zero near this place, and for a learning rate "
@@ -82,13 +83,13 @@ class NonFiniteRule(Rule):
     source = "IEEE 754; order of backward as in PyTorch's autograd mechanics notes"
     thresholds = (
         RuleThreshold(
-            "reruns", 3, "times that a step is run again with every operation checked, at most"
+            "reruns", 3, "maximum number of steps that are run again with every operation checked"
         ),
         RuleThreshold(
             "skips",
             10,
-            "iterations that a GradScaler skips in a row for such a loss, from which it remains an "
-            "error when later ones are finite",
+            "iterations in a row that a GradScaler skips for such a loss, from which the finding "
+            "remains an error even if later losses are finite",
         ),
     )
     exact = True
@@ -112,19 +113,19 @@ class NonFiniteRule(Rule):
         self._found = False
         self._finite_loss: tuple[int, float] | None = None
         self._unplaced: Found | None = None
-        """What was reported without an origin, until one is seen in a later step."""
+        """The report of a loss without an origin, until a later step shows one."""
         self._skips = 0
-        """Iterations in a row that a GradScaler skipped, with a loss that was not finite."""
+        """Iterations in a row that a GradScaler skipped because of a non-finite loss."""
         self._skipped: Found | None = None
-        """What was reported of the first of them."""
+        """The report of the first of these iterations."""
         self._lasting = False
-        """Whether there have been so many in a row that it remains an error."""
+        """Whether `thresholds["skips"]` was reached: the report then remains an error."""
         self._recovering = False
-        """Whether no step with a finite loss has been made since the last of them."""
+        """Whether no step with a finite loss has followed these iterations yet."""
 
     def skipped(self, skipped: SkippedStep) -> Iterable[Found]:
         if skipped.reason != "scaler" or self._found:
-            return  # what the script discards by itself it has seen
+            return  # a script that discards gradients itself knows why
         loss = skipped.loss
         if loss is None or math.isfinite(loss):
             self._skips = 0
@@ -168,7 +169,7 @@ class NonFiniteRule(Rule):
             if seen.producer is None and found.phase == "loss":
                 self._unplaced = found
         elif self._unplaced is not None and seen.producer is not None:
-            # Later on, weights are not finite because the loss was not.
+            # In a later step, non-finite weights are an effect of this loss.
             if seen.producer.source in ("operation", "module"):
                 text = f"{self._unplaced.text}; at step {seen.step:,} {origin_text(seen.producer)}"
                 yield replace(self._unplaced, text=text, parameters=_named_place(seen.producer))
@@ -177,7 +178,7 @@ class NonFiniteRule(Rule):
             self._finite_loss = seen.step, seen.loss
 
     def _recovered(self, step: int) -> Iterable[Found]:
-        """The first step after iterations that a GradScaler has skipped."""
+        """Report the first step after iterations that a GradScaler has skipped."""
         if self._skipped is not None and not self._lasting:
             text = f"{self._skipped.text}; step {step:,} was made with a finite loss"
             yield replace(self._skipped, text=text, level="warning")
@@ -284,8 +285,8 @@ class NonFiniteRule(Rule):
 def _origin_of_loss(
     value: str, producer: Producer | None, bad: BadBatch | None
 ) -> tuple[str, str, Phase]:
-    """(where a loss that is not finite came from, what to do, the phase); "" for the advice of the
-    rule. `bad`: the batch, if it was looked at."""
+    """(origin, advice, phase) of a non-finite loss; an advice of "" stands for that of the rule.
+    `bad`: the batch, if it was examined."""
     if producer is None:
         what = "log of zero, a division or an overflow" if value != "nan" else "0/0, inf − inf"
         unknown = (
@@ -313,12 +314,12 @@ def _origin_of_loss(
 
 
 def origin_text(producer: Producer) -> str:
-    """Where a value that is not finite came from, as a part of a sentence."""
+    """The origin of a non-finite value, as a part of a sentence."""
     place = f" ({producer.place})" if producer.place else ""
     match producer.source:
         case "input" if producer.operation:  # as in the graph of the loss
             return (
-                f"`{producer.operation}` is given values that are not finite by the batch, a "
+                f"`{producer.operation}` gets values that are not finite from the batch, a "
                 "constant or a detached tensor"
             )
         case "input":
@@ -339,7 +340,7 @@ def origin_text(producer: Producer) -> str:
 
 
 def _advice(producer: Producer | None) -> str:
-    """What to do about an origin that is known; "" for the advice of the rule."""
+    """The advice for a known origin; "" stands for the advice of the rule."""
     if producer is None:
         return ""
     match producer.source:
@@ -365,11 +366,11 @@ def _of_loss(value: str) -> Evidence:
 def _origin_of_gradient(producer: Producer) -> str:
     module = f" in {producer.name} ({producer.kind})" if producer.name else ""
     place = f" ({producer.place})" if producer.place else ""
-    return f"the backward of `{producer.operation}`{module}{place} makes it of finite gradients"
+    return f"the backward of `{producer.operation}`{module}{place} made it from finite gradients"
 
 
 def _rerun(producer: Producer | None) -> tuple[Evidence, ...]:
-    """What a re-run has found, in one line."""
+    """The result of a re-run, in one line."""
     if producer is None or not producer.rerun:
         return ()
     where = f" in {producer.name}" if producer.name else ""

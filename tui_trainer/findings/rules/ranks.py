@@ -37,7 +37,7 @@ class ClipsAlone(Rule):
     explanation = (
         "Some processes clip the gradients of a step and the others do not, although gradients "
         "that were averaged are the same on all of them. Their updates differ, and the replicas "
-        "diverge. Its cause is clipping inside of `if rank == 0`, or before the average."
+        "diverge. The usual causes are clipping inside `if rank == 0` and before the average."
     )
     advice = "clip on every rank, after backward (DDP has averaged the gradients then)"
     source = (
@@ -58,7 +58,7 @@ class ClipsAlone(Rule):
         rest = rows.keys() - clip
         if not clip:
             return  # a step without information
-        # Sums of different orders may be on both sides of the limit.
+        # Norms that were summed in different orders may lie on either side of the limit.
         holds = bool(rest) and min(scales[rank] or 0.0 for rank in clip) < 0.99
         if self._streak.add(holds, step) < self.limits["steps"]:
             return
@@ -157,8 +157,8 @@ class RanksSameBatch(Rule):
     title = "all ranks have the same batches"
     needs = "the inputs of all ranks in five steps, and replicas"
     explanation = (
-        "Every process of a data-parallel training is given the same inputs: the additional ones "
-        "do the same work again, and an epoch is as many times the data. Usually the "
+        "Every process of a data-parallel training is given the same inputs: all processes but "
+        "one repeat the same work, and an epoch contains the data once per process. Usually the "
         "DistributedSampler is missing, or all ranks draw their examples with the same seed."
     )
     advice = "give the DataLoader a DistributedSampler, or seed the data with a number per rank"
@@ -187,8 +187,7 @@ class RanksSameBatch(Rule):
         self._reported = True
         yield Found(
             self._streak.onset,
-            f"all {len(rows)} ranks were given the same inputs in all {count} steps that were "
-            "looked at",
+            f"all {len(rows)} ranks were given the same inputs in all {count} examined steps",
             confidence="certain",
             phase="data",
             evidence=(evidence("steps with the same inputs", count, high=0, text=str(count)),),
@@ -202,10 +201,10 @@ class Straggler(Rule):
     title = "one rank is slower than the others"
     needs = "the phases of all ranks in sixty steps of at least 20 ms"
     explanation = (
-        "The time that this process needs until backward begins, in which it waits for no other, "
-        "is much longer than that of the others. They wait for it in every step, when gradients "
-        "are averaged. Usual causes are longer sequences or more data on one rank, a busy or hot "
-        "machine, and work that only rank 0 does in the loop (logging, saving)."
+        "Until backward begins, a process waits for no other. This one needs much more time for "
+        "that part of the step than the others, which wait for it when gradients are averaged. "
+        "Usual causes are longer sequences or more data on one rank, a busy or hot machine, and "
+        "work that only rank 0 does in the loop (logging, saving)."
     )
     advice = "balance the data; see what this rank does before backward that the others do not"
     source = (
@@ -214,7 +213,7 @@ class Straggler(Rule):
     )
     thresholds = (
         RuleThreshold("factor", 1.5, "times the median of the other ranks"),
-        RuleThreshold("share", 0.1, "of the duration of a step, that it costs at least"),
+        RuleThreshold("share", 0.1, "smallest share of a step that the others wait"),
         RuleThreshold("step_ms", 20, "shortest step that is checked"),
     )
 

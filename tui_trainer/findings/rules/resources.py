@@ -36,7 +36,7 @@ class LossScale(Rule):
     def start(self) -> None:
         self._count = 0
         self._broken = 0
-        """Those of them whose loss was not finite."""
+        """Number of these iterations whose loss was not finite."""
         self._first_scale: float | None = None
         self._reported = False
 
@@ -98,9 +98,9 @@ class InputBound(Rule):
     needs = "the phases of 60 steps of at least 20 ms"
     explanation = (
         "More than half of each step passes before forward begins: the training waits for the next "
-        "batch, or the script does other work between two steps. A training that calls its model "
-        "another number of times at every step (episodes of a reinforcement learning) is not "
-        "judged: the model makes its data."
+        "batch, or the script does other work between two steps. A training whose number of model "
+        "calls varies from step to step (episodes in reinforcement learning) is not judged: the "
+        "model produces the data."
     )
     advice = (
         "use a DataLoader with num_workers > 0, pin_memory and persistent_workers; decode and "
@@ -187,16 +187,16 @@ class EvaluationExpensive(Rule):
     )
 
     CYCLES = 2
-    """Whole ones, from the end of one evaluation to the end of the next."""
+    """Minimum number of cycles, each from the end of one evaluation to the end of the next."""
     DISTANCE = 5
-    """Steps between evaluations, on average: what is called at almost every step is none."""
+    """Minimum mean number of steps between evaluations: calls at almost every step are none."""
 
     def start(self) -> None:
         self._first = 0
-        """The step before which the first evaluation was."""
+        """The step after the first evaluation."""
         self._cycles = 0
         self._evaluating = self._total = 0.0
-        """Milliseconds since then."""
+        """Milliseconds since that step: in evaluations, and in all."""
         self._done = False
 
     def step(self, seen: Observation) -> Iterable[Found]:

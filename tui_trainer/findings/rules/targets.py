@@ -12,14 +12,14 @@ from tui_trainer.protocol.events import Evidence
 from tui_trainer.protocol.formatting import percent
 
 MIN_LABELS = 8
-"""Labels of a batch below which it says nothing: of eight labels drawn evenly from two classes all
-are equal once in 128 batches."""
+"""Minimum number of labels in a batch: eight labels drawn evenly from two classes are all equal
+once in 128 batches."""
 MIN_PER_CLASS = 10
-"""Labels for each class from which the distribution is judged. At ten the estimated entropy is too
-low by about 1/20 nat (Miller, 1955: (classes − 1) / (2 · labels))."""
+"""Minimum number of labels per class for judging the distribution. At ten the estimated entropy is
+too low by about 1/20 nat (Miller, 1955: (classes − 1) / (2 · labels))."""
 MIN_CLASSES = 4
-"""Different labels, and a distribution over more than three equally frequent classes, from which
-batches can be called sorted: batches of two or three classes often have one label only."""
+"""Minimum number of different labels for calling batches sorted; the entropy must also exceed that
+of three equally frequent classes. Batches of two or three classes often have a single label."""
 REGRESSION_LOSSES = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")
 BOUNDS = {
     "sigmoid": (0.0, 1.0),
@@ -27,7 +27,7 @@ BOUNDS = {
     "tanh": (-1.0, 1.0),
     "relu": (0.0, math.inf),
 }
-"""Activation → the limits of its results."""
+"""Activation → the limits of its output."""
 
 
 class ConstantLabels(BatchRule):
@@ -41,9 +41,9 @@ class ConstantLabels(BatchRule):
     )
     explanation = (
         "Every target that the loss function has received is the same class. The loss falls fast "
-        "and the model learns a constant. Of two classes it is a hint: where the first 1,000 "
-        "examples that were looked at are all of one, less than 0.5 % of the data are of the "
-        "other, with 99 % certainty. Usually the labels were not shuffled together with the "
+        "and the model learns a constant. With two classes it is only a hint: if the first 1,000 "
+        "examined examples are all of one class, less than 0.5 % of the data are of the other, "
+        "with 99 % confidence. Usually the labels were not shuffled together with the "
         "examples, or were overwritten or cast to a type that cannot hold them; a data set sorted "
         "by class that is read without shuffling looks the same until the next class comes. Scores "
         "that are concatenated are not reported: contrastive losses have the positive pair first."
@@ -55,7 +55,9 @@ class ConstantLabels(BatchRule):
     )
     thresholds = (
         RuleThreshold("steps", 6, "measured steps in a row"),
-        RuleThreshold("examples", 1000, "of binary_cross_entropy, whose classes are often rare"),
+        RuleThreshold(
+            "examples", 1000, "examples of binary_cross_entropy, which often has a rare class"
+        ),
     )
     explained_by = ("not-shuffled",)
 
@@ -63,9 +65,10 @@ class ConstantLabels(BatchRule):
         super().start()
         self._label: float | None = None
         self._examples = 0
-        """Examples in a row whose binary targets are all the same."""
+        """Number of examples in a row with the same binary target."""
         self._varied = False
-        """Whether there were other targets than those of classes, or different binary ones."""
+        """Whether binary targets have differed, or are not one per example: they are then
+        ignored."""
 
     def step(self, seen: Observation) -> Iterable[Found]:
         self.done = self.done or (seen.loss_graph is not None and seen.loss_graph.joined)
@@ -185,7 +188,7 @@ class UnbalancedClasses(BatchRule):
             self._first,
             f"{percent(labels.largest, 0, 0)} of {labels.total:,} labels are class "
             f"{labels.largest_class}"
-            + (f", and {missing} of {labels.classes:,} classes have not come up" if missing else "")
+            + (f", and {missing} of {labels.classes:,} classes have no label" if missing else "")
             + f": their entropy is {percent(evenness, 0, 0)} of that of an even distribution",
             confidence="certain",
             phase="data",
@@ -197,7 +200,7 @@ class UnbalancedClasses(BatchRule):
 
 
 class NotShuffled(BatchRule):
-    """Each batch has examples of one class only, or almost."""
+    """Almost all examples of a batch are of one class."""
 
     name = "not-shuffled"
     title = "the batches are sorted by class"
@@ -251,11 +254,11 @@ class NotShuffled(BatchRule):
 
 
 class TargetsOutOfReach(BatchRule):
-    """The targets are outside of what the last activation can give."""
+    """The targets lie outside the range of the last activation."""
 
     name = "targets-out-of-reach"
     title = "the outputs cannot reach the targets"
-    needs = "the targets of a regression loss of an activation's output, in three steps"
+    needs = "the targets of a regression loss on the output of an activation, in three steps"
     explanation = (
         "The predictions come straight from an activation that bounds them: a sigmoid or softmax "
         "gives 0 to 1, tanh −1 to 1, a ReLU nothing below 0. The targets reach far beyond that, so "
@@ -300,7 +303,7 @@ class TargetsOutOfReach(BatchRule):
 
 
 class LabelRange(BatchRule):
-    """Targets that the loss function is not made for."""
+    """Targets outside the range that the loss function expects."""
 
     name = "label-range"
     title = "targets are out of range"
@@ -320,7 +323,7 @@ class LabelRange(BatchRule):
     def start(self) -> None:
         super().start()
         self._streaks: dict[str, Streak] = {}
-        """Loss function → of its targets."""
+        """Loss function → streak of wrong targets."""
 
     def batch(self, seen: Observation, batch: BatchRecord) -> Iterable[Found]:
         measured: tuple[Evidence, ...]
@@ -393,7 +396,7 @@ class TargetScale(BatchRule):
         "The outputs of an untrained model are of the order of 1, and the targets are far from "
         "that. The last layer first has to grow by that factor: with Adam it moves by about the "
         "learning rate in a step, which takes long, and with SGD the first gradients are as large "
-        "as the targets and may diverge. Returns of a reinforcement learning are often of that "
+        "as the targets and may diverge. Returns in reinforcement learning are often of that "
         "size. Above a thousand it is a warning."
     )
     advice = (

@@ -45,13 +45,14 @@ class LossPlateau(Rule):
     thresholds = (
         RuleThreshold("steps", 400, "steps in which the loss stands still, and a quarter of all"),
         RuleThreshold("fall", 0.04, "fall in these steps that counts, as a share of all so far"),
-        RuleThreshold("rate", 0.5, "share of the highest learning rate below which it is judged no "
-                      "more"),
-    )  # fmt: skip
+        RuleThreshold(
+            "rate", 0.5, "share of the highest learning rate, below which the loss is not judged"
+        ),
+    )
     explained_by = (*NoProgress.explained_by, "no-progress")
     slack = NoProgress.slack
     BLOCKS = 8
-    """Means of the losses that are compared: those of the older half with the newer half."""
+    """Number of mean losses that are compared, the older half with the newer half."""
 
     def start(self) -> None:
         self._means: deque[tuple[int, float]] = deque(maxlen=self.BLOCKS)
@@ -94,13 +95,13 @@ class LossPlateau(Rule):
             return  # `no-progress` reports the former
         fall = float(older.mean()) - now
         error = math.sqrt((float(older.var(ddof=1)) + float(newer.var(ddof=1))) / len(older))
-        # Also where the noise hides the fall that it would have to show.
+        # The noise must not hide a fall of that size either.
         limit = self.limits["fall"] * gain
         if abs(fall) > limit or error > limit or fall > max(2 * error, limit / 4):
             return
         others = values[1:]
         if values[0] > 2 * others.max() - others.min():
-            return  # the end of the fall: the next block takes its place
+            return  # the oldest block has the end of the fall: wait for the next block
         self._done = True
         onset = self._means[0][0]
         yield Found(
@@ -157,7 +158,7 @@ class OverflowAhead(Rule):
     exact = True
     STEPS = 10
     RISES = 8
-    """Least number of rises among the nine changes between them."""
+    """Minimum number of rises among the nine changes between these steps."""
     LARGEST = math.log(2.0**128)
     """Logarithm of the largest float32 or bfloat16."""
 
@@ -166,7 +167,7 @@ class OverflowAhead(Rule):
             "loss": deque(maxlen=self.STEPS),
             "gradient norm": deque(maxlen=self.STEPS),
         }
-        """Quantity → (step, its logarithm)."""
+        """Quantity → (step, logarithm of the quantity) of the newest STEPS steps."""
         self._highest: dict[TrendQuantity, float] = {"loss": -math.inf, "gradient norm": -math.inf}
         """Quantity → the highest logarithm before these steps."""
         self._done = False
@@ -215,7 +216,7 @@ class OverflowAhead(Rule):
         # One jump followed by values that stay there is no trend.
         if recent < 0.5 * float(changes.mean()) or recent <= 0:
             return None
-        # Both are made of squares, or have them in their gradient.
+        # Both are computed from squares, or their gradients are.
         ahead = (self.LARGEST / 2 - float(logs[-1])) / recent
         if not 0 < ahead <= self.limits["ahead"]:
             return None
@@ -228,7 +229,7 @@ class OverflowAhead(Rule):
         return Found(
             onset,
             f"the {quantity} is multiplied by about {factor:.3g} at each step and is {value:.3g} "
-            f"now: on this trend nothing is finite in about {counted(math.ceil(ahead), 'step')}",
+            f"now: on this trend it overflows in about {counted(math.ceil(ahead), 'step')}",
             phase="loss" if quantity == "loss" else "backward",
             evidence=(
                 evidence(quantity, value, high=math.exp(float(logs[0])) * self.limits["growth"],

@@ -21,7 +21,7 @@ class _StuckUnits(Rule):
     kinds: tuple[str, ...] = ()
     thresholds = (
         RuleThreshold("share", 0.9, "share of a layer's units, for a warning"),
-        RuleThreshold("info", 0.5, "the same, for a remark"),
+        RuleThreshold("info", 0.5, "the same, for an `info`"),
     )
     explained_by = (
         "constant-inputs",
@@ -127,16 +127,16 @@ class SaturatedUnits(_StuckUnits):
 
 
 class SignalVanishes(Rule):
-    """What the last layer is given hardly depends on the example."""
+    """The input of the last layer hardly depends on the example."""
 
     reads = "units"
     name = "signal-vanishes"
     title = "the signal vanishes on its way forward"
-    needs = "what the first and the last layer are given in two steps, 25 apart, and the losses"
+    needs = "the inputs of the first and the last layer in two steps, 25 apart, and the losses"
     explanation = (
-        "The features that the last layer is given are almost the same for all examples of a "
-        "batch, although the inputs differ, and the loss has not fallen: in each layer the biases, "
-        "or a mean that all examples share, outweigh what they differ in. The gradients of the "
+        "The last layer gets almost the same features for all examples of a batch, although the "
+        "model's inputs differ, and the loss has not fallen: in each layer the biases, or a mean "
+        "that all examples share, outweigh the differences between them. The gradients of the "
         "first layers say almost nothing about the examples either. Deep networks without "
         "normalisation or residual connections, and with PyTorch's default initialisation (which "
         "is smaller than He's), are the usual cause; a sigmoid in each layer is another."
@@ -190,7 +190,7 @@ class SignalVanishes(Rule):
         share = percent(max(spread, 1e-5), 0, 3)
         yield Found(
             self._streak.onset,
-            f"what {path or 'the last layer'} is given differs between the examples of a batch by "
+            f"the input of {path or 'the last layer'} differs between the examples of a batch by "
             f"{f'only {share}' if spread >= 1e-5 else f'less than {share}'} of its values "
             f"({percent(first, 0, 0)} at the first layer): its output hardly depends on the input",
             phase="forward",

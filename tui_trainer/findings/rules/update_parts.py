@@ -1,4 +1,4 @@
-"""Parts of the model, such as one group of the optimizer, whose updates are unlike the others."""
+"""Parts of the model, such as one parameter group, whose updates differ from those of the rest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tui_trainer.findings.rule import Found, RuleThreshold, Streak, evidence, me
 from tui_trainer.findings.rules.update_ratio import HEALTHY_HIGH, HEALTHY_LOW, SOURCE, UpdateRatios
 
 RISEN_STEPS = 10
-"""Steps in a row in which the loss has to be above its first values."""
+"""Minimum number of steps in a row in which the loss is above its first values."""
 
 
 class PartNotUpdated(UpdateRatios):
@@ -35,7 +35,9 @@ class PartNotUpdated(UpdateRatios):
     source = "PyTorch's documentation of torch.optim (per-parameter options: each group has its lr)"
     thresholds = (
         RuleThreshold("steps", 5, "measured steps in a row"),
-        RuleThreshold("gradient", 0.01, "of the median norm, below which a gradient is no reason"),
+        RuleThreshold(
+            "gradient", 0.01, "smallest gradient norm that counts, as a share of the median norm"
+        ),
     )
     explained_by = ("updates-rounded", "no-gradients", "learning-rate-zero")
 
@@ -53,7 +55,7 @@ class PartNotUpdated(UpdateRatios):
             return
         ratios, names = self.ratios(updates)
         norms = [gradients.get(name) or 0.0 for name in names]
-        # Where gradients vanish, another rule reports it.
+        # `gradients-vanish` reports the smaller ones.
         least = self.limits["gradient"] * median_of(norms) if norms else 0.0
         still = frozenset(
             name
@@ -109,10 +111,12 @@ class PartUpdatedTooMuch(UpdateRatios):
         RuleThreshold(
             "steps",
             20,
-            "steps in which the loss should then have fallen, and first steps in which one ratio "
-            "counts, since weights may start at zero",
+            "steps in which the loss should then have fallen; and number of first steps, to which "
+            "`at_once` applies instead of `ratio`",
         ),
-        RuleThreshold("at_once", 0.7, "this one ratio, of weights that do not start at zero"),
+        RuleThreshold(
+            "at_once", 0.7, "one ‖Δw‖/‖w‖ that is enough, of weights that do not start at zero"
+        ),
     )
     explained_by = (
         "update-ratio-high",
@@ -130,10 +134,10 @@ class PartUpdatedTooMuch(UpdateRatios):
         """Weights that do not start at zero."""
         self._first_step = 0
         self._varied = 0
-        """Steps whose loss came from another number of calls than the one before."""
+        """Steps whose loss comes from another number of model calls than the loss before it."""
         self._risen = Streak()
         self._early: Found | None = None
-        """What the first steps show, until the loss has had time to fall."""
+        """The report of the first steps, held back until the loss has had time to fall."""
         self._done = False
 
     def step(self, seen: Observation) -> Iterable[Found]:

@@ -23,7 +23,7 @@ SOURCE = (
 
 
 class UpdateRatios(Rule):
-    """Computes update ratios of the weight matrices."""
+    """Base class of rules on the update ratios ‖Δw‖/‖w‖ of the weight matrices."""
 
     def start(self) -> None:
         self._names: tuple[str, ...] = ()
@@ -125,7 +125,7 @@ class UpdateRatioHigh(UpdateRatios):
     def _harmful(self, seen: Observation) -> bool:
         """Whether the loss has risen since the onset or, after three high ratios, not fallen."""
         if seen.loss is not None and not np.isfinite(seen.loss):
-            # That a loss falls below zero without a bound is not due to the updates.
+            # A loss that falls below zero without a bound is no effect of large updates.
             trend = self.trend
             return trend.count < 10 or trend.best >= 0 or trend.fast > trend.best
         before = self._loss_before
@@ -166,7 +166,7 @@ class UpdateRatioLow(UpdateRatios):
         "Each step changes the weights so little that even thousands of steps hardly move them, "
         "while the learning rate is near its highest value so far and the loss does not fall. The "
         "learning rate is too low, the gradients vanish, or clipping cuts them to almost nothing. "
-        "Where the loss has fallen before and stays at its lowest, updates are small since the "
+        "Where the loss has fallen before and stays at its lowest, updates are small because the "
         "training has converged, which is not reported."
     )
     advice = "raise the learning rate tenfold or more; check the gradient norms and the clipping"
@@ -260,7 +260,7 @@ class UpdatesSmall(UpdateRatios):
     )
     explained_by = (*UpdateRatioLow.explained_by, UpdateRatioLow.name, "signal-vanishes")
     LAST = 300
-    """Later a loss that stands still has other reasons."""
+    """Last step that is checked: later a loss stands still for other reasons."""
 
     def start(self) -> None:
         super().start()
@@ -308,7 +308,7 @@ class UpdatesSmall(UpdateRatios):
 
 
 SPACING = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
-"""Smallest distance between neighbouring numbers, relative to them."""
+"""dtype → smallest distance between neighbouring numbers, relative to them."""
 
 
 class UpdatesRounded(UpdateRatios):
@@ -379,10 +379,10 @@ class UpdatesUndone(Rule):
     title = "updates are undone"
     needs = "the first six steps"
     explanation = (
-        "When the model is called again, almost nothing is left of what the optimizer's last step "
-        "has changed: in between, the script writes to the weights. A moving average of the "
-        "weights that is copied into the model instead of the other way round does that, or a "
-        "checkpoint that is loaded in every iteration. The model then hardly trains."
+        "When the model is called again, almost nothing is left of the optimizer's last update: in "
+        "between, the script writes to the weights. Usual causes are a moving average of the "
+        "weights that is copied into the model instead of the other way round, and a checkpoint "
+        "that is loaded in every iteration. The model then hardly trains."
     )
     advice = (
         "look for copy_, lerp_, load_state_dict or .data = on the model's parameters in the loop; "
@@ -402,14 +402,14 @@ class UpdatesUndone(Rule):
         share = seen.kept_update
         if self._done or share is None:
             return
-        before = seen.step - 1  # whose update it is
+        before = seen.step - 1  # the step that made the update
         if self._streak.add(share < self.limits["share"], before) < self.limits["steps"]:
             return
         self._done = True
         yield Found(
             self._streak.onset,
-            f"when the model is called again, {percent(share, 0, 0)} of what the step has changed "
-            "is left: something else writes to the weights",
+            f"when the model is called again, {percent(share, 0, 0)} of the step's update is left: "
+            "something else writes to the weights",
             phase="step",
             evidence=(
                 evidence("share of the update that is left", share, self.limits["share"],
@@ -419,7 +419,7 @@ class UpdatesUndone(Rule):
 
 
 class WeightsShrink(Rule):
-    """Decay or a penalty removes the weights faster than they learn."""
+    """Weight decay or a penalty shrinks the weights faster than they learn."""
 
     name = "weights-shrink"
     title = "the weights shrink"
@@ -431,24 +431,25 @@ class WeightsShrink(Rule):
         "The norm of all weight matrices has fallen by a quarter within the first steps, at one "
         "measurement after the other, and the loss has a penalty on the weights, or weight decay "
         "alone explains half of that. Usual weight decay takes a few percent in that time. A decay "
-        "or a penalty that is so strong decides what the weights become, not the data. Without "
-        "either it is the data that make the weights smaller, as where targets are small."
+        "or penalty this strong decides what the weights become, not the data. Without either, "
+        "the data make the weights smaller, for example because the targets are small, and "
+        "nothing is reported."
     )
     advice = "divide weight_decay, or the factor of the penalty in the loss, by 10 or more"
     source = "over-regularization is a fault of TheDeepChecker (Braiek & Khomh, TOSEM 2023)"
     thresholds = (
         RuleThreshold("share", 0.75, "of the first norm"),
         RuleThreshold("steps", 200, "number of first steps that are checked"),
-        RuleThreshold("decay", 0.5, "of the fall that weight decay explains"),
+        RuleThreshold("decay", 0.5, "smallest share of the fall that weight decay explains"),
     )
 
     def start(self) -> None:
         self._decay: WeightDecay | None = None
         self._penalty = False
         self._decayed = 0.0
-        """Logarithm of what weight decay alone would have divided the weights by."""
+        """Logarithm of the factor by which weight decay alone would have divided the weights."""
         self._before = 0
-        """The last step at which they were measured."""
+        """The last step at which the weights were measured."""
         self._names: tuple[str, ...] = ()
         self._matrices: list[int] = []
         self._first = 0.0
