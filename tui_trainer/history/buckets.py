@@ -28,9 +28,9 @@ class Buckets(NamedTuple):
     """n buckets of some columns. Without a finite value `low` is inf and `high` is -inf."""
 
     first: Steps
-    """Step of the first row of each, (n,)."""
+    """Step of the first row of each bucket, (n,)."""
     last: Steps
-    """Step of the last row of each, (n,)."""
+    """Step of the last row of each bucket, (n,)."""
     low: Floats
     """Smallest finite value, (n, columns)."""
     high: Floats
@@ -38,7 +38,7 @@ class Buckets(NamedTuple):
     value: Floats
     """Value of the last row, finite or not, (n, columns)."""
     flags: Flags
-    """(n, columns)"""
+    """Bitwise or of NAN, POSITIVE and NEGATIVE, (n, columns)."""
 
     def part(self, chosen: slice) -> Buckets:
         """Views of some of the buckets."""
@@ -78,7 +78,7 @@ class RawRows(NamedTuple):
     """n rows as they were measured."""
 
     last: Steps
-    """Step of each, (n,); named as in `Buckets`."""
+    """Step of each row, (n,); named as in `Buckets`."""
     value: Floats
     """(n, columns)"""
 
@@ -97,7 +97,7 @@ class RawRows(NamedTuple):
         )
 
     def as_buckets(self) -> Buckets:
-        """Each row as a bucket of one."""
+        """Each row as a bucket of one row."""
         low, high, last = extremes(self.value[:, None])
         return Buckets(self.last, self.last, low, high, last, flags_of(self.value))
 
@@ -112,7 +112,7 @@ class BucketLevel(Protocol):
     start: int
     """Oldest index held."""
     stop: int
-    """One past the newest."""
+    """One past the newest index held."""
 
     def find(self, step: int) -> int:
         """Index of the first entry whose last step is `step` or later; `stop` if there is none."""
@@ -121,11 +121,11 @@ class BucketLevel(Protocol):
         """First and last step of entries start..stop."""
 
     def buckets(self, start: int, stop: int, columns: NDArray[np.intp] | None = None) -> Buckets:
-        """Entries start..stop as buckets; `columns`: only these."""
+        """Entries start..stop as buckets, with the given `columns` only."""
 
 
 def extremes(values: Floats) -> tuple[Floats, Floats, Floats]:
-    """Lowest and highest finite value and last value of (n, rows, columns) along the rows."""
+    """(lowest finite, highest finite, last) value along the rows of (n, rows, columns)."""
     last = values[:, -1]
     finite = np.isfinite(values)
     if finite.all():

@@ -1,4 +1,4 @@
-"""Where the columns of attention layers and of logged scalars are in a history.
+"""Finds the columns of attention layers and of logged scalars in a history.
 
 `RunInfo.attention` lists the layers of all optimizers; a table has only those of its optimizer.
 """
@@ -21,11 +21,11 @@ STATISTICS = {
     schema.ATTENTION_HEALTH: schema.HEALTH_STATISTICS,
     schema.ATTENTION_HEADS: schema.HEAD_STATISTICS,
 }
-"""What an attention table measures of each layer, or of each head of each layer."""
+"""Attention table → the statistics of each layer, or of each head of each layer."""
 _indexes: WeakKeyDictionary[SeriesReader, dict[str, range]] = WeakKeyDictionary()
 SEARCHED_ROWS = 256
-"""Newest rows of a table that are searched for a value: names that were first logged together may
-be logged one by one."""
+"""Newest rows that are searched for a value of a name: names that were first logged together may be
+logged one by one later."""
 
 
 class LayerLocation(NamedTuple):
@@ -33,14 +33,14 @@ class LayerLocation(NamedTuple):
 
     history: SeriesReader
     columns: range
-    """Its statistics, or those of its heads one after the other."""
+    """The statistics of the layer, or those of its heads one after the other."""
 
 
 def attention_tables(history: History, name: str) -> list[SeriesReader]:
-    """The tables of this name, one for each optimizer that has attention layers.
+    """The tables called `name`, one for each optimizer that has attention layers.
 
-    Those without rows come first, then in order of declaration: where two have the same layer (an
-    optimizer that is created again has new tables), the last one counts.
+    Tables without rows come first, then the others in order of declaration. Where two tables have
+    the same layer, because an optimizer was created again, the last one counts.
     """
     return sorted(history.tables_named(name), key=lambda series: bool(series.rows))
 
@@ -54,7 +54,7 @@ def layers_in(series: SeriesReader) -> dict[str, range]:
 
 
 def location_of(history: History, name: str, layer: str) -> LayerLocation | None:
-    """Where `layer` is among the tables of this name; None if it is in none of them."""
+    """The columns of `layer` in the tables called `name`; None if no table has the layer."""
     for series in reversed(attention_tables(history, name)):
         columns = layers_in(series).get(layer)
         if columns is not None:
@@ -63,7 +63,8 @@ def location_of(history: History, name: str, layer: str) -> LayerLocation | None
 
 
 def _index_layers(series: SeriesReader) -> dict[str, range]:
-    """Reads only the first name of each block of statistics: 10,000 layers have 220,000 columns."""
+    """Layer → columns, read from the first name of each block of statistics only: 10,000 layers
+    have 220,000 columns."""
     names = STATISTICS[series.table.name]
     columns, width = series.table.columns, len(names)
     first = tuple(column.name.rpartition(".")[2] for column in columns[:width])
@@ -79,7 +80,7 @@ def _index_layers(series: SeriesReader) -> dict[str, range]:
 
 
 class LoggedSeries(NamedTuple):
-    """Where the values of one name are."""
+    """The column with the values of one logged name."""
 
     name: str
     series: SeriesReader
@@ -90,7 +91,7 @@ class LoggedSeries(NamedTuple):
         return self.series.table.columns[self.column].better
 
     def newest(self) -> tuple[int, float] | None:
-        """Step and value of the newest entry; None where none is among the newest rows."""
+        """Step and value of the newest entry; None if the newest SEARCHED_ROWS rows have none."""
         latest = self.series.latest()
         if latest is None:
             return None
@@ -114,8 +115,8 @@ class LoggedSeries(NamedTuple):
 
 
 def logged_series(history: History, table: str = schema.LOGGED) -> list[LoggedSeries]:
-    """Every name that was logged and has rows, in the order in which they first came. `table`: also
-    for the results of evaluations, whose tables are of the same kind."""
+    """Every logged name whose table has rows, in the order in which names were first logged.
+    `table`: `logged`, or `validation` for the results of evaluations."""
     return [
         LoggedSeries(column.name, series, number)
         for series in history.tables_named(table)

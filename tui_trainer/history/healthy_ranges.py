@@ -20,8 +20,8 @@ class HealthyRange:
     high: float | None = None
 
     def holds(self, value: float) -> bool:
-        """Whether a value is healthy. Values that are not finite are shown as such, and count as
-        healthy here."""
+        """Whether a value is healthy. Non-finite values are marked elsewhere and count as healthy
+        here."""
         if not math.isfinite(value):
             return True
         below = self.low is not None and value < self.low
@@ -60,8 +60,8 @@ CLIP_SCALE = HealthyRange(low=schema.SMALLEST_CLIP_SCALE)
 
 
 class GradientNormRange:
-    """The range of the total gradient norm: up to a hundred times the median of its first values,
-    from which gradients count as exploding."""
+    """The range of the total gradient norm: up to EXPLODING_NORM times the median of its first
+    values. Above it, gradients count as exploding."""
 
     def __init__(self) -> None:
         self._table: SeriesReader | None = None

@@ -19,14 +19,14 @@ class History:
     """Grows with every change."""
 
     def table(self, name: str, optimizer: str = "") -> SeriesReader | None:
-        """The table of that name; with several optimizers and none named, that of the first."""
+        """The table called `name` of `optimizer`, or of the first optimizer if none is named."""
         for series in self.tables.values():
             if series.table.name == name and optimizer in ("", series.table.optimizer):
                 return series
         return None
 
     def find(self, name: str, column: str) -> tuple[SeriesReader, int] | None:
-        """The first table of that name with rows and such a column, and the column's index."""
+        """The first table called `name` that has rows and `column`, and the column's index."""
         for table in self.tables_named(name):
             index = table.column(column)
             if table.rows and index is not None:
@@ -34,11 +34,11 @@ class History:
         return None
 
     def tables_named(self, name: str) -> list[SeriesReader]:
-        """The tables of that name: one for each optimizer."""
+        """The tables called `name`, one for each optimizer."""
         return [series for series in self.tables.values() if series.table.name == name]
 
     def cursors(self) -> tuple[int, ...]:
-        """Rows held of each table, by table id: `Poll.rows`."""
+        """Number of rows of each table, by table id, as in `Poll.rows`."""
         if not self.tables:
             return ()
         held = [0] * (max(self.tables) + 1)
@@ -47,9 +47,8 @@ class History:
         return tuple(held)
 
     def rows_since(self, cursors: Sequence[int], budget: int) -> tuple[tuple[Rows, ...], bool]:
-        """What a viewer with these cursors lacks of every table, in about `budget` bytes, and
-        whether there is more. Narrow tables come first, so that the loss never waits for 10,000
-        norms."""
+        """The rows that a viewer with `cursors` lacks, in about `budget` bytes, and whether there
+        are more. Narrow tables come first, so that the loss never waits for 10,000 norms."""
         behind = sorted(
             (s for s in self.tables.values() if _cursor(cursors, s) != s.rows),
             key=lambda s: s.columns,
@@ -96,7 +95,7 @@ class MemoryHistory(History):
         return known
 
     def apply(self, rows: Rows) -> None:
-        """Add rows made by `rows_since` on the other side. Raises ValueError for an undeclared
+        """Add rows that `rows_since` made on the sending side. Raises ValueError for an undeclared
         table or rows that do not fit."""
         series = self.tables.get(rows.table)
         if series is None:

@@ -32,10 +32,10 @@ def find_spikes(series: SeriesReader, name: str, count: int = 10) -> list[Spike]
     """The `count` worst spikes of the column called `name`, worst first.
 
     A loss xₜ is (xₜ − m) / s deviations high, where m is the median of the MEDIAN_BINS bins before
-    it and s is 1.4826 times the median of |x − m| over the same (the robust standard deviation; at
-    least 10⁻³ of |m|, so that rounding in a flat series is no spike). It counts when it is at least
-    THRESHOLD deviations high and higher than both neighbours. nan and infinities do not count:
-    they are reported as non-finite values.
+    it and s is 1.4826 times the median of |x − m| over these bins (the robust standard deviation;
+    at least 10⁻³ of |m|, so that rounding in a flat series is no spike). The loss is a spike if it
+    is at least THRESHOLD deviations high and higher than both neighbours. nan and infinities do not
+    count: they are reported as non-finite values.
     """
     column = series.column(name)
     if column is None or series.first_step is None or series.last_step is None:
@@ -60,8 +60,8 @@ def find_spikes(series: SeriesReader, name: str, count: int = 10) -> list[Spike]
 
 
 def robust_z_scores(high: NDArray[np.float64], middle: NDArray[np.float64]) -> NDArray[np.float64]:
-    """How many robust deviations each of `high` (n,) is above the median of those `middle` (n,)
-    that come before it; 0 for the first MIN_BINS."""
+    """Robust deviations of each `high` (n,) from the median of the MEDIAN_BINS values of `middle`
+    (n,) before it; 0 for the first MIN_BINS."""
     count = len(high)
     score = np.zeros(count)
     if count <= MIN_BINS:

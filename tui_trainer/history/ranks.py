@@ -1,5 +1,5 @@
-"""Tables `ranks`, with a row for each step of every training process: how a row is made, and how
-the processes are compared (which is slow and in which phase, which gradients and losses stand out).
+"""Tables `ranks`, with a row for each step of every training process: makes a row, and compares the
+processes (which one is slow in which phase, whose gradients or losses stand out).
 """
 
 from __future__ import annotations
@@ -28,17 +28,18 @@ _SOURCES: dict[str, dict[str, str]] = {
     schema.REPLICA: {column.name: column.name for column in schema.REPLICA_COLUMNS},
     schema.REPLICA_SAMPLE: {column.name: column.name for column in schema.REPLICA_SAMPLE_COLUMNS},
 }
-"""Table to its columns, and where they are in a row of `ranks`."""
+"""Table → its column → the column in table `ranks`."""
 
 
 WINDOW = 20
 """Newest steps that times are averaged over."""
 MEMORY_WINDOW = 1024
-"""Newest steps among which memory is looked for, which is measured once a second."""
+"""Newest steps that are searched for memory, which is measured once a second."""
 SLOW_SHARE, SLOW_MS = 0.1, 1.0
-"""A process is slow that needs this share of a step, and this time, more than any other."""
+"""A process is slow if it needs this share of a step, and this time, more than any other."""
 STANDS_OUT = 3.0
-"""A gradient norm stands out that is this many times the median of the others, or a part of it."""
+"""A gradient norm stands out if it is more than this many times the median of all, or less than the
+median divided by it."""
 WAITS_S = 1.0
 """A process that has not reached its next phase for this long may be waiting for another."""
 MAY_WAIT = ("backward", "clip", "step")
@@ -50,12 +51,13 @@ _PHASES = [schema.RANK_INDEX[f"phase_ms.{phase}"] for phase in PHASES]
 
 @dataclass
 class RankSummary:
-    """One process now. Values are None where they are not known."""
+    """The present state of one process."""
 
     process: ProcessInfo
     step: int | None = None
     values: dict[str, float | None] = field(default_factory=dict)
-    """By the names of `schema.RANK_COLUMNS`; times are means of the last WINDOW steps."""
+    """Column of `schema.RANK_COLUMNS` → value, None where it is not known. Times are means of the
+    last WINDOW steps."""
     at: ProcessAt | None = None
     remarks: list[str] = field(default_factory=list)
     standing_out: set[str] = field(default_factory=set)
@@ -86,7 +88,7 @@ def summarize_ranks(info: RunInfo, status: Status, history: History) -> list[Ran
 
 
 def skew_ms(ranks: Sequence[RankSummary]) -> float | None:
-    """How far apart the processes end a step: the first from the last."""
+    """Milliseconds from the first process's end of a step to the last one's."""
     lags = [lag for each in ranks if (lag := each.values.get("lag_ms")) is not None]
     return max(lags) - min(lags) if len(lags) > 1 else None
 
@@ -136,7 +138,8 @@ def _remark_losses(ranks: Sequence[RankSummary]) -> None:
 
 
 def _remark_slowest(ranks: Sequence[RankSummary]) -> None:
-    """The cause of a wait comes before it in the step, and has no collective in it."""
+    """Remark on the first phase without collectives in which one process is slow: the others wait
+    in a later phase."""
     if len(ranks) < 2:
         return
     step_ms = np.median([each.values.get("step_ms") or 0.0 for each in ranks])
@@ -157,7 +160,7 @@ def _remark_gradients(ranks: Sequence[RankSummary]) -> None:
     finite = [norm for norm in known if norm is not None]
     if len(finite) < 2:
         return
-    # Of two, the smaller one is the measure.
+    # With two processes, the smaller norm is the reference.
     middle = float(np.median(finite)) if len(finite) > 2 else min(finite)
     for each, norm in zip(ranks, known, strict=True):
         if norm is None:
@@ -172,7 +175,7 @@ def _remark_gradients(ranks: Sequence[RankSummary]) -> None:
 
 
 def _remark_waiting(ranks: Sequence[RankSummary]) -> None:
-    """Finds processes that have come further than another and do not proceed."""
+    """Remark on processes that are ahead of another one and do not proceed."""
     there = [(each, each.at) for each in ranks if each.at is not None and each.at.phase]
     if len(there) < 2:
         return
@@ -195,7 +198,7 @@ def rank_row(tables: tuple[Table, ...], record: StepRecord) -> Floats:
             if column.name in source:
                 row[schema.RANK_INDEX[source[column.name]]] = value
     if record.clip is not None and record.clip.kind == "hand":
-        # Gradients that the script averages by itself change as well.
+        # A script that averages gradients itself changes them without clipping.
         row[schema.RANK_INDEX["clip_scale"]] = absent(Absent.NOT_MEASURED)
     if record.batch is not None:
         inputs = [each.checksum for each in record.batch.tensors if each.role == "input"]

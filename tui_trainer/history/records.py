@@ -27,16 +27,24 @@ Sign = Literal[
     "idle_schedule",
     "calls_vary",
 ]
-"""What the tracer noticed in a step besides its numbers: it is the first of a new set of
-parameters; its first backward added to gradients that the optimizer's last step had used already;
-its forward ran a model in `eval()` mode that has layers for which that matters; its loss is a
-cross-entropy, which takes a softmax, of a softmax; the same loss was backpropagated twice; a
-scheduler of its optimizer was stepped between its backward and its update; a model with such layers
-was evaluated in `train()` mode before it; the gradients of its optimizer's last step were clipped
-after that step; it used gradients of two losses, of which another optimizer had used the first
-alone and could use the second; a scheduler was stepped that belongs to an optimizer which has the
-same parameters and makes no steps; its loss comes from another number of calls of a model than that
-of the step before."""
+"""What the tracer noticed in a step besides its numbers.
+
+* `new_parameters`: the step is the first one with a new set of parameters.
+* `kept_gradients`: the first backward added to gradients that the optimizer's last step had used.
+* `eval_mode`: forward ran a model in `eval()` mode that has layers for which the mode matters.
+* `softmax_twice`: the loss is a cross-entropy, which takes a softmax, of a softmax.
+* `backward_twice`: the same loss was backpropagated twice.
+* `schedule_first`: a scheduler of the optimizer was stepped between backward and the update.
+* `evaluated_in_train_mode`: before the step, a model with layers for which the mode matters was
+  evaluated in `train()` mode.
+* `clipped_late`: the gradients of the optimizer's last step were clipped after that step.
+* `mixed_losses`: the step used the gradients of two losses; another optimizer had used those of the
+  first loss alone, and can use those of the second.
+* `idle_schedule`: a scheduler was stepped whose optimizer has the same parameters and makes no
+  steps.
+* `calls_vary`: the loss comes from another number of calls of a model than the loss of the step
+  before.
+"""
 
 
 class Producer(NamedTuple):
@@ -44,19 +52,19 @@ class Producer(NamedTuple):
     finite although its inputs are."""
 
     source: Literal["operation", "module", "weight", "input"]
-    """`weight`, `input`: a parameter, or what the model was given, is itself not finite."""
+    """`weight`, `input`: a parameter, or an input of the model, is itself not finite."""
     name: str
     """Path of the module, or name of the parameter; "" where it is unknown."""
     kind: str = ""
     """Class of the module."""
     operation: str = ""
-    """As in the autograd graph: `log`, `div`."""
+    """Name in the autograd graph, such as `log` or `div`."""
     place: str = ""
     """`file.py:12`, the call in the script's own code; "" where it is unknown."""
     rerun: bool = False
-    """Whether it was found by running the step again with every operation checked."""
+    """Whether running the step again with every operation checked found the origin."""
     backward: bool = False
-    """Whether it is the backward of the operation that is given finite values only."""
+    """Whether the backward of the operation made the value from finite gradients."""
 
 
 class NonFiniteRecord(NamedTuple):
@@ -83,7 +91,7 @@ class ClipRecord:
     """‖gᵢ‖² / Σ‖g‖² of each."""
     kind: ClipKind = "norm"
     gradient_scale: float = 1.0
-    """Loss scale that was still on the gradients; `norm_before` has it too."""
+    """Loss scale that was still on the gradients, and on `norm_before`."""
 
 
 NumberKind = Literal["float", "integer", "bool"]
@@ -93,8 +101,8 @@ TensorRole = Literal["input", "first layer", "target"]
 
 
 class BatchTensor(NamedTuple):
-    """A tensor of a batch: an argument of the model, what its first layer with weights was given,
-    or the target of a loss function. Statistics are of its finite elements."""
+    """A tensor of a batch: an argument of the model, the input of its first layer with weights, or
+    the target of a loss function. Statistics are of the finite elements."""
 
     role: TensorRole
     name: str
@@ -117,39 +125,39 @@ class BatchTensor(NamedTuple):
 
 
 class LabelCounts(NamedTuple):
-    """How often each class has been a label, over all steps whose batch was looked at."""
+    """The distribution of the labels in all examined batches so far."""
 
     classes: int
     total: int
     """Number of labels."""
     different: int
-    """Number of classes among them."""
+    """Number of different classes among the labels."""
     largest: float
     """Share of the most frequent class."""
     largest_class: int
     entropy: float
-    """Entropy of their distribution, in nats, with Miller and Madow's correction for its bias:
-    the mean cross-entropy of a model that ignores its inputs and knows these shares."""
+    """Entropy of the distribution, in nats, with Miller and Madow's correction for its bias: the
+    mean cross-entropy of a model that ignores its inputs and knows the distribution."""
     per_example: bool
     """Whether there is one label for each row of the model's first input."""
     plain: bool
-    """Whether the loss is their mean, without weights of the classes and without smoothing."""
+    """Whether the loss is a plain mean, without class weights and without label smoothing."""
     batches: int = 0
     """Batches whose labels were counted one by one."""
     within: float = math.nan
-    """Mean entropy of the labels of one of these batches, in nats."""
+    """Mean entropy of the labels within one of these batches, in nats."""
 
 
 class BatchRecord(NamedTuple):
-    """What the model and the loss function received in one forward."""
+    """The inputs of the model and of the loss function in one forward."""
 
     tensors: tuple[BatchTensor, ...]
     broadcast: str
-    """A loss function and the different shapes of its input and target; "" without."""
+    """A loss function and the different shapes of its input and target; "" if they agree."""
     workers: int
-    """Most worker processes of a DataLoader that the script's variables hold."""
+    """Largest number of worker processes of a DataLoader among the script's variables."""
     labels: LabelCounts | None = None
-    """Labels of the only loss over classes in a step."""
+    """Labels so far, of steps with a single loss over classes."""
 
     def with_role(self, role: TensorRole) -> list[BatchTensor]:
         return [tensor for tensor in self.tensors if tensor.role == role]
@@ -159,12 +167,12 @@ class LossGraph(NamedTuple):
     """How a loss is computed, as read from its autograd graph."""
 
     rows: int
-    """Examples of the one softmax from which the loss is made; 0 without one."""
+    """Number of examples of the one softmax that the loss is computed from; 0 without one."""
     classes: int
     over_rows: bool
     """Whether that softmax is taken over the examples."""
     log_of_outputs: Literal["", "log", "nll_loss"]
-    """Which of the two is applied to the output of a layer; "" otherwise."""
+    """The one that is applied directly to the output of a layer; "" if neither is."""
     squared_softmax: bool
     hidden_softmaxes: int
     """Number of layers whose input is a softmax."""
@@ -172,37 +180,38 @@ class LossGraph(NamedTuple):
     """The shape of the outputs, with their classes in dimension 1, that a view has turned into rows
     of classes without moving that dimension to the end."""
     joined: bool = False
-    """Whether the scores of that softmax are concatenated of several tensors."""
+    """Whether the scores of that softmax are concatenated from several tensors."""
     softmax_layers: tuple[str, ...] = ()
-    """Names of the weights of those layers, where they are known."""
+    """Names of the weights of the layers whose input is a softmax, where they are known."""
     penalty: bool = False
-    """Whether a norm or a power of a weight matrix is added to it."""
+    """Whether a norm or a power of a weight matrix is added to the loss."""
 
 
 class WeightDecay(NamedTuple):
     """The weight decay of an optimizer."""
 
     factor: float
-    """Times the learning rate, the share of the weights that it removes in a step. That of SGD is
-    multiplied by what momentum makes of it."""
+    """Share of the weights that a step removes, divided by the learning rate. For SGD it includes
+    the amplification by momentum."""
     divided: bool = False
-    """Whether it is added to the gradient, whose root mean square the optimizer divides it by."""
+    """Whether the decay is added to the gradient, which the optimizer divides by its root mean
+    square."""
 
 
 class BadBatch(NamedTuple):
-    """The batch of a loss that is far above those before, or not finite."""
+    """A batch whose loss is not finite, or far above the losses before."""
 
     loss: float
     usual: float
     """The highest of the losses before."""
     low: float
     high: float
-    """Extremes of the finite elements of its first input."""
+    """Extremes of the finite elements of the first input."""
     broken_rows: tuple[int, ...]
-    """Rows of the input with values that are not finite, the first ones."""
+    """The first rows of the input with values that are not finite."""
     shares: tuple[tuple[int, float], ...]
     """(row, share of the loss) of the rows with the largest shares, where the loss function can be
-    taken of each row."""
+    applied to single rows."""
 
 
 class UnitsShare(NamedTuple):
@@ -215,17 +224,17 @@ class UnitsShare(NamedTuple):
 
 
 class UnitsRecord(NamedTuple):
-    """What was measured of the activations in one forward."""
+    """Measurements of the activations in one forward."""
 
     layers: tuple[UnitsShare, ...]
     """Activations that were measured over a whole window of steps."""
     last_layer: str = ""
     """Path of the last linear layer or convolution that was called."""
     spread: float | None = None
-    """How much what it is given differs between the examples of the batch: the root of the mean
+    """How much the input of the last layer differs between the examples of the batch: the root mean
     square of the differences from the mean example, over that of the values themselves."""
     first_spread: float | None = None
-    """Spread of the input of the first such layer."""
+    """The same for the first linear layer or convolution."""
 
 
 class InitialWeight(NamedTuple):
@@ -238,7 +247,7 @@ class InitialWeight(NamedTuple):
     constant: bool
     same_rows: bool
     equal_to: str
-    """An embedding with equal weights of its own, in which case the rest is not set."""
+    """Name of an embedding with equal weights in memory of its own; the rest is then not set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,18 +268,18 @@ class StepRecord:
     """Overhead of tracing this step, on the training thread."""
     signs: frozenset[Sign] = frozenset()
     classes: int | None = None
-    """Number of classes, where the loss is seen to be one mean cross-entropy."""
+    """Number of classes, if the loss was recognised as a single mean cross-entropy."""
     loss_graph: LossGraph | None = None
     """Known for the first steps with a single loss."""
     producer: Producer | None = None
-    """What produced the value that is not finite, where there is one and that was seen."""
+    """Origin of a non-finite value, if it was found."""
     batch: BatchRecord | None = None
     bad_batch: BadBatch | None = None
     units: UnitsRecord | None = None
     dropout_off: tuple[str, ...] | None = None
-    """Dropout layers in `eval()` mode in a model in `train()` mode; None: not looked at."""
+    """Dropout layers in `eval()` mode in a model in `train()` mode; None: not checked."""
     kept_update: float | None = None
-    """How much of the change that the step before made was still there: 1 where all was."""
+    """Share of the previous step's update that was still in the weights; 1: all of it."""
     initial: tuple[InitialWeight, ...] = ()
     epsilon: float | None = None
     """The most unusual `eps` among the groups of an optimizer of Adam's family, at its first
@@ -288,17 +297,17 @@ class SkipRecord:
     step: int
     """The step that comes next."""
     time: float
-    """When they were discarded, seconds since the epoch."""
+    """When the gradients were discarded, seconds since the epoch."""
     reason: SkipReason
     text: str
     optimizer: str
-    """Key of the (first) optimizer that they were for."""
+    """Key of the (first) optimizer that the gradients were for."""
     rows: tuple[tuple[int, Floats], ...]
-    """(table id, values of its columns), as those of a step."""
+    """(table id, values of its columns), as in `StepRecord`."""
     clip: ClipRecord | None = None
     nonfinite: tuple[NonFiniteRecord, ...] = ()
     loss_scale: float | None = None
     """The scale at which a GradScaler skipped."""
     producer: Producer | None = None
-    """Where its loss stopped being finite, where that was seen."""
+    """Origin of a non-finite loss, if it was found."""
     bad_batch: BadBatch | None = None

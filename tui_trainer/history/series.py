@@ -1,4 +1,4 @@
-"""The history of one table: its newest rows raw, all of it at levels of 8, 64, 512, … rows.
+"""The history of one table: its newest rows raw, all rows in buckets of 8, 64, 512, … rows.
 
 `SeriesReader` answers questions about the rows of a table, wherever they are held: `MemorySeries`
 holds them in rings, `store.reader.StoredSeries` reads them from disk.
@@ -30,7 +30,7 @@ from tui_trainer.protocol.schema import Table
 
 T = TypeVar("T", bound=np.generic)
 RECENT = 512
-"""Newest steps in which a value is looked for that is not measured at every step."""
+"""Newest steps that are searched for a value that is not measured at every step."""
 
 
 class SeriesReader(ABC):
@@ -51,7 +51,7 @@ class SeriesReader(ABC):
 
     @abstractmethod
     def levels(self) -> Sequence[BucketLevel]:
-        """All levels, finest (raw rows) first. Every row is in one of them at least."""
+        """All levels, finest (raw rows) first. Every row is in at least one level."""
 
     def latest(self) -> tuple[int, Floats] | None:
         """Step and values (columns,) of the newest row, or of the newest bucket where that row
@@ -81,8 +81,8 @@ class SeriesReader(ABC):
         return float(window.last[known[-1], 0]) if len(known) else None
 
     def value_at(self, name: str, step: int) -> float | None:
-        """The value of the column called `name` at the last row at or before `step`: its newest,
-        unless the training was rewound. None where there is none."""
+        """The value of the column called `name` in the last row at or before `step`, which is the
+        newest row unless the training was rewound. None where there is none."""
         column = self.column(name)
         row = self.at(step) if column is not None else None
         return None if column is None or row is None else float(row[column])
@@ -95,7 +95,7 @@ class SeriesReader(ABC):
     def row_at(self, step: int) -> tuple[int, Floats] | None:
         """Step and values (columns,) of the last row at or before `step`; None when there is none.
 
-        Where only buckets are left, or can be read: of the last bucket that ends at or before it.
+        Where only buckets are left or readable, those of the last bucket that ends by `step`.
         """
         for level in self.levels():
             index = level.find(step + 1) - 1
@@ -166,7 +166,7 @@ class Ring:
         self.start = 0
         """Oldest index held."""
         self.stop = 0
-        """One past the newest."""
+        """One past the newest index held."""
 
     def slices(self, start: int, stop: int) -> list[slice]:
         """The one or two ranges of slots that hold indices start..stop."""
@@ -178,7 +178,7 @@ class Ring:
         return [slice(low, self.capacity), slice(0, low + length - self.capacity)]
 
     def advance(self, count: int) -> list[tuple[slice, slice]]:
-        """Make room for `count` more: pairs of (slots, which of the new entries go there)."""
+        """Make room for `count` new entries; returns pairs (slots, new entries that go there)."""
         kept = min(count, self.capacity)
         self.stop += count
         self.start = max(self.start, self.stop - self.capacity)
@@ -396,7 +396,7 @@ class MemorySeries(SeriesReader):
             self.first_step = None
 
     def is_complete(self, level: int) -> bool:
-        """Whether the levels from `level` on lack no row: false after a cut inside a bucket."""
+        """Whether the levels from `level` on hold all rows: false after a cut inside a bucket."""
         levels = self.levels()[level:]
         joined = all(
             fine.start * fine.size <= coarse.stop * coarse.size <= fine.stop * fine.size
@@ -405,7 +405,7 @@ class MemorySeries(SeriesReader):
         return joined and (not levels or levels[0].stop * levels[0].size == self.rows)
 
     def settle(self) -> None:
-        """Bring the buckets up to date: fewer than FACTOR rows are in none."""
+        """Bring the buckets up to date; fewer than FACTOR rows remain without a bucket."""
         self._make_rings(1)
         done = self._rings[0].stop * FACTOR
         ready = (self._raw.stop - done) // FACTOR * FACTOR
@@ -424,7 +424,7 @@ class MemorySeries(SeriesReader):
             self._rings.append(BucketRing(self._entries, self.columns, size))
 
     def _summarise_ring(self, level: int) -> None:
-        """Bring the level above `level` up to date, and those above that one."""
+        """Bring all levels above `level` up to date."""
         fine = self._rings[level - 1]
         coarse_stop = self._rings[level].stop if len(self._rings) > level else 0
         ready = (fine.stop - coarse_stop * FACTOR) // FACTOR * FACTOR

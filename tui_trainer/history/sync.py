@@ -1,6 +1,6 @@
-"""Bringing a viewer's copy of a table up to date: `Rows` messages made of entries, and read back.
+"""Brings a viewer's copy of a table up to date: entries encoded as `Rows` messages, and decoded.
 
-The run store keeps the entries that fill no chunk yet as the same messages.
+The run store keeps entries that do not fill a chunk yet as the same messages.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ CATCH_UP_VALUES = 32_768
 """A viewer that connects late gets the whole run in at least this many values (buckets × columns),
 even where its budget would give it fewer."""
 CATCH_UP_BUCKETS = (32, 4_096)
-"""Fewest and most buckets for that."""
+"""Minimum and maximum number of buckets for catching up."""
 MAX_MESSAGE_BYTES = 8 * 2**20
 """Half of the largest frame."""
 MAX_STEP = 2**48
-"""Larger numbers are not steps: nothing counts that far."""
+"""Larger step numbers are rejected: no training counts that far."""
 
 # ---------------------------------------------------------------- sending
 
 
 def rows_since(series: SeriesReader, row: int, budget: int) -> Rows:
-    """What a viewer that has `row` rows lacks, in about `budget` bytes: raw rows where they fit,
-    else buckets.
+    """The entries that a viewer with `row` rows lacks, in about `budget` bytes: raw rows where they
+    fit, else buckets.
 
-    It may be less than all: then call again with `first + count`. The message may begin before
-    `row`, at the start of a bucket that replaces what the viewer has.
+    A message that does not reach the newest row is continued by a call with `first + count`. It may
+    begin before `row`, at the start of a bucket that replaces rows of the viewer.
     """
     if row > series.rows or row < 0:
         row = 0  # the viewer knows another run: send all of this one
@@ -48,7 +48,7 @@ def rows_since(series: SeriesReader, row: int, budget: int) -> Rows:
 
 
 def _choose_level(series: SeriesReader, row: int, budget: int) -> BucketLevel:
-    """The finest level that holds `row` and whose entries from there on fit."""
+    """The finest level that holds `row` and whose entries from `row` on fit."""
     backlog = series.rows - row
     low, high = CATCH_UP_BUCKETS
     whole_run = min(high, max(low, CATCH_UP_VALUES // max(1, series.columns)))
@@ -87,7 +87,7 @@ def _bytes(array: NDArray[Any]) -> bytes:
 
 
 def apply_rows(series: MemorySeries, rows: Rows) -> None:
-    """Add what `rows_since` sent. Raises ValueError when it does not fit: wrong sizes, or a gap
+    """Add a message of `rows_since`. Raises ValueError if it does not fit: wrong sizes, or a gap
     after the last row held."""
     if rows.first > series.rows or rows.first < 0:
         raise ValueError(f"rows from {rows.first} on do not follow the {series.rows} held")

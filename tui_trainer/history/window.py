@@ -1,4 +1,4 @@
-"""What a chart draws: a range of steps divided into bins, with no extreme lost in any of them."""
+"""The data of a chart: a range of steps divided into bins that keep every extreme."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tui_trainer.history.records import Floats
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Some series over `bins` ranges of steps.
+    """Some columns over `bins` ranges of steps.
 
-    Bin i covers steps edges[i] <= step < edges[i+1]. Where only summaries are left of a part of the
-    run, edges move to those of the nearest summary: a bin may then be empty and its neighbour
-    wider, and the first and last edge may lie outside the range asked for. What a bin holds is
-    always exact for the steps between its edges.
+    Bin i covers steps edges[i] <= step < edges[i+1]. Where only buckets are left of a part of the
+    run, an edge moves to the first step of the bucket around it: a bin may then be empty and its
+    neighbour wider, and the first and last edge may lie outside the requested range. The values of
+    a bin are always exact for the steps between its edges.
     """
 
     edges: Steps
@@ -28,7 +28,7 @@ class Window:
     high: Floats
     """Largest finite value, (bins, columns); nan where there is none."""
     last: Floats
-    """The newest value, finite or not; nan where nothing was measured."""
+    """Newest value, finite or not, (bins, columns); nan where nothing was measured."""
     filled: NDArray[np.bool_]
     """(bins,): whether anything was measured there."""
     nonfinite: NDArray[np.bool_]
