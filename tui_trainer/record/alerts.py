@@ -1,8 +1,8 @@
 """`--alert`: tells the user about warnings, errors, breakpoints and the end of a run.
 
-The run only writes a line to a pipe. A process of its own, started before the training and detached
+The run only writes a line to a pipe. A separate process, started before the training and detached
 from it, runs the commands and calls the webhooks: nothing is forked while the training runs, and a
-run that is killed is reported too. What it did is in `alerts.log` in the run's directory.
+run that is killed is reported too. The process logs to `alerts.log` in the run's directory.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from tui_trainer.record.sink_items import InfoChanged, Item, RunEnded, StepRecor
 
 LOG_FILE = "alerts.log"
 MAX_PER_MINUTE = 10
-"""Alerts about findings and breakpoints; the end of a run is always reported."""
+"""Maximum number of alerts about findings and breakpoints; the end of a run is always reported."""
 TIMEOUT_S = 30.0
 """Limit for one command, and for one attempt to call a webhook."""
 RETRY_AFTER_S = (1.0, 4.0, 15.0)
-"""Pauses before a webhook or command that failed is tried again."""
+"""Pauses before each further attempt to call a webhook or run a command that failed."""
 START_TIMEOUT_S = 20.0
 POLL_S = 2.0
 """How often the existence of the run process is checked."""
@@ -47,7 +47,7 @@ AlertKind = Literal["finding", "breakpoint", "end", "crash"]
 
 
 class Alert(msgspec.Struct, frozen=True, kw_only=True):
-    """What a command gets on its standard input and a webhook as the body of a POST."""
+    """The JSON object that a command gets on standard input and a webhook as the body of a POST."""
 
     kind: AlertKind
     run: str
@@ -68,7 +68,8 @@ class Alert(msgspec.Struct, frozen=True, kw_only=True):
     finding: dict[str, Any] | None = None
     """Finding as in `show --json`."""
     left_out: int = 0
-    """Alerts that were not sent before this one, because there were too many in a minute."""
+    """Number of alerts since the previous one that were not sent, because the limit per minute was
+    reached."""
     time: float = 0.0
 
 
@@ -121,7 +122,7 @@ class AlertSink:
                 self._loss = float(values[schema.STEP_INDEX["loss"]])
 
     def _report_finding(self, finding: Finding) -> None:
-        """Once for a finding, and again when it gets worse; not for the effects of another."""
+        """Report a finding once, and again when it gets worse; do not report effects of others."""
         known = self._reported.get(finding.number, "info")
         if finding.cause is not None or LEVEL_ORDER[finding.level] >= LEVEL_ORDER[known]:
             return
@@ -170,7 +171,7 @@ class AlertSink:
         self._write(msgspec.json.encode(alert) + b"\n")
 
     def _write(self, line: bytes) -> None:
-        """Without waiting: a full pipe is one whose alerts cannot be sent in time anyway."""
+        """Write without blocking: the alerts of a full pipe cannot be sent in time anyway."""
         if self._pipe is None:
             return
         try:
@@ -231,7 +232,7 @@ class Sender:
         self._ended = False
 
     def run(self, stream: int) -> None:
-        """Until the run has ended, or its process is gone, and everything is sent."""
+        """Send alerts until the run has ended or its process is gone."""
         for thread in self._threads:
             thread.start()
         buffered = b""
@@ -255,7 +256,7 @@ class Sender:
             thread.join()
 
     def _killed(self) -> Alert:
-        """The process is gone and has not reported its end."""
+        """The alert about a process that is gone and has not reported its end."""
         state = read_state(self._directory)
         step = state.step if state is not None else 0
         return Alert(
@@ -279,7 +280,7 @@ class Sender:
             waiting.put((alert, line))
 
     def _serve(self, target: str, waiting: AlertQueue) -> None:
-        """Send to one target, so that one that fails does not delay the others."""
+        """Send the alerts in a queue to one target, so that a failing target delays no other."""
         while (taken := waiting.get()) is not None:
             problem = ""
             for attempt, wait in enumerate((0.0, *RETRY_AFTER_S), 1):
@@ -315,7 +316,7 @@ class AlertError(Exception):
 
 
 def can_be_called(target: str) -> bool:
-    """Whether this may be a command or a webhook: not an empty one, nor another kind of address."""
+    """Whether `target` can be a command or a webhook: it is not empty, and no other kind of URL."""
     scheme, separator, rest = target.partition("://")
     if not target.strip() or (separator and not rest.partition("/")[0]):
         return False

@@ -1,6 +1,6 @@
 """The newest events, log lines and artifacts of a run, in bounded memory.
 
-Each has an id, dense from 0, by which a viewer asks for the rest.
+Each entry has an id, dense from 0, from which on a viewer asks for entries.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ class BoundedLog(Generic[T]):
         return tuple(found), len(found) < available
 
     def first_within(self, number: int, max_size: int) -> int:
-        """The first number, from `number` on, from which all entries together are at most
-        `max_size`; the newest entry's at the latest."""
+        """The smallest number, at least `number`, for which all entries from it on together have at
+        most `max_size`; at most that of the newest entry."""
         position = len(self._entries)
         first = max(0, number - self._first)
         while position > first:
@@ -126,7 +126,7 @@ class EventLog:
     """The events, log lines and artifacts of a run. Used under the recorder's lock."""
 
     def __init__(self) -> None:
-        # A run may clip at every step; commands and notices must not be dropped for that.
+        # A run may clip at every step, and those events must not displace commands and notices.
         self.events: BoundedLog[Event] = BoundedLog(
             EVENTS_KEPT, size=event_bytes, rare=lambda event: not isinstance(event, Clip)
         )
@@ -155,7 +155,8 @@ class EventLog:
         return numbered
 
     def add_step(self, record: StepRecord) -> list[Event]:
-        """Add and return the events of one step: its clip if it scaled, and what is not finite."""
+        """Add and return the events of one step: a clip that scaled the gradient, and non-finite
+        quantities."""
         added: list[Event] = []
         if (clip := record.clip) is not None and clip.scale < 1.0:
             event = Clip(

@@ -66,7 +66,7 @@ AFTER_FINDING = frozenset((schema.UPDATE_RATIO, schema.WEIGHT_NORM))
 """Tables that are measured at every step for STEPS_AFTER_FINDING steps after a new finding."""
 STEPS_AFTER_FINDING = 10
 REPEATED_ROWS = 100_000
-"""How far back repeated steps are compared with what was recorded."""
+"""Number of newest recorded rows that repeated steps are compared with."""
 READER_GONE = "the reader closed the output; the training continues without it"
 
 
@@ -85,12 +85,12 @@ class Recorder:
         self.on_record: Callable[[StepRecord], None] | None = None
         """Called with every step before it is queued, mostly on the training thread."""
         self.on_skip: Callable[[SkipRecord], None] | None = None
-        """The same with every skipped iteration."""
+        """Called with every skipped iteration, likewise."""
         self.repeating_until = -1
         """Steps up to this one are recorded already: the training was rewound and repeats them.
         Set by `rewind`."""
         self.needed_tables: frozenset[str] = frozenset()
-        """Tables that have to be measured in every step."""
+        """Tables that breakpoints need, which have to be measured in every step."""
         self._dense_until = -1
         """The last of the STEPS_AFTER_FINDING steps in which AFTER_FINDING are measured. Set on the
         recorder's thread only."""
@@ -225,7 +225,7 @@ class Recorder:
         self._enqueue(self._declare, tuple(tables))
 
     def describe(self, **changes: Any) -> None:
-        """Change fields of the `RunInfo`; its revision is raised."""
+        """Change fields of the `RunInfo` and raise its revision."""
         if "parameters" in changes:
             changes = {**self._extra_info(), **changes}
         self._enqueue(self._change_info, changes)
@@ -252,7 +252,7 @@ class Recorder:
         self.throughput.resume(self._clock())
 
     def speed_limit_changed(self) -> None:
-        """Measure speed and remaining time from now on."""
+        """Measure speed and remaining time anew from now on."""
         at = None if self.throughput.paused else self._clock() - self._excluded_s()
         self._queue.append((self.throughput.restart_window, (at,)))
 
@@ -262,11 +262,11 @@ class Recorder:
         return paused + self.throughput.excluded_s
 
     def watched(self, step: int) -> frozenset[str]:
-        """The topics on viewers' screens now, and the tables that breakpoints need, or that are
-        measured closely after a finding, as `needed:` and their name. Called once in each `step`
-        of an optimizer; takes no lock."""
+        """The topics on viewers' screens, and `needed:NAME` for each table that breakpoints need
+        or that is measured at every step after a finding. Called once in each `step` of an
+        optimizer; takes no lock."""
         needed = self.needed_tables
-        if 0 <= self._dense_until - step < STEPS_AFTER_FINDING:  # not where steps are repeated
+        if 0 <= self._dense_until - step < STEPS_AFTER_FINDING:  # false while steps are repeated
             needed = needed | AFTER_FINDING
         if not needed:
             return self._polls.watched
@@ -310,7 +310,7 @@ class Recorder:
 
     @property
     def findings(self) -> Sequence[Finding]:
-        """The findings so far, as they were last reported."""
+        """The findings so far, each as it was last reported."""
         with self._lock:
             self._drain()
             return tuple(self._engine.findings) if self._engine is not None else ()
@@ -332,9 +332,9 @@ class Recorder:
         paused_s: Callable[[], float],
         current_step: Callable[[], int] | None = None,
     ) -> None:
-        """Take the fields of `Status` that change continuously from `status`, the seconds that the
-        training thread has been paused from `paused_s`, and the step in which a line is printed
-        from `current_step`: completed steps are recorded a moment later."""
+        """Set the sources of values that change continuously: fields of `Status`, the seconds that
+        the training thread has been paused, and the step in progress, to which a printed line
+        belongs (completed steps are recorded a moment later)."""
         self._live_status = status
         self._current_step = current_step
         self._paused_s = paused_s
@@ -351,7 +351,7 @@ class Recorder:
             engine.describe(self._info)
 
     def report(self, report: PhaseReport | None) -> None:
-        """Set what the phase that has just ended produced; None once training continues."""
+        """Set the report of the phase that has just ended; None once training continues."""
         self._polls.report = sanitize_message(report)
 
     # ------------------------------------------------------------ viewers and sinks
@@ -367,7 +367,7 @@ class Recorder:
             self._polls.forget(viewer)
 
     def subscribe(self, sink: Sink) -> SinkThread:
-        """Hand `sink` everything from now on, in order, on a thread of its own."""
+        """Hand `sink` all items from now on, in order, on its own thread."""
         thread = SinkThread(sink, lambda: self.status, self._sink_failed)
         with self._lock:
             self._drain()
@@ -376,8 +376,7 @@ class Recorder:
         return thread
 
     def unsubscribe(self, thread: SinkThread) -> None:
-        """Hand a sink nothing more. It is closed, on its own thread, once it has taken all that
-        was recorded before."""
+        """Hand a sink no further items. Its thread closes it once it has taken the earlier ones."""
         with self._lock:
             self._drain()
             if thread in self._sinks:
@@ -494,7 +493,8 @@ class Recorder:
         self.throughput.restart_window()
 
     def _repeat_step(self, record: StepRecord) -> None:
-        """A step was repeated: it must be the same. Nothing is recorded."""
+        """Compare a repeated step with the recorded one, and warn of the first difference. The
+        step is not recorded again."""
         self._status = msgspec.structs.replace(self._status, step=record.step)
         if record.producer is not None and self._engine is not None:
             text = f"step {record.step:,} was repeated: {self._engine.origin(record.producer)}"

@@ -1,4 +1,4 @@
-"""The items that sinks are handed: what happened in a run, in order, and how large each is."""
+"""The items that sinks take: everything that happens in a run, in order; and their sizes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tui_trainer.protocol.schema import RunInfo
 
 @dataclass(frozen=True, slots=True)
 class InfoChanged:
-    """The description of the run, first or changed; precedes the items that depend on it."""
+    """The first or a changed description of the run; precedes the items that depend on it."""
 
     info: RunInfo
 
@@ -87,21 +87,21 @@ Item = (
 
 
 class Sink(Protocol):
-    """Where a run is written to: plain lines, JSON lines, the run store.
+    """An output of a run: plain lines, JSON lines, the run store.
 
-    Called on a thread of its own, so it may block; an exception ends this sink only.
+    Each sink is called on its own thread, so it may block; an exception closes this sink only.
     """
 
     def take(self, items: Sequence[Item], status: Status) -> None:
-        """Write `items`. `status` is the current one. Also called without items, about every half
-        second, for sinks that act on the clock."""
+        """Write `items`; `status` is the current status. Also called without items, about every
+        half second, for sinks that act on the clock."""
 
     def close(self) -> None:
         """Called once, after the last item."""
 
 
 ITEM_BYTES = 512
-"""Assumed for any item, besides its values and texts."""
+"""Assumed size of any item without its values and texts."""
 
 
 def item_bytes(item: Item) -> int:
@@ -162,7 +162,8 @@ SHARE_STEPS = 4096
 
 
 def rounded_for_storage(record: StepRecord) -> StepRecord:
-    """`record` with its times and its clip rounded as the store keeps them, its rows by table.
+    """`record` with its times and clip rounded as the store keeps them, and its rows sorted by
+    table.
 
     Live viewers, sinks and a replay then show the same digits, and the digits of noise, which are
     most of what a clip costs on a slow line, are not sent.

@@ -35,9 +35,9 @@ BATCH_ITEMS = 512
 class SinkThread:
     """Queues items in O(1) on the recorder's thread and hands them to the sink on its own thread.
 
-    What is beyond `queue_bytes` is dropped and counted, except descriptions, findings, notices and
+    Items beyond `queue_bytes` are dropped and counted, except descriptions, findings, notices and
     the end, of which there are few. `on_fault` is called with an exception of the sink, which is
-    then closed and gets nothing more.
+    then closed and gets no further items.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class SinkThread:
         with self._changed:
             if not self._queue and not self._closing:
                 self._changed.wait(TICK_S)
-        # Before the items are taken: the step of the status is then among them, or was before.
+        # Read the status first: its step is then among these items or among earlier ones.
         status = self._status()
         with self._changed:
             if self._dropped and len(self._queue) < BATCH_ITEMS:
@@ -143,7 +143,7 @@ class SinkThread:
 
 
 def _kind_of(item: Item) -> Literal["steps", "events", "lines", "samples"] | None:
-    """As what an item is counted when it is dropped; None for one that is always kept."""
+    """The kind as which a dropped item is counted; None for an item that is always kept."""
     match item:
         case InfoChanged() | ItemsDropped() | RunEnded() | Finding() | Notice():
             return None

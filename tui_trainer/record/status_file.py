@@ -1,4 +1,4 @@
-"""Keeps `status.json` in the run's directory up to date: what `tui-trainer ls` reads."""
+"""Keeps `status.json` in the run's directory up to date, which `tui-trainer ls` reads."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ IDENTIFYING_FILES = (SPEC_FILE, SOCKET_POINTER_FILE)
 class RunDirectory:
     """The directory of a live run, restored when it is removed.
 
-    Without it the run would keep training where neither `ls` nor `stop` can find it.
+    Without its directory, the run would keep training but neither `ls` nor `stop` could find it.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
@@ -77,7 +77,7 @@ class StatusFile:
         self._info = info
         self._clock = clock
         self._losses: OrderedDict[int, float] = OrderedDict()
-        """Losses of the newest steps: a training may go back to any of them."""
+        """Losses of the newest steps, since a training may go back to any of these steps."""
         self._written: str | None = None
         self._ended = False
         self._next = 0.0

@@ -13,9 +13,9 @@ from tui_trainer.protocol.messages import Status
 from tui_trainer.protocol.schema import RunInfo
 
 WINDOW_S = 10.0
-"""Speed is a mean over this much training time …"""
+"""Training time over which the speed is averaged."""
 WINDOW_STEPS = 5
-"""… and over at least this many steps."""
+"""Minimum number of steps over which the speed is averaged."""
 CLIP_WINDOW = 100
 RECENT_STEPS = 1000
 WARM_UP_STEPS = 5
@@ -36,7 +36,7 @@ class Throughput:
     def __init__(self) -> None:
         self._points: deque[_Point] = deque(maxlen=4096)
         self._window_from = -math.inf
-        """Time of the last change of the limit on the speed, as `_Point.time`."""
+        """When the speed limit changed last, as `_Point.time`."""
         self._own_ms = 0.0
         self._warming = 0
         """Number of points that are warm-up steps."""
@@ -77,8 +77,8 @@ class Throughput:
             self._drop_oldest()
 
     def restart_window(self, at: float | None = None) -> None:
-        """Forget the speed so far. `at`: when the limit on it has changed, without pauses and
-        excluded work; the wait for the next step until then does not count either."""
+        """Forget the speed so far. `at`: when the speed limit changed, as `_Point.time`; a wait for
+        the next step does not count up to this time."""
         while len(self._points) > 1:
             self._drop_oldest()
         if at is not None:

@@ -18,11 +18,11 @@ from tui_trainer.record.event_log import EventLog
 from tui_trainer.record.sink_items import artifact_bytes, event_bytes, line_bytes
 
 BACKLOG_BYTES = 512 * 1024
-"""Printed lines from before it connected that a new viewer is sent."""
+"""Printed lines from before its connection that a new viewer is sent."""
 BYTES_PER_SECOND = 32 * 1024
-"""More than a person can read."""
+"""Rate at which a viewer is sent printed lines: more than a person can read."""
 BURST_BYTES = 128 * 1024
-"""A long traceback fits."""
+"""Printed lines that a viewer is sent at once: a long traceback fits."""
 MAX_ANSWERS_BEHIND = 4
 
 EVENTS_PER_ANSWER = 2_000
@@ -49,7 +49,7 @@ class TokenBucket:
         """Bytes that may be sent at `now` (seconds) to a viewer whose answers hold `budget`."""
         grown = self._tokens + (now - self._now) * min(BYTES_PER_SECOND, budget)
         self._now = now
-        # The rest of the backlog is kept even where it is more than a burst.
+        # The rest of the backlog is kept even if it is more than a burst.
         self._tokens = max(self._tokens, min(grown, BURST_BYTES, MAX_ANSWERS_BEHIND * budget))
         return int(self._tokens)
 
@@ -71,7 +71,7 @@ class PollHandler:
         self.report: PhaseReport | None = None
 
     def answer(self, poll: Poll, viewer: int, status: Status, info: RunInfo) -> Update:
-        """What `viewer` lacks. Called under the recorder's lock."""
+        """The update with everything that `viewer` lacks. Called under the recorder's lock."""
         self._watch(viewer, frozenset(poll.watch) & TOPICS)
         budget = min(max(poll.budget, MIN_BUDGET_BYTES), MAX_BUDGET_BYTES)
         part = budget // PARTS
@@ -130,7 +130,7 @@ class PollHandler:
         return report
 
     def _log_lines(self, number: int, viewer: int, budget: int) -> tuple[tuple[LogLine, ...], bool]:
-        """Lines from `number` on; the newest where they are more than the bucket allows."""
+        """Lines from `number` on; only the newest if they are more than the bucket allows."""
         bucket = self._buckets.setdefault(viewer, TokenBucket(time.monotonic()))
         allowed = max(bucket.available(time.monotonic(), budget), budget // PARTS)
         log = self._events.log
