@@ -1,8 +1,8 @@
 """The run store: everything measured in a run, in one SQLite database in the run's directory.
 
-`writer` is a sink of the recorder, `reader` a history for viewers, `replay` the items of the run in
-order. `series`, `step_time` and `events` write and read the tables of those names. The format is
-described in docs/store.md.
+`writer` is a sink of the recorder, `reader` a history for viewers, and `recorded_items` replays the
+items of the run in order. `series`, `step_times` and `events` write and read their tables. The
+format is described in docs/store.md.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How arrays and messages are encoded in the store.
 
 Arrays are split into byte planes and compressed. The bytes of a float32 series differ in kind: sign
-and exponent hardly change, the low bits of the mantissa are noise. Planes of equal kind compress
-well where there is anything to compress.
+and exponent hardly change, the low bits of the mantissa are noise. Separate planes compress better
+than mixed bytes.
 
 Events and the status are JSON objects with named fields. On the wire they are arrays, which saves
 bytes; in a file that outlives its program, and that people read with `sqlite3`, names are better.
@@ -42,7 +42,7 @@ from tui_trainer.protocol.text import sanitize_message
 CHUNK = 512
 """Entries of a chunk: a power of 8, so that a full chunk of rows ends in full buckets."""
 GROUP = 16
-"""Columns of a part: drawing one series unpacks no more than its neighbours."""
+"""Columns of a part: to draw one series, only its neighbours are unpacked with it."""
 DECODE_ERRORS = (ValueError, TypeError, IndexError, OverflowError)
 """What decoding damaged data raises: SQLite allows a value of any type in any column."""
 _LEVEL = 1
@@ -53,7 +53,7 @@ _pair_decoder = msgspec.msgpack.Decoder(tuple[bytes, bytes])
 
 
 def pack(array: NDArray[Any]) -> bytes:
-    """Byte planes, compressed."""
+    """Split an array into byte planes and compress them."""
     raw = np.ascontiguousarray(array)
     planes = raw.view(np.uint8).reshape(-1, raw.itemsize).T
     return zlib.compress(planes.tobytes(), _LEVEL)
@@ -70,17 +70,17 @@ def unpack(data: bytes, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
 
 
 def pack_integers(*columns: Steps) -> bytes:
-    """Columns of one length, as differences, which are nearly constant."""
+    """Pack columns of equal length as differences, which are nearly constant."""
     return pack(np.stack([np.diff(column, prepend=0) for column in columns]).astype("<i8"))
 
 
 def unpack_integers(data: bytes, columns: int, count: int = -1) -> NDArray[np.int64]:
-    """(columns, count). Raises ValueError for damaged data."""
+    """Reverse `pack_integers`; shape (columns, count). Raises ValueError for damaged data."""
     return unpack(data, "<i8", (columns, count)).cumsum(axis=1, dtype=np.int64)
 
 
 def pack_values(entries: RawRows | Buckets, columns: slice) -> bytes:
-    """The values of CHUNK entries and some columns, column after column."""
+    """Pack the values of some columns of CHUNK entries, column after column."""
     if isinstance(entries, RawRows):
         return pack(entries.value[:, columns].T.astype("<f4"))
     fields = (entries.low, entries.high, entries.value)
@@ -169,7 +169,7 @@ _JSON_TYPES: dict[Any, Any] = {
     float | None: float | None | NonFiniteValue,
     tuple[float, ...]: tuple[float | NonFiniteValue, ...],
 }
-"""Types of fields that may hold what JSON has no number for: `nan`, `inf` and `-inf` are text."""
+"""Type of a field that may hold nan or inf → its type in JSON, where these are texts."""
 
 
 def _with_names(kind: type[msgspec.Struct]) -> type[msgspec.Struct]:
@@ -214,7 +214,7 @@ _FLOATS = {
     kind: [each.name for each in msgspec.structs.fields(kind) if each.type in _JSON_TYPES]
     for kind in _NAMED
 }
-"""The fields of _JSON_TYPES of each message."""
+"""Message → names of its fields that have a type of _JSON_TYPES."""
 
 
 def encode(message: Event | Status) -> bytes:

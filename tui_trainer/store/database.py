@@ -1,4 +1,4 @@
-"""The database of a run, open for reading: queries, a cache, and what could not be read."""
+"""The database of a run, open for reading: queries, a cache, and notes of unreadable data."""
 
 from __future__ import annotations
 
@@ -32,8 +32,7 @@ EVENTS, SAMPLES, LINES = "events", "samples", "lines of output"
 class Store:
     """One open database. Not thread-safe.
 
-    Nothing here raises for damaged data: what cannot be read is left out, and `fault` says what it
-    was.
+    No method raises for damaged data: unreadable data is left out, and `fault` names it.
     """
 
     def __init__(self, directory: str | os.PathLike[str], ended: bool = False) -> None:
@@ -46,7 +45,7 @@ class Store:
 
     @property
     def fault(self) -> str:
-        """What could not be read, as a sentence; "" while everything could."""
+        """A sentence about the data that could not be read; "" while everything could be."""
         if not self._unreadable and not self._error:
             return ""
         what = ", ".join(self._unreadable)
@@ -99,7 +98,7 @@ class Store:
         try:
             yield
         finally:
-            with suppress(sqlite3.Error):  # where the database is damaged, nothing was begun
+            with suppress(sqlite3.Error):  # in a damaged database, BEGIN may have failed
                 self.connection.execute("COMMIT")
 
     def close(self) -> None:
@@ -108,7 +107,7 @@ class Store:
     # ------------------------------------------------------------ cache
 
     def cached(self, key: tuple[Any, ...], size: int, read: Callable[[], T | None]) -> T | None:
-        """What `read` returned for this key, about `size` bytes; None is not kept."""
+        """The result of `read` for `key`, cached as `size` bytes; None is not cached."""
         found = self._cache.get(key)
         if found is not None:
             self._cache.move_to_end(key)
@@ -124,7 +123,7 @@ class Store:
         return fresh
 
     def clear_cache(self) -> None:
-        """A reader that reads once from the first row to the last returns to none of them."""
+        """Empty the cache, for a reader that passes over all rows once."""
         self._cache.clear()
         self._cached_bytes = 0
 

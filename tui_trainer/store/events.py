@@ -27,9 +27,9 @@ from tui_trainer.store.database import EVENTS, LINES, SAMPLES, Store
 T = TypeVar("T")
 
 MAX_WAITING = 100_000
-"""Items that wait to be written."""
+"""Maximum number of items that wait to be written."""
 MAX_MARKED = 200_000
-"""Most events that `places` reads, from the first one on."""
+"""Maximum number of events that `places` reads, from the first one on."""
 
 # ---------------------------------------------------------------- writing
 
@@ -37,10 +37,10 @@ SqlStatement = tuple[str, tuple[object, ...]]
 
 
 class EventWriter:
-    """Events, log lines and artifacts.
+    """Writes events, log lines and artifacts.
 
-    Where too many wait, clips are dropped first, the newest of them, then lines and samples;
-    notices and non-finite values are always kept.
+    If too many items wait, the newest clips are dropped first, then lines and samples; notices,
+    findings, skipped iterations and non-finite values are always kept.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -50,11 +50,10 @@ class EventWriter:
         self._others: list[tuple[int, Event | LogLine | Artifact]] = []
         self._bytes = 0
         self.dropped: Counter[str] = Counter()
-        """Number of items that there was no room for, by kind: "clip", "event", "line",
-        "sample"."""
+        """Number of dropped items by kind: "clip", "event", "line", "sample"."""
 
     def add(self, seq: int, item: Event | LogLine | Artifact, size: int) -> None:
-        """Take an item of about `size` bytes, where there is room."""
+        """Take an item of about `size` bytes, if there is room."""
         required = isinstance(item, Notice | NonFinite | Skipped | Finding)
         while self._is_full():
             if isinstance(item, Clip) or not (self._clips or required):
@@ -129,7 +128,7 @@ class StoredEvents:
         self._store = store
 
     def events(self, step: int, count: int) -> tuple[Event, ...]:
-        """The last `count` clips up to a step and as many of the other events, oldest first: rare
+        """The last `count` clips up to a step and the last `count` other events, oldest first: rare
         events are not lost among thousands of clips."""
         rows = [
             row
@@ -150,9 +149,8 @@ class StoredEvents:
 
     def of_kind(self, kind: EventKind, count: int) -> tuple[Event, ...]:
         """The first events of a kind."""
-        question = "SELECT id, data FROM event WHERE kind = ? ORDER BY id LIMIT ?"
-        rows = self._store.query(question, kind, count)
-        return self._decoded(EVENTS, rows, codec.decode_event)
+        sql = "SELECT id, data FROM event WHERE kind = ? ORDER BY id LIMIT ?"
+        return self._decoded(EVENTS, self._store.query(sql, kind, count), codec.decode_event)
 
     def log(self, step: int, count: int) -> tuple[LogLine, ...]:
         """The last `count` lines printed up to a step, oldest first."""
@@ -218,7 +216,8 @@ class StoredEvents:
         return int(found[0][0]) if found else None
 
     def places(self, kind: EventKind, last_step: int, cells: int) -> list[int]:
-        """Which of `cells` equal ranges of steps 0..last_step hold an event of a kind."""
+        """Indices of the ranges that hold an event of a kind, among `cells` equal ranges of steps
+        0..last_step."""
         sql = (
             "SELECT DISTINCT min(step * ?1 / (?2 + 1), ?1 - 1) FROM "
             "(SELECT step FROM event WHERE kind = ?3 AND step <= ?2 LIMIT ?4)"

@@ -43,8 +43,8 @@ class _Measured(NamedTuple):
 
 
 def replay_items(history: StoredHistory) -> Iterator[Item]:
-    """All items of the run so far; `history` is refreshed. What is damaged is left out, and
-    `history.store.fault` says what it was."""
+    """All items of the run so far. Refreshes `history`. Damaged items are left out, and
+    `history.store.fault` names them."""
     store = history.store
     with store.snapshot():
         history.refresh()
@@ -73,8 +73,11 @@ def replay_items(history: StoredHistory) -> Iterator[Item]:
 def _measured(
     found: _Measured, following: object, info: RunInfo
 ) -> Iterator[StepRecorded | RowRecorded]:
-    """The item of a step or a row, none where nothing of it can be read; `info` declares its
-    tables. A step that was clipped is followed by its clip."""
+    """The item of a step or a row, or nothing if none of its tables can be read.
+
+    `info` declares the tables. `following` is the next item: a clipped step is followed by its
+    clip.
+    """
     declared = {table.id: table for table in info.tables}
     rows = tuple(
         (number, values)
@@ -103,8 +106,8 @@ def _measured(
 
 
 def _descriptions(history: StoredHistory) -> Iterator[tuple[int, InfoChanged]]:
-    """Descriptions with their seq. The first comes before everything else; a damaged one is
-    replaced by the next, or by what else is known of the run."""
+    """Descriptions with their seq. The first precedes all other items; a damaged description is
+    replaced by the next one, or by the declared tables."""
     store, found = history.store, []
     later: RunInfo | None = None
     for seq, data in store.query("SELECT seq, data FROM description ORDER BY seq DESC"):
@@ -122,7 +125,7 @@ def _descriptions(history: StoredHistory) -> Iterator[tuple[int, InfoChanged]]:
 
 
 def _measurements(history: StoredHistory) -> Iterator[tuple[int, _Measured]]:
-    """Steps and rows with their seq; what has no time, because that is damaged, is left out."""
+    """Steps and rows with their seq. Those whose time is damaged are left out."""
     sources = [_times(history), *(_rows(series) for series in history.tables.values())]
     in_order = heapq.merge(*sources, key=itemgetter(0, 1))
     for seq, group in groupby(in_order, key=itemgetter(0)):

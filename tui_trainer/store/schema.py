@@ -126,11 +126,11 @@ class StoreError(Exception):
 
 
 class DamageError(StoreError):
-    """What the store holds cannot be decoded."""
+    """The content of the store cannot be decoded."""
 
 
 def error_text(error: Exception) -> str:
-    """One of READ_ERRORS on one line; what it quotes may be any text."""
+    """The message of one of READ_ERRORS on one line; it may quote any text."""
     if isinstance(error, UnicodeDecodeError):
         return "malformed database schema"
     return single_line(str(error), 200)
@@ -191,7 +191,7 @@ def open_for_reading(directory: str | os.PathLike[str], ended: bool = False) -> 
     if not path.exists():
         raise StoreError(f"nothing was recorded in {directory}")
     journal = path.with_name(path.name + "-wal").exists()
-    # Without a journal, and without the right or the need to create one, the file is read alone.
+    # If there is no journal, and none needs to or can be created, read the file alone.
     alone = not journal and (ended or not os.access(directory, os.W_OK))
     options = "&immutable=1" if alone else "&vfs=unix-none" if ended and os.name == "posix" else ""
     uri = f"file:{quote(str(path))}?mode=ro{options}"
@@ -202,7 +202,7 @@ def open_for_reading(directory: str | os.PathLike[str], ended: bool = False) -> 
         )
         # A damaged text must not hide the rows after it.
         connection.text_factory = lambda data: data.decode("utf-8", "replace")
-        if ended:  # the index of the journal is then kept in memory
+        if ended:  # SQLite then keeps the index of the journal in memory
             connection.execute("PRAGMA locking_mode = EXCLUSIVE")
         version = schema_version(connection)
     except READ_ERRORS as error:

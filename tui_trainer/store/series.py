@@ -1,7 +1,7 @@
 """The rows of one measured table in the store (tables `series`, `chunk`, `part` and `tail`).
 
-Rows are appended to a tail. Where 512 rows or buckets of a level are there, they are packed into a
-chunk and summarised in the tail of the level above.
+Rows are appended to a tail. Once the tail of a level has 512 rows or buckets, they are packed into
+a chunk and summarised in the tail of the level above.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ T = TypeVar("T", bound=np.generic)
 
 @contextmanager
 def reading_back() -> Iterator[None]:
-    """Raise `DamageError` where what was written before cannot be decoded."""
+    """Raise `DamageError` if entries that were written before cannot be decoded."""
     try:
         yield
     except DECODE_ERRORS as error:
@@ -57,11 +57,11 @@ class SeriesWriter:
         self._values: list[Floats] = []
         self._last_step: int | None = None
         self._rows: int | None = None
-        """Rows in the database; None: not yet known."""
+        """Number of rows in the database; None: not yet known."""
         self._rows_after = 0
 
     def add(self, seq: int, step: int, values: Floats) -> int:
-        """Take a row; returns the bytes it holds while it waits, 0 when it does not fit."""
+        """Take a row; returns its bytes in memory, 0 if it does not fit the table."""
         if values.shape != (self._columns,):
             return 0
         if self._last_step is not None and step < self._last_step:
@@ -106,7 +106,7 @@ class SeriesWriter:
     def _add_rows(
         self, connection: sqlite3.Connection, first: int, new: RawRows, seqs: Steps
     ) -> None:
-        """Append rows to the tail of level 0, and make chunks of what fills them."""
+        """Append rows to the tail of level 0, and move full chunks out of the tail."""
         self._add_tail(connection, 0, first, new, seqs)
         start = self._tail_start(connection, 0)
         if first + len(new.last) - start < CHUNK:
@@ -129,7 +129,7 @@ class SeriesWriter:
     def _add_buckets(
         self, connection: sqlite3.Connection, level: int, first: int, new: Buckets
     ) -> None:
-        """Append buckets to the tail of a level, and make chunks of what fills them."""
+        """Append buckets to the tail of a level, and move full chunks out of the tail."""
         self._add_tail(connection, level, first, new)
         start = self._tail_start(connection, level)
         if first + len(new.last) - start < CHUNK:
@@ -168,7 +168,7 @@ class SeriesWriter:
             return int(connection.execute(sql, (self.table.id, level)).fetchone()[0])
 
     def _take_tail(self, connection: sqlite3.Connection, level: int) -> list[tuple[bytes, bytes]]:
-        """(data, seqs) of the whole tail of a level, which is deleted."""
+        """Delete the tail of a level and return its (data, seqs)."""
         which = "FROM tail WHERE series = ? AND level = ?"
         key = (self.table.id, level)
         found = connection.execute(f"SELECT data, seqs {which} ORDER BY first", key).fetchall()
@@ -217,7 +217,7 @@ class RowBlock(NamedTuple):
 
 
 class StoredSeries(SeriesReader):
-    """A table of a recorded run, as it was at a step: later rows are not seen."""
+    """A table of a recorded run as it was at a step; later rows are hidden."""
 
     def __init__(self, store: Store, table: Table) -> None:
         self.table = table
@@ -236,7 +236,7 @@ class StoredSeries(SeriesReader):
             levels.append(StoredLevel(self._store, self.table.id, len(levels), self.columns))
         self._levels = levels[:-1] or levels
         self._all_rows = self.rows = levels[0].stop
-        # Where the rows themselves cannot be read, buckets of them may.
+        # If the rows themselves cannot be read, their buckets may be readable.
         firsts = (level.bounds(0, min(1, level.stop))[0] for level in self._levels)
         self.first_step = next((int(found[0]) for found in firsts if len(found)), None)
         self.newest_step = self.last_step = self._last_step()
@@ -274,8 +274,8 @@ class StoredLevel:
         self.start = 0
         self.size: int = FACTOR**level
         self._store, self._series, self._level, self._columns = store, series, level, columns
-        # Chunks are numbered from 0 without a gap. (A damaged number may be any, so do not ask for
-        # the largest.)
+        # Chunks are numbered from 0 without a gap. (Damage may change a number: count the chunks
+        # instead of asking for the largest.)
         sql = "SELECT count(*) FROM chunk WHERE series = ? AND level = ?"
         count = store.numbers(MEASUREMENTS, sql, series, level)
         self._chunks = int(count[0][0]) if count else 0
@@ -366,8 +366,8 @@ class StoredLevel:
         return Buckets.join(parts)
 
     def rows(self, start: int) -> RowBlock | None:
-        """The rows of the chunk that begins at `start`, or of the tail (level 0); None where they
-        cannot be read."""
+        """The rows (level 0) of the chunk or of the part of the tail that begins at `start`; None
+        where they cannot be read."""
         number = start // CHUNK
         if number >= self._chunks:
             tail, offset = self._tail, start - self._chunks * CHUNK
@@ -427,7 +427,7 @@ class StoredLevel:
         return self._store.cached(key, kinds * CHUNK * 8, read)
 
     def _part(self, number: int, group: int) -> Part | None:
-        """16 columns of a chunk; None where they cannot be read."""
+        """GROUP columns of a chunk; None where they cannot be read."""
         columns = min(GROUP, self._columns - group * GROUP)
 
         def read() -> Part | None:

@@ -17,22 +17,22 @@ from tui_trainer.store.database import TIMES, Store
 
 
 class StepTimesWriter:
-    """When each step ended. The newest piece is written again with each commit until it is full."""
+    """Writes when each step ended. Each commit rewrites the newest piece until it is full."""
 
     def __init__(self) -> None:
         self._entries: list[tuple[int, int, float, float]] = []
-        """(seq, step, time, own_ms): those of the newest piece, then those that wait."""
+        """(seq, step, time, own_ms) of the newest piece, then of entries that wait."""
         self._committed = 0
-        """How many of the entries are in the database, in row `_row`."""
+        """Number of entries that are in the database, in row `_row`."""
         self._row: int | None = None
         self._row_after: int | None = None
 
     def add(self, seq: int, step: int, time: float, own_ms: float) -> None:
-        """A step, or with an `own_ms` of nan a row measured outside a step."""
+        """Take a step, or with an `own_ms` of nan a row measured outside a step."""
         self._entries.append((seq, step, time, own_ms))
 
     def reopened(self) -> None:
-        """What is not written yet starts a piece of its own."""
+        """Start a new piece with the entries that are not written yet."""
         del self._entries[: self._committed]
         self._committed, self._row = 0, None
 
@@ -61,8 +61,8 @@ class StepTimesWriter:
 
 
 def _last_step(piece: StepTimes) -> tuple[int, float]:
-    """The last step of a piece, and when it ended. Rows measured outside a step count only where
-    there is nothing else: they overtake steps whose values are still on their way to the host."""
+    """The last step of a piece, and when it ended. Rows measured outside a step count only in a
+    piece without steps: they overtake steps whose values are still on their way to the host."""
     steps = np.flatnonzero(~np.isnan(piece.own_ms))
     at = steps[-1] if len(steps) else -1
     return int(piece.step[at]), float(piece.time[at])
@@ -71,11 +71,11 @@ def _last_step(piece: StepTimes) -> tuple[int, float]:
 # ---------------------------------------------------------------- reading
 
 MAX_PIECES = 512
-"""Pieces read at once by `StepTimesReader.times`."""
+"""Maximum number of pieces that `StepTimesReader.times` reads at once."""
 
 
 class StepTimesReader:
-    """Times of the steps of a recorded run."""
+    """Reads when the steps of a recorded run ended."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -115,7 +115,7 @@ class StepTimesReader:
         return self._first
 
     def time_of(self, step: int) -> float:
-        """When a step ended, seconds since the epoch; nan where that is not known."""
+        """When a step ended, in seconds since the epoch; nan if that is not known."""
         place = int(np.searchsorted(self._last_steps, step))
         if place < len(self._ids):
             steps, times = self._piece(place)
@@ -144,7 +144,7 @@ class StepTimesReader:
         return times
 
     def elapsed_s(self, step: int) -> float:
-        """Seconds from the end of the first step to that of this one, pauses included."""
+        """Seconds from the end of the first step to the end of `step`, pauses included."""
         if self.first_step is None:
             return 0.0
         return max(0.0, float(self.times(np.array([step]))[0]) - self.first_step[1])
@@ -166,7 +166,7 @@ class StepTimesReader:
             piece = next(self._store.decoded(TIMES, codec.unpack_step_times, rows), None)
             if piece is None:
                 return None
-            # A step before a row that was measured outside a step of the same number.
+            # A step precedes a row measured outside a step with the same number.
             order = np.lexsort((np.isnan(piece.own_ms), piece.step))
             steps, at = np.unique(piece.step[order], return_index=True)
             return steps, piece.time[order][at]

@@ -40,27 +40,27 @@ from tui_trainer.store.step_times import StepTimesWriter
 COMMIT_EVERY_S = 0.4
 MAX_BACK_OFF_S = 30.0
 MAX_WAITING_BYTES = 64 * 2**20
-"""Most bytes of pending rows while writes fail, and of events, lines and samples again; beyond
-that the newest are dropped and counted."""
+"""Maximum bytes of pending rows while writes fail, and as many of events, lines and samples; the
+newest items beyond that are dropped and counted."""
 RECENT_BYTES = 32 * 2**20
 CORRUPT = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 MAX_SET_ASIDE = 8
-"""Damaged databases that a run leaves behind; after that nothing more is recorded."""
+"""Maximum number of damaged databases that a run renames; after that it records nothing more."""
 
 
 class TableWriter(Protocol):
-    """Writes some tables of the store. Its items wait until `write` and, once that is committed,
-    `written`."""
+    """Writes some tables of the store. Items are kept until `write` has written them and `written`
+    confirms the commit."""
 
     def reopened(self) -> None:
         """The database was opened again: it may be another one, or hold less than was written."""
 
     def write(self, connection: sqlite3.Connection, first_seq: int) -> None:
-        """Write what waits, inside the caller's transaction. `first_seq` is added to each seq, all
-        of which count from 0. Raises sqlite3.Error."""
+        """Write the pending items, inside the caller's transaction. `first_seq` is added to each
+        seq, which counts from 0. Raises sqlite3.Error."""
 
     def written(self) -> None:
-        """What `write` wrote is committed."""
+        """Called once the transaction of `write` is committed: forget the items."""
 
 
 class DescriptionWriter:
@@ -107,8 +107,8 @@ def _without_cadences(info: RunInfo) -> RunInfo:
 
 
 class RecentItems:
-    """The newest RECENT_BYTES of the run, oldest first: what a new database starts with in place
-    of a damaged one."""
+    """The newest RECENT_BYTES of the run, oldest first. A new database that replaces a damaged one
+    starts with these items."""
 
     def __init__(self) -> None:
         self._items: deque[tuple[Item, int]] = deque()
@@ -121,7 +121,7 @@ class RecentItems:
 
     @property
     def first_step(self) -> int | None:
-        """The oldest step that is kept."""
+        """The oldest step among the items."""
         return next((item.record.step for item in self if isinstance(item, StepRecorded)), None)
 
     def append(self, item: Item) -> None:
@@ -137,7 +137,7 @@ class RecentItems:
 
 class StoreWriter:
     """The sink that writes the store. `report(text)` is called with each problem, and with "" once
-    it is over, for `Status.recording`."""
+    the problem is over, for `Status.recording`."""
 
     def __init__(
         self,
@@ -171,7 +171,7 @@ class StoreWriter:
         self._dropped_rows = 0
 
     def take(self, items: Sequence[Item], status: Status) -> None:
-        """Keep the items; commit when it is time."""
+        """Keep the items; commit if a commit is due or the run has ended."""
         self._status = status
         for item in items:
             self._take(item)
@@ -180,7 +180,7 @@ class StoreWriter:
             self.commit()
 
     def close(self) -> None:
-        """Commit what waits, and empty the journal into the database."""
+        """Commit pending items, and empty the journal into the database."""
         self.commit()
         if self._connection is not None:
             try:
@@ -190,8 +190,8 @@ class StoreWriter:
             self._disconnect()
 
     def commit(self) -> bool:
-        """Write everything pending; returns whether that succeeded. Where nothing has changed since
-        the last commit, as while the run is paused, nothing is written."""
+        """Write pending items and return whether that succeeded. Nothing is written if nothing has
+        changed since the last commit, as while the run is paused."""
         try:
             if self._connection is not None and file_identity(self._directory) != self._file:
                 self._disconnect()
@@ -247,7 +247,7 @@ class StoreWriter:
                 known.table = table
 
     def _row(self, table: int, seq: int, step: int, values: Floats) -> bool:
-        """Keep a row; returns whether there was room, and a table with as many columns."""
+        """Keep a row; returns False if there is no room, or no table with as many columns."""
         series = self._series.get(table)
         if series is None or self._waiting_bytes > MAX_WAITING_BYTES:
             self._dropped_rows += 1
@@ -336,7 +336,7 @@ class StoreWriter:
             try:
                 connection.close()
             except sqlite3.Error:
-                return  # there is nothing more to do about it
+                return  # the connection is given up anyway
 
     def _set_problem(self, text: str) -> None:
         if text != self._problem:
