@@ -1,4 +1,4 @@
-"""Writing a file so that others see the old one or the whole new one."""
+"""Atomic replacement of files: readers see the old file or the complete new one."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path in the same directory that becomes `path` on success and is removed otherwise. It has
-    the suffix of `path`, by which some libraries choose the format."""
+    """Yield a path in the same directory that becomes `path` on success and is removed otherwise.
+    It has the suffix of `path`, by which some libraries choose the format."""
     partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
         yield partial

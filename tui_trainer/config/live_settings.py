@@ -27,7 +27,7 @@ _TARGET = re.compile(r"\s*([A-Za-z][\w-]*)\s*(?:\[\s*(\d{1,6})\s*\])?\s*\Z")
 
 
 def parse_changes(texts: Iterable[str]) -> tuple[SettingChange, ...]:
-    """Raises ConfigurationError for the first one that cannot be understood."""
+    """Parse several changes. Raises ConfigurationError for the first invalid one."""
     changes = tuple(parse_change(text) for text in texts)
     if not changes:
         raise ConfigurationError("no change is given", "for example lr=3e-4")
@@ -39,7 +39,7 @@ def parse_changes(texts: Iterable[str]) -> tuple[SettingChange, ...]:
 
 
 def parse_change(text: str) -> SettingChange:
-    """Raises ConfigurationError."""
+    """Parse one change. Raises ConfigurationError."""
     target, sign, value = text.partition("=")
     if not sign:
         raise ConfigurationError(f"{text!r} is not a change of a setting", "for example lr=3e-4")

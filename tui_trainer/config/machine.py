@@ -79,18 +79,19 @@ class OtherLoad:
         self._start = self._sample()
 
     def cores(self, min_period_s: float = MIN_PERIOD_S) -> float:
-        """Waits until `min_period_s` seconds have passed since the instance was created."""
+        """The load. Waits until `min_period_s` seconds have passed since the instance was
+        created."""
         if not self._start[1]:
             return 0.0
         started, busy_before, own_before = self._start
         time.sleep(max(0.0, started + min_period_s - time.monotonic()))
         now, busy, own = self._sample()
-        if os.getppid() != self._parent:  # it ended, and its CPU time is no longer known
+        if os.getppid() != self._parent:  # the parent ended, and its CPU time is no longer known
             return 0.0
         return max(0.0, (busy - busy_before - (own - own_before)) / (now - started))
 
     def _sample(self) -> tuple[float, float, float]:
-        """Time, CPU seconds of all processes, CPU seconds of ours."""
+        """Time, CPU seconds of all processes, and CPU seconds of our own processes."""
         return time.monotonic(), _busy_s(_affinity()), _own_s()
 
 

@@ -131,7 +131,8 @@ def value_text(value: Scalar) -> str:
 
 
 def typed_value(option: Option, text: str | bool) -> str | bool:
-    """A field for `parse`: `\\n` is a line break in options that may contain one, as a prompt."""
+    """The text of a field for `parse`: `\\n` becomes a line break in options that may contain one,
+    such as a prompt."""
     if isinstance(text, str) and "\n" in str(option.default):
         return text.replace("\\n", "\n")
     return text

@@ -20,7 +20,7 @@ from tui_trainer.config.atomic_file import replacing
 from tui_trainer.config.run_spec import process_identity, runs_directory
 
 LAUNCHES = ".launches"
-"""Folder of the notes, in the runs directory."""
+"""Directory of the notes, in the runs directory."""
 _IDENTIFYING = (
     "TORCHELASTIC_RUN_ID",
     "TORCHELASTIC_RESTART_COUNT",
@@ -39,7 +39,7 @@ class Rank:
     restart: int = 0
     """How often the launcher has restarted the processes."""
     launch: str = ""
-    """Identifies a launch: equal for all of its processes only."""
+    """Identifies a launch: equal in all processes of the launch, different in any other."""
     with_rank_zero: bool = True
     """Whether rank 0 runs on this machine."""
     master: str = ""
@@ -68,7 +68,7 @@ def rank_here(environment: Mapping[str, str] = os.environ) -> Rank | None:
 
 
 class LaunchNote(msgspec.Struct, frozen=True):
-    """Where rank 0 of a launch records, as it leaves it for the other ranks."""
+    """The note that rank 0 of a launch leaves for the other ranks: where the run is recorded."""
 
     directory: str
     pid: int
@@ -83,7 +83,7 @@ def _note_path(launch: str, runs_dir: str | os.PathLike[str] | None) -> Path:
 def leave_note(
     rank: Rank, directory: str | os.PathLike[str], runs_dir: str | os.PathLike[str] | None = None
 ) -> Path:
-    """Let the other ranks of this launch know where the run is. Raises OSError."""
+    """Write the note for the other ranks of the launch; returns its path. Raises OSError."""
     path = _note_path(rank.launch, runs_dir)
     path.parent.mkdir(mode=0o700, exist_ok=True)
     note = LaunchNote(os.fspath(directory), os.getpid(), process_identity(os.getpid()))

@@ -30,7 +30,7 @@ LOG_FILE = "log.txt"
 BREAKPOINTS_FILE = "breakpoints.json"
 SOCKET_FILE = "run.sock"
 SOCKET_POINTER_FILE = "socket"
-"""Holds the path of a socket that is not in the run's directory."""
+"""File with the path of a socket that is not in the run's directory."""
 SOCKET_DIRECTORY_PREFIX = "tui-trainer-"
 """Prefix of the temporary directory of such a socket."""
 MAX_SOCKET_PATH_BYTES = 100
@@ -39,7 +39,7 @@ RUNS_DIR_VARIABLE = "TUI_TRAINER_RUNS_DIR"
 
 
 RUN_NAME = re.compile(r"[\w][\w.+-]{0,99}")
-"""What a user may call a run."""
+"""A valid name of a run."""
 
 
 class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,16 +61,16 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
     arguments: tuple[str, ...] = ()
     """The script's own arguments, without its name."""
     launcher: tuple[str, ...] = ()
-    """The command that starts the training processes, up to where a program follows: `torchrun
+    """The command that starts the training processes, up to the program: `torchrun
     --nproc-per-node=2 --no-python`; (): the run process trains by itself."""
     local_rank_option: str = ""
-    """The launcher gives this option, with the process's rank on its machine, to the script."""
+    """The option by which the launcher passes each process's local rank to the script."""
     working_directory: str = ""
     """"": the process's own."""
     command: tuple[str, ...] = ()
     """The command line as typed, for the record."""
     source: SourceInfo | None = None
-    """The git commit of the working directory, as it was before the run began."""
+    """The git commit of the working directory before the run began."""
     start_paused: bool = False
     steps_per_second: float | None = None
     """The limit that the run begins with; None: full speed."""
@@ -94,9 +94,9 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
     snapshots: int = 0
     """Bytes of host memory for snapshots of the training, to go back to; 0: none are taken."""
     snapshots_every: int | None = None
-    """Steps between them; None: as many as keep their cost small."""
+    """Steps between snapshots; None: as many as keep their cost small."""
     keep_checkpoints: int = 3
-    """How many of the newest checkpoints are kept, in addition to the best one."""
+    """Number of newest checkpoints that are kept, in addition to the best one."""
     resume: str | None = None
     """Directory of the checkpoint to resume from."""
     parent: str = ""
@@ -106,7 +106,7 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_script(self) -> bool:
-        """Whether it trains a user's own script."""
+        """Whether the run trains a user's own script."""
         return self.task == SCRIPT
 
 
@@ -129,7 +129,7 @@ def read_spec(directory: str | os.PathLike[str]) -> RunSpec:
 
 
 def saved_breakpoints(directory: str | os.PathLike[str]) -> tuple[Breakpoint, ...]:
-    """The breakpoints that a run had last; none where they cannot be read."""
+    """The last breakpoints of a run; none if they cannot be read."""
     with contextlib.suppress(OSError, ValueError):
         data = (Path(directory) / BREAKPOINTS_FILE).read_bytes()
         return msgspec.json.decode(data, type=tuple[Breakpoint, ...])
@@ -139,7 +139,7 @@ def saved_breakpoints(directory: str | os.PathLike[str]) -> tuple[Breakpoint, ..
 def save_breakpoints(
     directory: str | os.PathLike[str], breakpoints: tuple[Breakpoint, ...]
 ) -> None:
-    """Write them atomically; no file where there never were any. Raises OSError."""
+    """Write the breakpoints atomically; a run that never had any gets no file. Raises OSError."""
     path = Path(directory) / BREAKPOINTS_FILE
     if breakpoints or path.exists():
         with replacing(path) as partial:
@@ -352,8 +352,8 @@ def _boot_id() -> str:
 
 @functools.cache
 def machine_identity() -> str:
-    """Names the machine and, on Linux, the namespace of process numbers: hosts and containers may
-    share a runs directory, and processes of another one cannot be looked up."""
+    """The name of the machine and, on Linux, its namespace of process numbers: hosts and containers
+    may share a runs directory, but cannot look up each other's processes."""
     try:
         namespace = os.readlink("/proc/self/ns/pid")
     except OSError:

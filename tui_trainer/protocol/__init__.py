@@ -16,5 +16,5 @@ Phase = Literal["data", "zero_grad", "forward", "loss", "backward", "clip", "ste
 PHASES: tuple[Phase, ...] = get_args(Phase)
 """The phases of one optimizer step, in the order of the textbook loop."""
 BETWEEN = ("eval", "checkpoint", "tracing", "other")
-"""What the time of a step between its phases is called: evaluations, checkpoints that the script
-saves, our own work on the training thread, and everything else."""
+"""Names for the time of a step between its phases: evaluations, checkpoints that the script saves,
+our own work on the training thread, and everything else."""

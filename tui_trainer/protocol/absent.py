@@ -1,8 +1,8 @@
 """Values that are absent, and why.
 
-A row has a float32 for every column. Where there is no value, the row holds a nan whose payload is
-a reason of `Absent`: rows, stores and messages keep it bit by bit, conversions between float32 and
-float64 too, and no arithmetic produces it. A measured nan has another payload.
+A row has a float32 for every column. An absent value is a nan whose payload is a reason of
+`Absent`: rows, stores, messages and conversions between float32 and float64 keep the payload bit by
+bit, and no arithmetic produces it. A measured nan has another payload.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ _VALUES = {why: float(np.uint32(_MARK | why).view(np.float32)) for why in Absent
 
 
 def absent(why: Absent) -> float:
-    """The value of a row that stands for no value."""
+    """The nan that stands for an absent value in a row."""
     return _VALUES[why]
 
 
@@ -93,7 +93,7 @@ def absent_mask(values: NDArray[np.float32]) -> NDArray[np.bool_]:
 
 
 def why_absent(value: float) -> Absent | None:
-    """The reason of an absent value; None for any other, a measured nan too."""
+    """The reason of an absent value; None for any other value, also for a measured nan."""
     if not math.isnan(value):
         return None
     (bits,) = struct.unpack("<I", struct.pack("<f", value))
@@ -110,8 +110,8 @@ SMALLEST = float(np.finfo(np.float32).tiny)
 
 
 def to_float32(values: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Values for a row; what float32 cannot hold is absent instead of infinite or zero."""
-    # Few calls for what is usual: norms. `fmin` and `fmax` pass over NaNs.
+    """Values for a row; those that float32 cannot hold are absent instead of infinite or zero."""
+    # A fast path for norms, the usual values. `fmin` and `fmax` ignore nan.
     if not values.size or (
         np.fmin.reduce(values) >= SMALLEST and np.fmax.reduce(values) <= LARGEST
     ):

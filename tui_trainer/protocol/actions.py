@@ -92,9 +92,9 @@ class Back(msgspec.Struct, tag="back", frozen=True):
     step: int | None = None
     """None: one step back."""
     confirmed: bool = False
-    """Even if repeating the steps takes long."""
+    """Whether to go back even if repeating the steps takes long."""
     break_at: str = ""
-    """Condition of a breakpoint that is set there, to be met once; "": none."""
+    """Condition of a breakpoint that is set at that step and met once; "": none."""
 
 
 class KeepSnapshots(msgspec.Struct, tag="keep_snapshots", frozen=True):
@@ -108,13 +108,13 @@ class Branch(msgspec.Struct, tag="branch", frozen=True):
 
     changes: tuple[SettingChange, ...] = ()
     name: str = ""
-    """"": that of this run and a number."""
+    """"": the name of this run and a number."""
     paused: bool = False
     only_check: bool = False
-    """Only say whether the name and the changes are possible."""
+    """Check the name and the changes without starting the run."""
     back_to: int | None = None
-    """The step to which a script was asked to go back just before: without that state there is no
-    branch."""
+    """The step that a script was asked to go back to just before. The branch is refused if the
+    state of that step is not available."""
 
 
 class UndoSettings(msgspec.Struct, tag="undo_settings", frozen=True):

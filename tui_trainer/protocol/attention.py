@@ -12,7 +12,7 @@ ContributionKind = Literal["start", "attention", "head", "bias", "module", "read
 """`readout`: the biases of the final norm and of the head, which only the logit has."""
 
 MAX_POSITIONS = 16_384
-"""Keys and queries whose values are sent one by one: the first ones."""
+"""Maximum number of keys, and of queries, whose values are sent one by one: the first ones."""
 PAIRS = ("qk", "qv", "kv")
 PARTS = ("q", "k", "v")
 
@@ -22,14 +22,14 @@ class ExamineAttention(msgspec.Struct, tag="examine_attention", frozen=True):
     forward pass."""
 
     layer: str = ""
-    """Its path; "": the first one."""
+    """Path of the layer; "": the first one."""
     head: int = 0
     query: int | None = None
     """None: the last position."""
     sample: int = 0
     """Number of the example in the batch."""
     window: HeatMapWindow | None = None
-    """The part of the map, and the size it is reduced to; None: without the map."""
+    """The part of the map, and the size that it is reduced to; None: no map."""
     weights: bool = False
     """Whether to compare Wq, Wk and Wv of every head."""
     residual: bool = False
@@ -37,30 +37,29 @@ class ExamineAttention(msgspec.Struct, tag="examine_attention", frozen=True):
 
 
 class QueryRow(msgspec.Struct, frozen=True, array_like=True):
-    """One query with every key: float32 of shape (keys,) each."""
+    """One query with every key, as arrays of float32 of shape (keys,)."""
 
     products: bytes
     """q · k"""
     angles: bytes
-    """Between q and k, in degrees."""
+    """Angles between q and k, in degrees."""
     scores: bytes
-    """What softmax is taken of: q · k times the scale, plus what is added to it; nan where it may
-    not attend."""
+    """Input of the softmax: q · k times the scale, plus a bias; nan at masked keys."""
     weights: bytes
-    """softmax of the scores; 0 where it may not attend."""
+    """softmax of the scores; 0 at masked keys."""
 
 
 class HeadAttention(msgspec.Struct, frozen=True, array_like=True):
-    """What one head does."""
+    """Statistics of the attention of one head."""
 
     entropy: float
     """Entropy of the query's weights, in nats."""
     mean_entropy: float
-    """Over the queries."""
+    """Mean of the entropies of all queries, in nats."""
     largest: float
     """Largest weight of the query."""
     key: int
-    """The key that has it."""
+    """The key with the largest weight."""
 
 
 class HeadWeights(msgspec.Struct, frozen=True, array_like=True):
@@ -112,10 +111,10 @@ class ResidualStream(msgspec.Struct, frozen=True, array_like=True):
     difference: float
     """‖Σ contributions − stream‖ / ‖stream‖, over all positions that are kept."""
     position: int
-    """Where the stream is: that of the query, or the one that the model reads out; -1: the mean
-    over all positions, which it reads out."""
+    """Position of the stream: that of the query, or the one that the model reads out; -1: the mean
+    over all positions, if the model reads that out."""
     target: int = -1
-    """Number of the token or class whose logit it is; -1: none."""
+    """Number of the token or class of the logit; -1: none."""
     correct: bool = True
     """Whether `target` is the target of the loss; otherwise the largest logit."""
     logit: float = float("nan")
@@ -129,7 +128,7 @@ class ResidualStream(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ExampleImage(msgspec.Struct, frozen=True, array_like=True):
-    """The image that the patches are of, scaled to the range of its values."""
+    """The image that the patches come from, scaled to the range of its values."""
 
     width: int
     height: int
@@ -143,7 +142,7 @@ class PatchGrid(msgspec.Struct, frozen=True, array_like=True):
     rows: int
     columns: int
     first: int
-    """Position of the first patch: those before it are class tokens and the like."""
+    """Position of the first patch, after class tokens and the like."""
     picture: ExampleImage | None = None
 
 
@@ -162,15 +161,15 @@ class AttentionExamination(msgspec.Struct, tag="attention", frozen=True, array_l
     keys: int
     head_dim: int
     scale: float
-    """What q · k is multiplied with; nan where something is added to it, such as a bias."""
+    """Factor of q · k in the scores; nan if something is added as well, such as a bias."""
     missing: str = ""
     """Why Q and K are not known; there is no map then."""
     how: str = ""
     """What computed the attention."""
     checked: str = ""
-    """What it was compared with."""
+    """What the map was compared with."""
     deviation: float = 0.0
-    """Largest difference to that, relative to its largest value."""
+    """Largest difference from `checked`, relative to its largest value."""
     notes: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
     """Labels of the keys; empty: their numbers."""

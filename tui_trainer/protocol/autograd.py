@@ -15,26 +15,26 @@ class GraphNode(msgspec.Struct, frozen=True, array_like=True):
     """An operation of the graph, or a leaf."""
 
     operation: str
-    """Such as `Addmm`; of a leaf `parameter` or `input`."""
+    """Name such as `Addmm`; for a leaf `parameter` or `input`."""
     module: int
-    """Index in `AutogradGraph.modules` of the module that called it."""
+    """Index in `AutogradGraph.modules` of the module that called the operation."""
     shape: tuple[int, ...]
-    """Shape of its (first) result."""
+    """Shape of the (first) result."""
     dtype: str
     inputs: tuple[int, ...] = ()
-    """Indices of the nodes that its inputs come from."""
+    """Indices of the nodes that the inputs come from."""
     gradients: tuple[float, ...] = ()
     """2-norm of the gradient that flowed to each of the inputs; nan where unknown."""
     gradient: float = math.nan
-    """2-norm of the gradient with respect to its result."""
+    """2-norm of the gradient with respect to the result."""
     saved_bytes: int = 0
-    """What it saves for backward, without parameters."""
+    """Bytes that the operation saves for backward, without parameters."""
     leaf: str = ""
     """Name of a leaf."""
 
 
 class GraphModule(msgspec.Struct, frozen=True, array_like=True):
-    """A module that was called, or what lies outside of all (without a kind)."""
+    """A module that was called, or, without a kind, everything outside of modules."""
 
     path: str
     kind: str = ""
@@ -47,13 +47,13 @@ class AutogradGraph(msgspec.Struct, tag="autograd_graph", frozen=True, array_lik
     nodes: tuple[GraphNode, ...]
     """The loss first; an operation before its inputs, leaves last."""
     modules: tuple[GraphModule, ...]
-    """The first one is what lies outside of all modules."""
+    """The first one stands for everything outside of modules."""
     source: GraphSource
     loss: float | None = None
     same_loss: bool | None = None
     """Whether the loss of a re-run is that of the step bit for bit; None: nothing to compare."""
     saved_bytes: int | None = None
-    """Distinct memory that is saved for backward, without parameters; None: not known."""
+    """Bytes of distinct memory saved for backward, without parameters; None: not known."""
     left_out: int = 0
     """Nodes beyond the limit."""
     notes: tuple[str, ...] = ()
@@ -104,7 +104,7 @@ class GradientCheck(msgspec.Struct, tag="gradient_check", frozen=True, array_lik
     copied_bytes: int
     """Bytes of the copy of the model."""
     step_gradient: tuple[float, ...] = ()
-    """What the step itself has in `.grad` now for each entry, nan where there is none."""
+    """The entries of the step's own `.grad` now; nan where there is none."""
     notes: tuple[str, ...] = ()
 
 
@@ -115,10 +115,10 @@ class CheckGradient(msgspec.Struct, tag="check_gradient", frozen=True):
     indices: tuple[tuple[int, ...], ...] = ()
     """Empty: those with the largest gradients, and some evenly spaced ones."""
     entries: int = 4
-    """How many, if none are named."""
+    """Number of entries to choose if `indices` is empty."""
     max_bytes: int = 0
-    """Above 0: how much the copy of the model may hold."""
+    """Maximum bytes of the copy of the model; 0: the default."""
 
 
 MAX_CHECKED = 64
-"""Entries in one check."""
+"""Maximum number of entries in one check."""

@@ -76,8 +76,8 @@ class NonFinite(msgspec.Struct, tag="nonfinite", frozen=True, array_like=True):
     """The first parameter with such a value; "" for the loss."""
     value: NonFiniteValue = "nan"
     finite_at: int | None = None
-    """The last step at which the quantity was measured and finite; None: at none. It was not
-    measured between that step and this one."""
+    """The last step at which the quantity was measured and finite; None: never. The quantity was
+    not measured between that step and this one."""
 
     @property
     def text(self) -> str:
@@ -87,7 +87,8 @@ class NonFinite(msgspec.Struct, tag="nonfinite", frozen=True, array_like=True):
 
     @property
     def seen(self) -> str:
-        """The range of steps in which it may have appeared, for a message; "" if known."""
+        """The range of steps in which the value may have appeared, for a message; "" if the step is
+        known."""
         if self.finite_at is None or self.finite_at >= self.step - 1:
             return ""
         return f", seen at step {self.step:,}, finite at step {self.finite_at:,}"
@@ -121,7 +122,7 @@ class Notice(msgspec.Struct, tag="notice", frozen=True, array_like=True):
     text: str
     level: Level = "info"
     who: str = ""
-    """The viewer that caused it, for commands and marks."""
+    """The viewer that caused the notice, for commands and marks."""
 
 
 class Evidence(msgspec.Struct, frozen=True, array_like=True):
@@ -132,12 +133,12 @@ class Evidence(msgspec.Struct, frozen=True, array_like=True):
     text: str
     """The value as it is shown, with its unit."""
     value: float | None = None
-    """None where it is not finite or no number."""
+    """None if the value is not finite or not a number."""
     low: float | None = None
     """The healthy range; None: open on this side."""
     high: float | None = None
     table: str = ""
-    """Where the series is recorded, for a chart; "" where there is none."""
+    """The table and column of the recorded series, for a chart; "" without one."""
     column: str = ""
 
 
@@ -146,14 +147,14 @@ class Finding(msgspec.Struct, tag="finding", frozen=True, array_like=True):
 
     id: int
     step: int
-    """Step at which it was found."""
+    """Step at which the rule reported it."""
     time: float
     number: int
     """Dense from 0, in order of discovery."""
     rule: str
     level: Level
     onset: int
-    """The first step at which it held."""
+    """The first step at which the problem was there."""
     title: str
     """The finding in a few words, without numbers."""
     text: str

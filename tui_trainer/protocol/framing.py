@@ -2,7 +2,7 @@
 
 The length is limited in both directions; a peer that announces more is not read further.
 `tui-trainer relay` prints a greeting before its first frame, since a login shell may print anything
-before it, and the host may lack tui-trainer, have another version or not have the run.
+first, and the host may lack tui-trainer, have another version or lack the run.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ MARK = b"TUI-TRAINER-RELAY "
 MISSING = b"missing"
 """Printed by the shell in place of the greeting where tui-trainer is not installed."""
 MAX_NOISE_BYTES = 256 * 1024
-"""What shells print before the greeting, at most."""
+"""Maximum bytes that shells may print before the greeting."""
 
 
 class RemoteRun(msgspec.Struct, frozen=True):
@@ -151,8 +151,8 @@ class RelayGreeting(msgspec.Struct, frozen=True):
     """The first line that a relay prints."""
 
     kind: Literal["connected", "choose", "error", "missing"]
-    """`connected`: the protocol follows; `choose`: it waits for a line with one of the names in
-    `runs`, and greets again; `error`: `message` says why there is no run to connect to."""
+    """`connected`: the protocol follows; `choose`: the relay waits for a line with one of the names
+    in `runs`, and greets again; `error`: `message` says why there is no run to connect to."""
     protocol: int = PROTOCOL_VERSION
     product: str = __version__
     run: str = ""
@@ -173,9 +173,9 @@ def encode_greeting(greeting: RelayGreeting) -> bytes:
 
 
 def find_greeting(received: bytes) -> RelayGreeting | None:
-    """The greeting in what came from the other machine; None while it is incomplete.
+    """The greeting in the bytes received from the other machine; None while it is incomplete.
 
-    Raises NoGreeting when too much else comes, or when the greeting cannot be read.
+    Raises NoGreeting if too many other bytes come first, or if the greeting cannot be read.
     """
     start = received.find(MARK)
     if start < 0:

@@ -1,4 +1,4 @@
-"""Heat maps: which part of a matrix to reduce to how many cells, and the cells."""
+"""Heat maps: the part of a matrix, the number of cells that it is reduced to, and the cells."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ MAX_CELLS = 512 * 512
 class HeatMapWindow(msgspec.Struct, frozen=True, array_like=True):
     """The part of a tensor that a heat map shows, and the size that it is reduced to.
 
-    A tensor is shown as a matrix: its first dimension by all others. One with a single row or a
-    single dimension is shown in reading order, broken into lines: its window is a range of columns.
+    A tensor is shown as a matrix: its first dimension by all others. A tensor with a single row or
+    a single dimension is shown in reading order, broken into lines; its window is a range of
+    columns.
     """
 
     rows: int
-    """Number of cells, at most."""
+    """Maximum number of rows of cells."""
     columns: int
     row_from: int = 0
     row_to: int | None = None
@@ -46,7 +47,7 @@ class HeatMap(msgspec.Struct, frozen=True, array_like=True):
     columns: int
     reduction: Reduction
     lines: bool
-    """Whether it is in reading order: cell k has the columns from `column_from + k * block_columns`
-    on, and nan fills the rest of the last line."""
+    """Whether cells are in reading order: cell k has the columns from
+    `column_from + k * block_columns` on, and nan fills the rest of the last line."""
     cells: bytes
-    """float32 of shape (rows, columns); not finite for a block with such an element."""
+    """float32 of shape (rows, columns); not finite for a block with a non-finite element."""

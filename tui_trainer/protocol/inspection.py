@@ -1,8 +1,8 @@
 """Requests to inspect the tensors of a run, and their answers.
 
-A viewer sends `Inspect`; the run answers `Inspected`, `pending` until the training thread has
-carried the request out at a boundary: the viewer then sends the same `Inspect` again. A viewer has
-one request at a time; another one replaces it.
+A viewer sends `Inspect`, and the run answers `Inspected`. While the answer is `pending`, because
+the training thread has not reached a boundary yet, the viewer sends the same `Inspect` again. A
+viewer has one request at a time; another one replaces it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ TensorKind = Literal["parameter", "buffer", "gradient", "state", "input", "outpu
 InspectionState = Literal["pending", "done", "failed"]
 
 MAX_NAMES = 1000
-"""Names in each list of `ParameterUse`."""
+"""Maximum number of names in each list of `ParameterUse`."""
 MAX_ENTRIES = 100
 """Limit of `Summarize.entries`."""
 
@@ -52,7 +52,7 @@ class TensorRef(msgspec.Struct, frozen=True, array_like=True):
     """Name of the parameter, buffer or module."""
     kind: TensorKind = "parameter"
     key: str = ""
-    """For a `state` its name in the optimizer, such as `exp_avg`; for an `input` or `output` its
+    """For a `state`, its name in the optimizer, such as `exp_avg`; for an `input` or `output`, its
     number, "" for the first."""
 
     @property
@@ -87,7 +87,7 @@ class TensorInfo(msgspec.Struct, frozen=True, array_like=True):
         return (self.ref.name, *self.also)
 
     def is_named(self, words: Sequence[str]) -> bool:
-        """Whether all words (in lower case) occur in one of its names."""
+        """Whether all `words` (in lower case) occur in one of the tensor's names."""
         texts = [msgspec.structs.replace(self.ref, name=name).text for name in self.names]
         return any(all(word in text.casefold() for word in words) for text in texts)
 
@@ -101,7 +101,7 @@ class TensorList(msgspec.Struct, tag="tensors", frozen=True, array_like=True):
 
     tensors: tuple[TensorInfo, ...]
     left_out: int = 0
-    """Number of tensors beyond these."""
+    """Number of tensors that are not listed."""
 
 
 class TensorEntry(msgspec.Struct, frozen=True, array_like=True):
@@ -154,7 +154,7 @@ class TensorStatistics(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TensorMoments(msgspec.Struct, frozen=True, array_like=True):
-    """The statistics of a tensor that one pass computes, of the finite elements."""
+    """The statistics of the finite elements of a tensor that a single pass computes."""
 
     minimum: float
     maximum: float
@@ -170,9 +170,9 @@ class BeforePhase(msgspec.Struct, frozen=True, array_like=True):
 
     step: int
     phase: Phase | Literal[""]
-    """The phase that had ended then."""
+    """The phase that ended at that boundary."""
     moments: TensorMoments | None
-    """None: there was no such tensor, such as a gradient that backward computed since."""
+    """None: the tensor did not exist, such as a gradient that backward has computed since."""
 
 
 class TensorSummary(msgspec.Struct, tag="summary", frozen=True, array_like=True):
@@ -182,7 +182,7 @@ class TensorSummary(msgspec.Struct, tag="summary", frozen=True, array_like=True)
     statistics: TensorStatistics | None = None
     heat: HeatMap | None = None
     before: BeforePhase | None = None
-    """With `statistics`: the same tensor before the last phase; None where it was not read then."""
+    """With `statistics`: the same tensor before the last phase; None if it was not read then."""
 
 
 class TensorData(msgspec.Struct, tag="data", frozen=True, array_like=True):
@@ -190,7 +190,7 @@ class TensorData(msgspec.Struct, tag="data", frozen=True, array_like=True):
 
     tensor: TensorInfo
     total: int
-    """Bytes of the whole."""
+    """Bytes of the whole tensor."""
     offset: int
     data: bytes
 
@@ -207,7 +207,8 @@ class UpdateTerm(msgspec.Struct, frozen=True, array_like=True):
 
 
 class UpdateExplanation(msgspec.Struct, tag="explanation", frozen=True, array_like=True):
-    """Why the optimizer moves a weight as it does. Of a whole tensor all values are 2-norms."""
+    """How the optimizer computes the update of a weight. For a whole tensor all values are
+    2-norms."""
 
     tensor: TensorInfo
     index: tuple[int, ...] | None
@@ -217,8 +218,8 @@ class UpdateExplanation(msgspec.Struct, tag="explanation", frozen=True, array_li
     settings: dict[str, Scalar]
     """Hyper-parameters of the group."""
     count: int
-    """Which step of the optimizer it is for this parameter (the t of Adam), from 1; 0 for SGD,
-    which does not count them."""
+    """Number of the optimizer's step for this parameter (the t of Adam), from 1; 0 for SGD, which
+    does not count steps."""
     terms: tuple[UpdateTerm, ...]
     """The last two are the update and the new weight."""
     old: float
@@ -227,9 +228,10 @@ class UpdateExplanation(msgspec.Struct, tag="explanation", frozen=True, array_li
     actual: float | None = None
     """None before the step."""
     difference: float | None = None
-    """The size of what was predicted less what is; of a whole tensor the norm of that."""
+    """|predicted − actual|; for a whole tensor the norm of the difference."""
     precision: float = 0.0
-    """The spacing of numbers of the weight's type around it; of a tensor the norm of that."""
+    """Spacing of the numbers of the dtype around the weight; for a whole tensor the norm of the
+    spacings."""
     notes: tuple[str, ...] = ()
 
 
@@ -263,13 +265,13 @@ class ParameterUse(msgspec.Struct, tag="use", frozen=True, array_like=True):
     memory: tuple[HeldBytes, ...]
     frozen: tuple[str, ...] = ()
     without_optimizer: tuple[str, ...] = ()
-    """Trainable, and held by no optimizer."""
+    """Trainable parameters that no optimizer holds."""
     without_gradient: tuple[str, ...] = ()
-    """Trainable and held by an optimizer, and without a gradient while others have one."""
+    """Trainable parameters of an optimizer without a gradient, while others have one."""
     shared: tuple[tuple[str, ...], ...] = ()
-    """Names of the same parameter."""
+    """All names of each shared parameter."""
     unused: tuple[str, ...] = ()
-    """Trainable, and not in the graph of the step's loss."""
+    """Trainable parameters that are not in the graph of the step's loss."""
     graph_missing: str = ""
     """Why the graph of the loss is unknown, and with it `saved` and `unused`."""
 
@@ -287,7 +289,7 @@ class ListTensors(msgspec.Struct, tag="list_tensors", frozen=True):
     """Asks for the list of tensors."""
 
     modules: bool = False
-    """The inputs and outputs of modules instead, for which the forward pass is re-run."""
+    """List inputs and outputs of modules instead, for which the forward pass is re-run."""
 
 
 class Summarize(msgspec.Struct, tag="summarize", frozen=True):
@@ -301,17 +303,20 @@ class Summarize(msgspec.Struct, tag="summarize", frozen=True):
 
 
 class ReadTensor(msgspec.Struct, tag="read_tensor", frozen=True):
-    """Asks for the bytes of a tensor from `offset` on. At 0 the run copies the tensor, and later
-    parts are those of the copy."""
+    """Asks for the bytes of a tensor from `offset` on. At offset 0 the run copies the tensor; later
+    parts are read from the copy."""
 
     tensor: TensorRef
     offset: int = 0
 
 
 class ExplainUpdate(msgspec.Struct, tag="explain_update", frozen=True):
-    """Asks for the update of a parameter or of one of its entries: before the optimizer's step as
-    it is predicted, after it with what it was. The parameter's steps are observed from the first
-    such request on, for as long as there are further ones."""
+    """Asks for the update of a parameter or of one of its entries.
+
+    Before the optimizer's step the answer predicts the update; after the step it also has the
+    actual one. The run observes the parameter's steps from the first request on, as long as further
+    requests come.
+    """
 
     name: str
     index: tuple[int, ...] | None = None
@@ -328,7 +333,7 @@ RankRequest = (
     | CheckGradient
     | ExamineAttention
 )
-"""What the process of any rank can answer."""
+"""Requests that the process of any rank can answer."""
 
 
 class OfRank(msgspec.Struct, tag="of_rank", frozen=True):
@@ -381,7 +386,7 @@ class Inspected(msgspec.Struct, tag="inspected", frozen=True, array_like=True):
     id: int
     state: InspectionState
     result: InspectionResult | None = None
-    """Set when `done`."""
+    """Set if the state is `done`."""
     step: int = 0
     """The step that the values belong to: the one in progress, or the last completed one."""
     phase: Phase | Literal[""] = ""
@@ -389,13 +394,13 @@ class Inspected(msgspec.Struct, tag="inspected", frozen=True, array_like=True):
     took_ms: float = 0.0
     """Time on the training thread."""
     message: str = ""
-    """Why it failed, or what a pending request waits for."""
+    """Why the request failed, or what a pending request waits for."""
     hint: str = ""
     rank: int = 0
-    """Whose tensors they are."""
+    """Rank of the process that holds the tensors."""
 
     @property
     def moment(self) -> str:
-        """`step 12, after backward`, with the rank if it is another than 0."""
+        """`step 12, after backward`, with the rank if it is not 0."""
         after = f", after {self.phase}" if self.phase else ""
         return f"step {self.step:,}{after}" + (f", rank {self.rank}" if self.rank else "")

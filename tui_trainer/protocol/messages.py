@@ -50,13 +50,13 @@ class Join(msgspec.Struct, tag="join", frozen=True, array_like=True):
     protocol: int
     product: str
     rank: int
-    """-1: a child process of a script, which gets a number."""
+    """-1: a child process of a script, to which the run assigns a number."""
     world_size: int
     pid: int
     label: str = ""
     """Name of a child process."""
     host: str = ""
-    """The machine that it runs on; "" for rank 0's."""
+    """The machine that the process runs on; "" for rank 0's."""
 
 
 class Welcome(msgspec.Struct, tag="welcome", frozen=True, array_like=True):
@@ -100,19 +100,19 @@ class Breakpoint(msgspec.Struct, frozen=True):
     """Condition in the language of `breakpoints.expression`."""
     enabled: bool = True
     hits: int = 0
-    """How often the condition was met, the ignored times included."""
+    """How often the condition was met, ignored hits included."""
     ignore: int = 0
-    """How many of the first hits have no effect."""
+    """Number of first hits without effect."""
     once: bool = False
-    """Whether it is disabled after its first effect."""
+    """Whether the breakpoint is disabled after its first effect."""
     log_only: bool = False
-    """Write a line to the log instead of pausing."""
+    """Whether the breakpoint writes a line to the log instead of pausing."""
     fault: str = ""
-    """Why the run has disabled it."""
+    """Why the run has disabled the breakpoint."""
 
     @property
     def properties(self) -> list[str]:
-        """`once`, `ignores 3 more`, `log only`, and why it is disabled, as far as they apply."""
+        """`once`, `ignores 3 more`, `log only`, and the fault, as far as they apply."""
         left = self.ignore - self.hits
         return [
             *(["once"] if self.once else []),
@@ -132,9 +132,9 @@ class BreakpointStop(msgspec.Struct, frozen=True, array_like=True):
     text: str = ""
     """The values that met the condition, such as `loss 7.1`."""
     parameter: str = ""
-    """The parameter (or layer) that it is about."""
+    """The parameter (or layer) that the values belong to."""
     table: str = ""
-    """The table that the value is recorded in."""
+    """The table that the values are recorded in."""
 
     @property
     def reason(self) -> str:
@@ -155,16 +155,16 @@ class Status(msgspec.Struct, frozen=True, array_like=True):
     waiting_for: str = ""
     """What a run is busy with before its first step: `importing torch`, …"""
     reason: str = ""
-    """Why it is paused or has ended, as a sentence."""
+    """Why the run is paused or has ended, as a sentence."""
     hint: str = ""
     throttle: float | None = None
     """Maximum steps per second; None: full speed."""
     run_to: int | None = None
-    """The step at which it will pause."""
+    """The step at which the run will pause."""
     steps_per_second: float | None = None
     items_per_second: float | None = None
     elapsed_s: float = 0.0
-    """Since the first step began, without pauses."""
+    """Seconds since the first step began, without pauses."""
     remaining_s: float | None = None
     cost_share: float | None = None
     """Overhead: our time on the training thread as a share of step time (0.01 is 1 %)."""
@@ -175,17 +175,17 @@ class Status(msgspec.Struct, frozen=True, array_like=True):
     controller: int | None = None
     """`viewer_id` of the viewer that may command; None: no viewer."""
     recording: str = ""
-    """What is wrong with recording to disk; "" while nothing is."""
+    """The problem with recording to disk; "" without one."""
     refused: bool = False
     """The run could not start as requested, and nothing was measured; `reason` and `hint` say
     why."""
     processes: tuple[ProcessAt, ...] = ()
-    """Where each training process of a run with several is."""
+    """Position of each training process, in a run with several."""
     breakpoints: tuple[Breakpoint, ...] = ()
     stopped_at: BreakpointStop | None = None
     """Set while the run is paused at a breakpoint."""
     ahead: int | None = None
-    """The newest step, where the run was rewound to before it."""
+    """The newest recorded step, while the run is rewound to an earlier one."""
 
     @property
     def ended(self) -> bool:
@@ -194,7 +194,7 @@ class Status(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def within_step(self) -> bool:
-        """Whether it is paused between two phases of a step."""
+        """Whether the run is paused between two phases of a step."""
         return self.state == "paused" and self.phase not in ("", "step")
 
 
@@ -207,7 +207,8 @@ class Quantity(msgspec.Struct, frozen=True, array_like=True):
 
 
 class PhaseReport(msgspec.Struct, frozen=True, array_like=True):
-    """What the phase that has just ended produced; made only while stopped at its boundary."""
+    """The results of the phase that has just ended; made only while the run is paused at its
+    boundary."""
 
     step: int
     """The optimizer step in progress (completed only when phase is `step`)."""
@@ -225,17 +226,18 @@ class Rows(msgspec.Struct, frozen=True, array_like=True):
     """Consecutive rows of one table, as raw little-endian arrays.
 
     `steps` is int64 of shape (n,). `values` is float32 of shape (n, columns), C order: the last
-    value of each bucket. Where a row stands for several steps, `low` and `high` (same shape) are
-    the extremes over them and `spans` (int64, (n,)) the first step of each; they are empty for raw
-    rows, of which each is one step. Extremes are of finite values (low inf and high -inf where
-    there is none); `flags` (uint8, same shape) has a bit for each other kind: 1 nan, 2 inf, 4 -inf.
+    value of each bucket. If a row stands for several steps, `low` and `high` (same shape) are the
+    extremes over these steps and `spans` (int64, (n,)) the first step of each row; all three are
+    empty for raw rows, which stand for one step each. Extremes are of finite values (low inf and
+    high -inf without one); `flags` (uint8, same shape) has a bit for each kind of other value:
+    1 nan, 2 inf, 4 -inf.
     """
 
     table: int
     first: int
     """Number of raw rows of this table before these."""
     count: int
-    """Number of raw rows that these summarise (n when raw)."""
+    """Number of raw rows that these rows summarise (n when raw)."""
     steps: bytes
     values: bytes
     low: bytes = b""
@@ -253,16 +255,16 @@ class Poll(msgspec.Struct, tag="poll", frozen=True, array_like=True):
     revision: int = -1
     """The `RunInfo.revision` that the viewer has."""
     rows: tuple[int, ...] = ()
-    """Raw rows that it has of each table, by table id; 0 for tables beyond the end."""
+    """Number of raw rows of each table that the viewer has, by table id; 0 beyond the end."""
     event: int = 0
-    """Id of the first event that it lacks; ids are dense from 0."""
+    """Id of the first event that the viewer lacks; ids are dense from 0."""
     log: int = 0
     artifact: int = 0
     report: tuple[int, Phase] | None = None
-    """(step, phase) of the phase report that it has."""
+    """(step, phase) of the phase report that the viewer has."""
     watch: tuple[str, ...] = ()
-    """Topics on its screen that are measured only while they are watched (`attention_heads`,
-    `attention_spectrum`, `attention_health`)."""
+    """Topics on the viewer's screen that are measured only while they are watched
+    (`attention_heads`, `attention_spectrum`, `attention_health`)."""
     budget: int = 262_144
     """Maximum bytes of the answer; rows that do not fit are summarised."""
 
@@ -272,7 +274,7 @@ class Update(msgspec.Struct, tag="update", frozen=True, array_like=True):
 
     status: Status
     info: RunInfo | None = None
-    """None when the viewer has the current one."""
+    """None if the viewer has the current description."""
     rows: tuple[Rows, ...] = ()
     events: tuple[Event, ...] = ()
     log: tuple[LogLine, ...] = ()
@@ -281,7 +283,7 @@ class Update(msgspec.Struct, tag="update", frozen=True, array_like=True):
     more: bool = False
     """Whether the viewer should poll again at once because not everything fitted."""
     cadences: tuple[int, ...] = ()
-    """Current `Table.every` of each table, by table id. Cadences change often, so they do not
+    """Current `Table.every` of each table, by table id. Cadences change often, and therefore do not
     raise the revision of the description."""
 
 

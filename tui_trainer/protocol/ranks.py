@@ -1,8 +1,8 @@
 """Messages between the training processes of one run: rank 0, which records and serves, and the
 others, each connected to the socket of the run.
 
-A process sends `Join` (see `messages`), then what it measures, unasked. Rank 0 answers with
-`Joined`, and sends where to stop and when to continue.
+A process sends `Join` (see `messages`), and then its measurements, unasked. Rank 0 answers with
+`Joined`, and tells the process where to stop and when to continue.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ MAX_ANSWER_BYTES = 16 * 1024 * 1024
 ROWS_PER_MESSAGE = 200
 
 Boundary = tuple[int, int]
-"""A phase boundary: (step, number of the boundary within the step from 1); (0, 0) precedes all. All
-processes of a distributed training pass the same boundaries in the same order."""
+"""A phase boundary: (step, number of the boundary within the step from 1); (0, 0) precedes all
+others. All processes of a distributed training pass the same boundaries in the same order."""
 SHARED = "<4q"
-"""What a process keeps of its position in memory that rank 0 can read: step, boundary, index of the
-phase that ended, and the time of that (ns, monotonic). The descriptor of that memory follows
-`Joined`, with one byte; a byte without a descriptor says that there is none."""
+"""Layout of the shared memory in which a process keeps its position for rank 0: step, boundary,
+index of the phase that ended, and when it ended (ns, monotonic). The descriptor of the memory
+follows `Joined`, with one byte; a byte without a descriptor means that there is no such memory."""
 
 
 class Joined(msgspec.Struct, tag="joined", frozen=True, array_like=True):
@@ -72,24 +72,24 @@ class RankAt(msgspec.Struct, tag="at", frozen=True, array_like=True):
     """Position of the process: sent when it stops, and in answer to `Hold`."""
 
     boundary: Boundary
-    """The last boundary that it has reached."""
+    """The last boundary that the process has reached."""
     phase: Phase | Literal[""]
     """The phase that ended there."""
     held: bool
-    """Whether it is stopped there."""
+    """Whether the process is stopped there."""
     answers: int = 0
-    """Number of the last `Hold` or `Go` that was obeyed before."""
+    """Number of the last `Hold` or `Go` that the process has obeyed."""
 
 
 class RankPosition(msgspec.Struct, tag="position", frozen=True, array_like=True):
-    """What SHARED holds, from a process on another machine, sent once a second."""
+    """The position of a process on another machine, sent once a second in place of SHARED."""
 
     boundary: Boundary
     phase: Phase | Literal[""]
     for_s: float
     """Seconds since that phase ended."""
     time: float
-    """When it was sent, by the clock of that machine: see `RankRow.time`."""
+    """When the message was sent, by the clock of that machine, as `RankRow.time`."""
 
 
 class Leave(msgspec.Struct, tag="leave", frozen=True, array_like=True):
@@ -101,12 +101,12 @@ class Leave(msgspec.Struct, tag="leave", frozen=True, array_like=True):
 
 
 class StopWanted(msgspec.Struct, tag="stop_wanted", frozen=True, array_like=True):
-    """The process was sent a signal to end."""
+    """The process has received a signal to end."""
 
 
 class Hold(msgspec.Struct, tag="hold", frozen=True, array_like=True):
-    """Stop at the first boundary that does not precede `boundary`, or at the end of step `step`
-    where that is given; a process that is stopped before it continues up to it."""
+    """Stop at the first boundary that does not precede `boundary`, or at the end of step `step` if
+    that is given. A process that is stopped earlier continues up to there."""
 
     number: int
     boundary: Boundary = (0, 0)
@@ -114,7 +114,7 @@ class Hold(msgspec.Struct, tag="hold", frozen=True, array_like=True):
 
 
 class Go(msgspec.Struct, tag="go", frozen=True, array_like=True):
-    """Run freely, or to the end where `stop` is set: training stops at this boundary."""
+    """Run freely, or, if `stop` is set, end the training at this boundary."""
 
     number: int
     stop: bool = False

@@ -1,8 +1,8 @@
 """The static description of a run, and the names, columns and meanings of its tables.
 
 The description is discovered piece by piece (the parameters are known once the first optimizer
-steps), so `RunInfo.revision` is raised with every change, and a viewer with an older revision is
-sent it again.
+steps). Every change raises `RunInfo.revision`, and a viewer with an older revision is sent the
+description again.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ Better = Literal["lower", "higher", ""]
 SCRIPT = "script"
 """The task of a run that trains a user's own script."""
 ProcessState = Literal["waiting", "running", "finished", "stopped", "crashed", "killed", "lost"]
-"""`waiting`: it has not connected yet; `killed`: its connection ended without a message; `lost`:
-the same, from another machine, where it may still be training."""
+"""`waiting`: the process has not connected yet; `killed`: its connection ended without a message;
+`lost`: the same on another machine, where the process may still be training."""
 
 
 class ParameterInfo(msgspec.Struct, frozen=True):
@@ -36,10 +36,10 @@ class ParameterInfo(msgspec.Struct, frozen=True):
     dtype: str
     numel: int
     optimizer: str = ""
-    """Name of the optimizer that updates it; "" when none does."""
+    """Name of the optimizer that updates the parameter; "" when none does."""
     trainable: bool = True
     sharded: bool = False
-    """Whether each process has only a shard of it: its norms are those of rank 0's shard."""
+    """Whether each process has only a shard: norms are then those of rank 0's shard."""
 
 
 class AttentionInfo(msgspec.Struct, frozen=True):
@@ -51,7 +51,7 @@ class AttentionInfo(msgspec.Struct, frozen=True):
     query: str
     key: str
     value: str
-    """Names of the parameters that hold Wq, Wk, Wv: three times the same one when fused."""
+    """Names of the parameters that hold Wq, Wk, Wv: three times the same name when fused."""
     heads: int | None = None
     key_value_heads: int | None = None
     head_dim: int | None = None
@@ -61,8 +61,8 @@ class AttentionInfo(msgspec.Struct, frozen=True):
     """The pairs (`qk`, `qv`, `kv`) that cannot be compared: their statistics are nan."""
 
     def comparable(self, part: str) -> bool:
-        """Whether `part` (`q`, `qk`, …; "" for the layer) can be measured at all, so that a nan of
-        it is a measured one."""
+        """Whether `part` (`q`, `qk`, …; "" for the layer) can be measured at all, so that its nan
+        is a measured nan."""
         return part not in self.incomparable
 
 
@@ -91,16 +91,16 @@ class Table(msgspec.Struct, frozen=True):
     """Current cadence in steps; 0: on request or by the clock. It changes during the run, see
     `Update.cadences`."""
     optimizer: str = ""
-    """Set when a run has several optimizers, each with such a table of its own."""
+    """Key of the optimizer, if a run has several and each has its own table of this name."""
     natural: int = 0
-    """Cadence when the overhead is within the budget (for what is measured only while watched: the
-    cadence then). 0: unknown, or by the clock."""
+    """Cadence while the overhead is within the budget; for a table that is measured only while it
+    is watched, the cadence while it is watched. 0: unknown, or by the clock."""
     rank: int | None = None
-    """The process that measured it, for tables `ranks`; None: the recording one."""
+    """The process that measured a table `ranks`; None: the recording one."""
 
     @property
     def stretched(self) -> bool:
-        """Whether it is measured less often to stay within the overhead budget."""
+        """Whether the table is measured less often to stay within the overhead budget."""
         return self.every > self.natural > 0
 
 
@@ -129,19 +129,19 @@ class ProcessInfo(msgspec.Struct, frozen=True):
     """One of the training processes of a run with several."""
 
     rank: int
-    """Its rank in the process group; a child process of a script is numbered from 1."""
+    """Rank in the process group; child processes of a script are numbered from 1."""
     label: str = ""
     """Name of a child process; "" for a rank."""
     pid: int = 0
     state: ProcessState = "waiting"
     reason: str = ""
-    """How it ended."""
+    """How the process ended."""
     host: str = ""
-    """The machine that it runs on; "" for rank 0's."""
+    """The machine that the process runs on; "" for rank 0's."""
 
 
 class RunInfo(msgspec.Struct, frozen=True):
-    """Everything known of a run except its measurements."""
+    """The description of a run: everything that is known of it except its measurements."""
 
     name: str
     task: str
@@ -170,17 +170,17 @@ class RunInfo(msgspec.Struct, frozen=True):
     item_unit: str = "items"
     """`tokens`, `images`, `samples`: the unit of throughput."""
     unseen: dict[str, str] = {}
-    """Name of a panel or quantity to the reason why this run does not have it (`clip`: "this script
-    never clips"), shown in place of its values; `quantity@optimizer` where another optimizer of the
-    run has it."""
+    """Name of a panel or quantity → the reason why this run lacks it (`clip`: "this script never
+    clips"), shown in place of its values; `quantity@optimizer` where another optimizer of the run
+    has it."""
     working_directory: str = ""
     """The working directory of the command."""
     source: SourceInfo | None = None
     """None outside of a git working tree."""
     parent: str = ""
-    """Directory of the run that this one continues: the history of runs is a tree."""
+    """Directory of the run that this run continues: the history of runs is a tree."""
     branch_step: int | None = None
-    """The parent's step that this run continues: its own first step is the next one."""
+    """The parent's step that this run continues from; its own first step is the next one."""
     budget: float = 0.0
     """Share of step time that measuring may take; 0: unlimited."""
     processes: tuple[ProcessInfo, ...] = ()
@@ -188,11 +188,11 @@ class RunInfo(msgspec.Struct, frozen=True):
 
     @property
     def is_script(self) -> bool:
-        """Whether it trains a user's own script."""
+        """Whether the run trains a user's own script."""
         return self.task == SCRIPT
 
     def with_cadences(self, cadences: tuple[int, ...]) -> RunInfo:
-        """A copy with these `Table.every`, by table id; the same object where nothing changes."""
+        """A copy with `cadences` as `Table.every`, by table id; the same object if unchanged."""
         if len(cadences) != len(self.tables):
             return self
         pairs = list(zip(self.tables, cadences, strict=True))
@@ -215,11 +215,11 @@ UPDATE_RATIO = "update_ratio"
 HEALTHY_UPDATE_RATIO = 1e-4, 1e-1
 """The range outside of which an update ratio is coloured and reported."""
 SMALLEST_CLIP_SCALE = 0.01
-"""Clipping that multiplies gradients by less leaves almost nothing of them."""
+"""Clipping with a smaller factor leaves almost nothing of the gradients."""
 FIRST_NORMS = 20
-"""First total gradient norms whose median later ones are compared with."""
+"""Number of first total gradient norms with whose median later norms are compared."""
 EXPLODING_NORM = 100.0
-"""Times that median, from which gradients count as exploding."""
+"""Multiple of that median above which gradients count as exploding."""
 VALIDATION = "validation"
 LOGGED = "logged"
 MEMORY = "memory"
@@ -272,7 +272,7 @@ CLIP_COLUMNS = (
 )
 
 PHASE_COLUMNS = tuple(Column(name, "ms", "lower") for name in (*PHASES, *BETWEEN))
-"""They add up to the step's `step_ms`."""
+"""The columns of a row add up to the step's `step_ms`."""
 
 MEMORY_COLUMNS = (
     Column("device_bytes", "bytes"),  # allocated on the accelerator; nan on the CPU

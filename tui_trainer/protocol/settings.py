@@ -57,10 +57,10 @@ class Setting(msgspec.Struct, frozen=True, array_like=True):
     """The present value of a setting."""
 
     name: str
-    """Name by which it is changed: `lr`, or `lr[1]` where the groups differ."""
+    """Name by which the setting is changed: `lr`, or `lr[1]` where the groups differ."""
     value: SettingValue
     note: str = ""
-    """What it applies to, or what else changes it."""
+    """What the setting applies to, or what else changes it."""
 
 
 class SettingList(msgspec.Struct, tag="settings", frozen=True, array_like=True):

@@ -92,9 +92,9 @@ def single_line(text: str, limit: int) -> str:
 def strip_escapes(text: str) -> str:
     """One line of `text` without escape sequences.
 
-    Of a line overwritten by carriage returns, as progress bars print it, the last state is kept.
-    Other control characters, and text beyond MAX_LINE_CHARACTERS, cannot be drawn: the former
-    become `·`, the latter is cut off. A line break inside the text becomes a space.
+    A line that is overwritten by carriage returns, as by a progress bar, keeps its last state.
+    Other control characters become `·`, text beyond MAX_LINE_CHARACTERS is cut off, and a line
+    break inside the text becomes a space.
     """
     text = text[:MAX_LINE_CHARACTERS].rstrip("\r\n")
     if text.isascii() and text.isprintable():
@@ -117,7 +117,7 @@ def truncate(text: str, width: int, ellipsis: str = ELLIPSIS) -> str:
 def truncate_middle(text: str, width: int, ellipsis: str = ELLIPSIS) -> str:
     """`text` in at most `width` cells, its middle replaced by an ellipsis if it does not fit.
 
-    For names and paths, which differ at both ends; twice as much is kept of the end.
+    For names and paths, which differ at both ends; the kept end is twice as long as the start.
     """
     if len(text) <= width and text.isascii():
         return text

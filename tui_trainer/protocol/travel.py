@@ -12,13 +12,13 @@ from tui_trainer.protocol.settings import SettingChange
 PlaceKind = Literal["snapshot", "checkpoint", "edit"]
 Direction = Literal["gradient", "random", "snapshots"]
 MAX_STEPS = 1000
-"""Most steps of a what-if or a learning-rate finder."""
+"""Maximum number of steps of a what-if or a learning-rate finder."""
 MAX_POINTS = 201
-"""Most points of a loss landscape."""
+"""Maximum number of points of a loss landscape."""
 LONG_S = 60.0
 """Experiments that take longer than this must be confirmed."""
 LARGE_SHARE = 0.5
-"""So must those that take a larger share of the free memory."""
+"""Experiments that take a larger share of the free memory must be confirmed."""
 
 
 class TravelPlace(msgspec.Struct, frozen=True, array_like=True):
@@ -39,12 +39,13 @@ class Timeline(msgspec.Struct, tag="timeline", frozen=True, array_like=True):
     exact: bool
     """Whether any step can be reached; a script can only get the state of a snapshot."""
     bytes: int = 0
-    """Memory that the snapshots take."""
+    """Host memory of all snapshots."""
     budget: int = 0
+    """Host memory that snapshots may take."""
     step_s: float | None = None
-    """Seconds that a step takes; None where none was measured yet."""
+    """Duration of a step; None before one was measured."""
     snapshot_bytes: int = 0
-    """Memory that one snapshot takes."""
+    """Host memory of one snapshot."""
 
 
 class ReadTimeline(msgspec.Struct, tag="read_timeline", frozen=True):
@@ -67,15 +68,15 @@ class FindLearningRate(msgspec.Struct, tag="find_learning_rate", frozen=True):
 
 
 class MeasureLandscape(msgspec.Struct, tag="measure_landscape", frozen=True):
-    """Asks for the loss along a direction from the present weights: of the next batch, of a script
-    of the present one."""
+    """Asks for the loss along a direction from the present weights, on the next batch (in a script
+    on the present batch)."""
 
     direction: Direction = "gradient"
     points: int = 25
     reach: float = 1.0
     """How far to go to either side: for a `random` direction in units of the norm of each
-    parameter, for the `gradient` in learning rates, from one of the `snapshots` (0) to the other
-    (1) and as far beyond."""
+    parameter, for the `gradient` in learning rates. For `snapshots`, the line runs from the first
+    (0) to the second (1), and this far beyond both."""
     first: int = 0
     """Step of a snapshot."""
     second: int = 0
@@ -90,7 +91,7 @@ class Curve(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ExperimentResult(msgspec.Struct, tag="experiment", frozen=True, array_like=True):
-    """The curves that an experiment has measured."""
+    """The curves of an experiment."""
 
     x_name: str
     curves: tuple[Curve, ...]
@@ -113,21 +114,21 @@ class ExperimentCost(msgspec.Struct, tag="experiment_cost", frozen=True, array_l
     steps: int
     """Steps of the training, or evaluations of the loss."""
     seconds: float | None
-    """None where no step was measured yet."""
+    """None before a step was measured."""
     bytes: int
-    """Memory of the host while it works."""
+    """Host memory during the experiment."""
     free: int
-    """Memory of the host that is free now."""
+    """Host memory that is free now."""
     device: str = ""
-    """An accelerator that copies are made on: `cuda:0`; of several the fullest."""
+    """The accelerator on which copies are made, such as `cuda:0`; of several, the fullest."""
     device_bytes: int = 0
     device_free: int | None = None
-    """None where it is not known."""
+    """None if the free memory of the device is not known."""
     unit: Literal["step", "evaluation"] = "step"
 
     @property
     def large(self) -> bool:
-        """Whether it must be confirmed."""
+        """Whether the experiment must be confirmed."""
         return (
             (self.seconds or 0.0) > LONG_S
             or self.bytes > LARGE_SHARE * self.free
@@ -136,6 +137,6 @@ class ExperimentCost(msgspec.Struct, tag="experiment_cost", frozen=True, array_l
 
     @property
     def possible(self) -> bool:
-        """Whether the memory is there."""
+        """Whether the memory suffices."""
         on_device = self.device_free is None or self.device_bytes <= self.device_free
         return self.bytes <= self.free and on_device
