@@ -551,7 +551,7 @@ def test_eps_that_outweighs_the_gradients_is_remarked():
     run.step(epsilon=1.0)
     finding = run.found["adam-epsilon"]
     assert finding.evidence[0].value == 1.0
-    assert "hardly count" in finding.text
+    assert "outweighs gradients" in finding.text
 
 
 def momentum_high(bug):

@@ -265,7 +265,7 @@ class AdamEpsilon(Rule):
         yield Found(
             seen.step,
             f"{optimizer} has eps={epsilon:.3g}"
-            + (", which outweighs gradients that are smaller" if epsilon > high else "")
+            + (", which outweighs gradients below it" if epsilon > high else "")
             + (f", which is zero in the float16 of its {len(half)} parameters" if vanishes else ""),
             level="warning" if vanishes else None,
             confidence="certain" if vanishes else "possible",

@@ -120,8 +120,9 @@ class NoProgress(Rule):
         "of classes is known and the loss is not below ln K, the model is no better than guessing. "
         "Causes are labels that do not match the inputs (shuffled separately), inputs without "
         "information, a learning rate that is too low or far too high, and weights that are not "
-        "updated. A loss that starts above ln K and only falls to it has learnt nothing either: it "
-        "is reported once it stands still at a learning rate that no longer rises."
+        "updated. A model whose loss starts above ln K and falls no further than ln K has learnt "
+        "nothing either: it is reported once the loss stands still at a learning rate that no "
+        "longer rises."
     )
     advice = (
         "try to overfit a single batch: if that works, look at the data and the labels; if not, at "

@@ -125,8 +125,8 @@ class ConstantLabels(BatchRule):
             return
         yield Found(
             self.streak.onset,
-            f"every target of {target.name} since step {self.streak.onset:,} is {target.low:g}: "
-            f"those of {self._examples:,} examples",
+            f"every target of {target.name} since step {self.streak.onset:,} is {target.low:g}, in "
+            f"{self._examples:,} examples",
             level="info",
             confidence="possible",
             phase="loss",
@@ -394,10 +394,10 @@ class TargetScale(BatchRule):
     needs = "the targets of mse_loss, l1_loss, smooth_l1_loss or huber_loss in three steps"
     explanation = (
         "The outputs of an untrained model are of the order of 1, and the targets are far from "
-        "that. The last layer first has to grow by that factor: with Adam it moves by about the "
-        "learning rate in a step, which takes long, and with SGD the first gradients are as large "
-        "as the targets and may diverge. Returns in reinforcement learning are often of that "
-        "size. Above a thousand it is a warning."
+        "that. The last layer first has to grow by that factor: with Adam its weights move by "
+        "about the learning rate in a step, which takes many steps, and with SGD the first "
+        "gradients are as large as the targets and the training may diverge. Returns in "
+        "reinforcement learning are often of that size. Above a thousand it is a warning."
     )
     advice = (
         "subtract the mean of the training targets and divide by their standard deviation, and "
