@@ -1,4 +1,4 @@
-"""What a task is: the shipped GPT and ViT, or a third party's, registered as an entry point.
+"""Defines tasks: the shipped GPT and ViT, or a third party's, registered as an entry point.
 
 A package registers `name = "package.module:task"` in the group `tui_trainer.tasks`, where `task` is
 a `TaskDefinition`. Its module must import fast and without torch, since the command line and the
@@ -39,7 +39,7 @@ class TaskDefinition:
     build: str
     """`module:function` of a function `(config) -> Training`."""
     preset_for_data: str = ""
-    """The default preset when `--data` is given, if it is another one."""
+    """The default preset when `--data` is given, if it differs from the first one."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,11 @@ class Schedule(Protocol):
 
     @property
     def schedule(self) -> str:
-        """Its name; `constant` if the rate never changes by itself."""
+        """Name of the schedule; `constant` if the rate never changes by itself."""
 
     def change(self, step: int, value: float, group: int | None) -> None:
-        """Let the learning rate of step `step`, counted from 0, be `value`, of one parameter group
-        or of all, and continue the schedule from there."""
+        """Set the learning rate of step `step`, counted from 0, to `value`, for one parameter group
+        or (None) for all, and continue the schedule from there."""
 
     def set(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Set the learning rate of step `step`, counted from 0."""
@@ -87,10 +87,10 @@ class Batches(Protocol):
     def batches_per_epoch(self) -> int: ...
 
     def change(self, batch_size: int, seed: int) -> None:
-        """From the next batch on."""
+        """Change batch size and seed from the next batch on."""
 
     def check(self, batch_size: int) -> None:
-        """Raises ConfigurationError if there are fewer examples than that."""
+        """Raises ConfigurationError if there are fewer than `batch_size` examples."""
 
 
 @dataclass
@@ -115,9 +115,9 @@ class Training:
     """Objects with `state_dict()` and `load_state_dict()` that a checkpoint holds in addition to
     the model: optimizer, scheduler, scaler, batches (their position and generator)."""
     schedule: Schedule | None = None
-    """The learning rate, if it may be changed while training."""
+    """The learning-rate schedule, if it may be changed while training."""
     batches: Batches | None = None
-    """The data, if they may be changed while training."""
+    """The batches, if they may be changed while training."""
 
 
 def find_task(name: str) -> TaskDefinition:

@@ -1,4 +1,4 @@
-"""The device that trains, its precision and threads, and the seeds."""
+"""Sets up the device, its precision, the threads and the seeds of a training."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def _device_count(kind: str) -> int:
 
 
 def choose_threads(requested: int, work: float = 0.0) -> int:
-    """The number of PyTorch's threads: `requested`, or if that is 0 all cores but one.
+    """The number of PyTorch's threads: `requested`, or if that is 0, all cores but one.
 
-    The free core is for the screen and other programs: with all cores taken, every barrier of
-    OpenMP waits for the thread that shares its core. `work` is parameters × items per step.
+    The free core is for the screen and other programs: with all cores taken, every OpenMP barrier
+    waits for the thread that shares its core. `work` is parameters × items per step.
     """
     if requested:
         return requested
@@ -90,7 +90,7 @@ def set_up(config: TrainingConfig) -> torch.device:
 
 
 def _require_compiler() -> None:
-    """torch.compile generates C++ for the CPU. Raises ConfigurationError."""
+    """Raises ConfigurationError without a C++ compiler, which torch.compile needs for the CPU."""
     if not cpp_compiler_found():
         raise ConfigurationError(
             "--compile needs a C++ compiler, and none was found",
@@ -99,7 +99,7 @@ def _require_compiler() -> None:
 
 
 def autocast(config: TrainingConfig, device: torch.device) -> AbstractContextManager[object]:
-    """Autocast to the configured precision; reusable, and no-op for float32."""
+    """Autocast to the configured precision; reusable, and a no-op for float32."""
     if config.dtype == "float32":
         return nullcontext()
     precision = torch.bfloat16 if config.dtype == "bf16" else torch.float16
@@ -108,7 +108,8 @@ def autocast(config: TrainingConfig, device: torch.device) -> AbstractContextMan
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """No gradients and no dropout; restores the model's mode and PyTorch's CPU generator."""
+    """Evaluate without gradients and dropout; restores the model's mode and PyTorch's CPU
+    generator."""
     was_training = model.training
     state = torch.get_rng_state()
     model.eval()

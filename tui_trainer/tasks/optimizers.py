@@ -16,8 +16,8 @@ def create_optimizer(
 ) -> torch.optim.Optimizer:
     """The configured optimizer over all trainable parameters of `model`.
 
-    Weight decay applies to parameters of two or more dimensions: not to biases, norms and single
-    tokens.
+    Weight decay applies to parameters of two or more dimensions, not to biases, norms and the class
+    token.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -43,10 +43,10 @@ def create_optimizer(
 
 
 def _implementation(config: TrainingConfig, device: torch.device) -> dict[str, bool]:
-    """The argument that selects one of PyTorch's implementations.
+    """The argument that selects one of PyTorch's implementations of an optimizer.
 
-    `auto` is the fused one on CUDA and on the CPU, where it is the fastest, if the optimizer has
-    one; otherwise PyTorch chooses.
+    `auto` selects the fused one, which is the fastest, on CUDA and the CPU if the optimizer has it;
+    otherwise PyTorch chooses.
     """
     if config.implementation == "auto":
         fused = config.optimizer != "rmsprop" and device.type in ("cuda", "cpu")
@@ -73,7 +73,7 @@ class LearningRate:
         """Number of a parameter group → its latest change; None: of all groups."""
 
     def at(self, step: int) -> float:
-        """The learning rate of step `step`, counted from 0, without any change.
+        """The scheduled learning rate of step `step`, counted from 0, without a user's changes.
 
         It rises as in nanoGPT, peak · (step + 1) / (warmup_steps + 1). Then it is constant or falls
         to the minimum at `total_steps`, linearly or as half a cosine (Loshchilov & Hutter 2017).
@@ -96,7 +96,8 @@ class LearningRate:
             group["lr"] = self._of_group(step, number)
 
     def _of_group(self, step: int, group: int) -> float:
-        """After a change the schedule continues in proportion from the value that was set."""
+        """The learning rate of one group. After a change the schedule continues in proportion to
+        the value that was set."""
         change = self._changes.get(group, self._changes.get(None))
         if change is None:
             return self.at(step)
@@ -105,14 +106,14 @@ class LearningRate:
         return self.at(step) / scheduled * value if scheduled else value
 
     def change(self, step: int, value: float, group: int | None = None) -> None:
-        """Let the learning rate of step `step` be `value`, and follow the schedule from there;
-        `group`: of one parameter group only."""
+        """Set the learning rate of step `step` to `value`, and follow the schedule from there.
+        `group`: number of the only parameter group that changes."""
         if group is None:
             self._changes.clear()
         self._changes[group] = (step, value)
 
     def state_dict(self) -> dict[str, Any]:
-        """The changes."""
+        """The changes that a user has made."""
         return {"changes": [[group, *change] for group, change in self._changes.items()]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -27,9 +27,10 @@ def cpp_compiler_found() -> bool:
 class GradScaler(torch.amp.GradScaler):
     """PyTorch's GradScaler, whose state may also be saved between its `step` and its `update`.
 
-    A checkpoint is taken when the optimizer has stepped, within `step`; a run that continues from
-    it must not repeat that step's `update`. It may be the update of a step that was skipped for
-    infinite gradients: a fused optimizer is called for it too, and skips by itself.
+    A checkpoint is taken within `step`, when the optimizer has stepped. A run that continues from
+    it does not call the `update` of that step again, so the saved state includes that update. The
+    step may be one with infinite gradients, for which a fused optimizer is called, and which it
+    skips by itself.
     """
 
     _stepping = False
@@ -45,14 +46,14 @@ class GradScaler(torch.amp.GradScaler):
         self._stepping = False
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Like PyTorch's, and it also discards a step in progress."""
+        """As PyTorch's; also discards a step in progress."""
         super().load_state_dict(state_dict)
         self._stepping = False
         if self.is_enabled():
             self._per_optimizer_states.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as it is after the update of the step that is being made."""
+        """The state after the `update` that follows the step in progress."""
         found = self._found_infinite() if self._stepping else []
         if not found or self._scale is None or self._growth_tracker is None:
             return super().state_dict()
@@ -72,8 +73,8 @@ class GradScaler(torch.amp.GradScaler):
             self._scale, self._growth_tracker = held
 
     def _found_infinite(self) -> list[torch.Tensor]:
-        """Whether gradients of this step are not finite (0-d, above 0 where so), for each optimizer
-        and device: the input of PyTorch's `update`."""
+        """`found_inf` of this step for each optimizer and device (0-d, above 0 if gradients are not
+        finite): the input of PyTorch's `update`."""
         states = self._per_optimizer_states.values()
         device = self._scale.device if self._scale is not None else None
         return [f.to(device) for state in states for f in state["found_inf_per_device"].values()]

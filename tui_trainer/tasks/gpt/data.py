@@ -1,4 +1,4 @@
-"""The text that a GPT trains on: read, split and numbered, and the batches drawn from it."""
+"""Reads, splits and tokenizes the text that a GPT trains on, and draws batches from it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_NAME = "Python's language reference"
 MAX_NAMED_FILES = 5
-"""Skipped files that a warning names."""
+"""Maximum number of skipped files that a warning names."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text as numbers."""
+    """A text as tokens."""
 
     name: str
     alphabet: str
@@ -156,8 +156,8 @@ def cut_blocks(tokens: Tensor, starts: Tensor, block_size: int) -> Batch:
 class TextBatches:
     """`total` batches of blocks of a text.
 
-    Every epoch takes each block once, in a new order and cut from a new offset: in as many steps a
-    model sees more of the text than with blocks drawn at random. Iterating continues from
+    Every epoch takes each block once, in a new order and cut from a new offset: a model sees more
+    of the text than in as many steps with blocks drawn at random. Iterating continues from
     `position`, and a batch depends on the seed, the batch size and the position alone.
     """
 
@@ -185,7 +185,7 @@ class TextBatches:
 
     @property
     def blocks_per_epoch(self) -> int:
-        """Number of blocks, which is equal for every offset."""
+        """Number of blocks, which is the same for every offset."""
         return (len(self.tokens) - self.block_size) // self.block_size
 
     @property
@@ -204,7 +204,7 @@ class TextBatches:
             yield self._to_device(inputs), self._to_device(targets)
 
     def _starts(self, epoch: int) -> Tensor:
-        """Where the blocks of an epoch begin, in order, int64 of shape (at least B,)."""
+        """Positions at which the blocks of an epoch begin, in order, int64 of shape (≥ B,)."""
         generator = torch.Generator().manual_seed((self.seed << 24) + epoch)
         if self.blocks_per_epoch < self.batch_size:  # too short for a batch of distinct blocks
             positions = len(self.tokens) - self.block_size
@@ -218,7 +218,8 @@ class TextBatches:
         return batch.to(self.device)
 
     def change(self, batch_size: int, seed: int) -> None:
-        """From the next batch on, as if all batches before had been of this size and seed."""
+        """Change batch size and seed from the next batch on, as if all earlier batches had had
+        them."""
         self.batch_size, self.seed = batch_size, seed
 
     def check(self, batch_size: int) -> None:

@@ -27,7 +27,7 @@ from tui_trainer.tasks.optimizers import LearningRate, create_optimizer
 
 
 def build(config: GptConfig) -> Training:
-    """Raises ConfigurationError when the data or the configuration cannot be used."""
+    """Build the training. Raises ConfigurationError if data or configuration cannot be used."""
     device = set_up(config)
     corpus = load_corpus(config.data)
     training, validation = corpus.split(config.validation_share, config.block_size)
@@ -119,7 +119,7 @@ class ValidationLoss:
     device: torch.device
 
     def starts(self) -> Tensor:
-        """Where the blocks begin, int64 of shape (blocks,)."""
+        """Positions at which the blocks begin, int64 of shape (blocks,)."""
         last = len(self.tokens) - 1 - self.config.block_size  # its last target is the last token
         wanted = self.config.eval_batches * self.config.batch_size
         blocks = min(wanted, 1 + last // self.config.block_size)

@@ -27,7 +27,7 @@ from tui_trainer.tasks.vit.images import Images, SkippedImages, UnreadableImageE
 class EpochPlan:
     """Epochs, batches and updates of a training.
 
-    Only full batches count: each epoch leaves out the remainder, which is other images each time.
+    Only full batches count: each epoch leaves out a remainder of different images.
     """
 
     images: int
@@ -64,7 +64,7 @@ Pick = tuple[int, int]
 
 @dataclass
 class BatchOrder:
-    """The picks of each update, from update `start` on; every epoch has a new order."""
+    """Yields the picks of each update, from update `start` on; every epoch has a new order."""
 
     plan: EpochPlan
     seed: int
@@ -124,7 +124,7 @@ class Decoder(Dataset[LoadedBatch]):
         raise ConfigurationError(f"no image of {self.images.name} can be read", "check --data")
 
     def _augment(self, pixels: Tensor, key: int) -> Tensor:
-        """Flip and shift as `key` determines, in whichever process."""
+        """Flip and shift as `key` determines, which is the same in every process."""
         generator = random.Random(key)
         if self.flip and generator.random() < 0.5:
             pixels = pixels.flip(-1)
@@ -135,7 +135,7 @@ class Decoder(Dataset[LoadedBatch]):
 
 
 def shifted(pixels: Tensor, down: int, right: int) -> Tensor:
-    """(channels, S, S) shifted, with black pixels at the edges that become free."""
+    """`pixels` (channels, S, S) shifted, with black pixels at the edges that become free."""
     result = torch.zeros_like(pixels)
     size = pixels.shape[-1]
     to_rows, to_columns = (slice(max(0, by), size + min(0, by)) for by in (down, right))
@@ -193,7 +193,7 @@ class ImageBatches:
             yield from self._in_order(BatchOrder(self.plan, self.seed, self.position))
 
     def _in_order(self, order: BatchOrder) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of `order`, until it is changed."""
+        """The batches of `order`, until batch size or seed is changed."""
         loader = DataLoader(
             self.decoder,
             batch_sampler=order,
@@ -215,8 +215,8 @@ class ImageBatches:
                 return
 
     def change(self, batch_size: int, seed: int) -> None:
-        """From the next batch on, as if all batches before had been of this size and seed. The
-        number of batches of the training stays."""
+        """Change batch size and seed from the next batch on, as if all earlier batches had had
+        them. The number of batches of the training stays the same."""
         self.plan = replace(self.plan, batch_size=batch_size, steps=self.plan.updates)
         self.seed = seed
 
@@ -241,7 +241,7 @@ class ImageBatches:
 def worker_options(workers: int) -> dict[str, Any]:
     """DataLoader's arguments for a number of worker processes.
 
-    They are started by a fork server: a fork of the training process would copy the locks of its
+    A fork server starts the workers: a fork of the training process would copy the locks of its
     threads and its sockets.
     """
     if not workers:

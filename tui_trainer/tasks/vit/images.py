@@ -1,4 +1,5 @@
-"""The images that a ViT trains on: the bundled digits, or a folder with a sub-folder per class."""
+"""Loads the images that a ViT trains on: the bundled digits, or a folder with one sub-folder per
+class."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ class UnreadableImageError(Exception):
 
 
 class Images(Protocol):
-    """Labelled images that are decoded one at a time. Worker processes get them by pickle."""
+    """Labelled images that are decoded one at a time; pickled for worker processes."""
 
     name: str
     classes: tuple[str, ...]
@@ -53,7 +54,7 @@ class Images(Protocol):
 
 
 def load_images(config: VitConfig) -> tuple[Images, Images]:
-    """Training and validation images; there may be none of the latter.
+    """Training and validation images; the latter may be empty.
 
     Raises ConfigurationError.
     """
@@ -195,7 +196,7 @@ def decode(path: Path | str, size: int, channels: int) -> Tensor:
 
 
 def _reason(error: Exception, path: Path | str) -> str:
-    """Why a file cannot be decoded, in words that follow its name."""
+    """Why a file cannot be decoded, as a text that follows its name."""
     if isinstance(error, UnidentifiedImageError):
         return "it is not an image" if os.path.getsize(path) else "it is empty"
     return (str(error) or type(error).__name__).replace(os.fspath(path), "it")
@@ -286,7 +287,7 @@ class SkippedImages:
     """Counts the images that could not be decoded, and logs each of them once."""
 
     def __init__(self, kind: str = "image") -> None:
-        """`kind`: what the log calls an image."""
+        """`kind`: the word for an image in the log."""
         self.reasons: dict[str, str] = {}
         """Why each image could not be decoded, by name."""
         self._kind = kind

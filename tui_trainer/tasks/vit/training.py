@@ -39,11 +39,11 @@ SAMPLE_IMAGES = 12
 THUMBNAIL_SIZE = 64
 """Maximum side of a sample's images, in pixels."""
 MAX_CLASSES = 64
-"""Most classes of a confusion matrix."""
+"""Maximum number of classes in a confusion matrix."""
 
 
 def build(config: VitConfig) -> Training:
-    """Raises ConfigurationError when the data or the configuration cannot be used."""
+    """Build the training. Raises ConfigurationError if data or configuration cannot be used."""
     device = set_up(config)
     training, validation = load_images(config)
     plan = EpochPlan(len(training), config.batch_size, config.epochs, config.steps)
@@ -112,7 +112,7 @@ def data_facts(training: Images, validation: Images, plan: EpochPlan) -> dict[st
 
 
 def _worker_count(config: VitConfig) -> int:
-    """Processes that decode; none for the digits, which are in memory."""
+    """Number of processes that decode images; 0 for the digits, which are in memory."""
     if config.workers is not None:
         return config.workers
     if config.data is None:
@@ -123,8 +123,8 @@ def _worker_count(config: VitConfig) -> int:
 def _evaluation(
     config: VitConfig, model: ViT, training: Images, validation: Images, batches: ImageBatches
 ) -> Evaluation:
-    """On the validation images; without any, on a fixed sample of the training images, which the
-    names of the metrics then say."""
+    """An evaluation on the validation images; without any, on a fixed sample of the training
+    images, with metrics called `training_sample_…`."""
     device = batches.device
     if len(validation):
         run = Classification(model, validation, config, device, SkippedImages("validation image"))
@@ -150,7 +150,7 @@ class Classification:
         skipped: SkippedImages,
         prefix: str = "",
     ) -> None:
-        """`prefix`: of the metrics' names."""
+        """`prefix`: beginning of the metrics' names."""
         self.model = model
         self.images = images
         self.config = config
@@ -179,7 +179,7 @@ class Classification:
         return metrics, [self._sample(batches, logits, labels), self._matrix(labels, predictions)]
 
     def _load(self) -> list[LoadedBatch]:
-        """Decode the images, at most `eval_batches` batches of them, to be kept in memory."""
+        """Decode the images, at most `eval_batches` batches of them, into memory."""
         size = self.config.batch_size
         count = min(len(self.images), size * self.config.eval_batches)
         readable = [image for index in range(count) if (image := self._load_image(index))]
