@@ -178,11 +178,11 @@ class Wider(Separate):
 
 
 UNEVEN = {
-    "d_v": (Wider, ("qv", "kv"), "V is of another shape"),
-    "vdim": (lambda: Multihead(vdim=6), ("qv", "kv"), "V is of another shape"),
-    "kdim": (lambda: Multihead(kdim=6), ("qk", "kv"), "K is of another shape"),
-    "both": (lambda: Multihead(kdim=6, vdim=6), ("qk", "qv"), "Q has inputs of another width"),
-    "each": (lambda: Multihead(kdim=6, vdim=4), ("qk", "qv", "kv"), "each of another shape"),
+    "d_v": (Wider, ("qv", "kv"), "V has a different shape"),
+    "vdim": (lambda: Multihead(vdim=6), ("qv", "kv"), "V has a different shape"),
+    "kdim": (lambda: Multihead(kdim=6), ("qk", "kv"), "K has a different shape"),
+    "both": (lambda: Multihead(kdim=6, vdim=6), ("qk", "qv"), "Q has a different input width"),
+    "each": (lambda: Multihead(kdim=6, vdim=4), ("qk", "qv", "kv"), "all have different shapes"),
 }
 
 

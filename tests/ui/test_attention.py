@@ -168,7 +168,7 @@ async def test_a_comparison_without_meaning_is_na_with_its_reason() -> None:
 
 async def test_what_is_measured_of_a_layer_with_a_note_is_not_hidden_by_it() -> None:
     info = describe()
-    note = "V is of another shape than Q and K: it cannot be compared with them"
+    note = "V has a different shape from Q and K: it cannot be compared with them"
     first = msgspec.structs.replace(info.attention[0], note=note, incomparable=("qv", "kv"))
     run = synthesise(msgspec.structs.replace(info, attention=(first, *info.attention[1:])))
     values, heads = (
@@ -207,8 +207,8 @@ async def test_the_reason_for_unseen_attention_is_shown_in_full() -> None:
     health = run.table(schema.ATTENTION_HEALTH)
     run.steps[health], run.values[health] = run.steps[health][:0], run.values[health][:0]
     reason = (  # the longest that the probe gives
-        "scaled_dot_product_attention is not called as one of torch.nn.functional: attention is "
-        "computed otherwise, or it was imported by name"
+        "scaled_dot_product_attention is not called through torch.nn.functional: attention is "
+        "computed in another way, or the function was imported by name"
     )
     for size in ((80, 24), (120, 40)):
         waiting = app_on("attention", FakeSession(run, 300))

@@ -250,7 +250,7 @@ class Governor:
                 for probe in slowed
             )
             text = (
-                f"measured less often from here, for the budget of {percent(self.budget, 0)} of a "
+                f"measured less often from now on, to keep within {percent(self.budget, 0)} of a "
                 f"{milliseconds(step_ms, 0)} step: {costs}; the help lists how often now"
             )
             self._on_change(slowed, text, "info")

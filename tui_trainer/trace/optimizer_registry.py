@@ -25,8 +25,8 @@ Optimizer = torch.optim.Optimizer
 RECOUNT_EVERY = 200
 """Steps between two counts of a model's parameters: some ways to add a layer call no hook."""
 NEVER_STEPPED = (
-    "the script never calls step() of its optimizer ({}): its own changes of the weights, if there "
-    "are any, are the steps"
+    "the script never calls step() of its optimizer ({}): each update of the weights that it makes "
+    "by itself counts as a step"
 )
 WATCHED_UNSTEPPED = 16
 """Number of parameters that are compared until an optimizer first steps, to see whether the script
@@ -510,7 +510,10 @@ class OptimizerRegistry:
             self._forget(id(slot.optimizer()))
             slot.occupy(optimizer)
             self._names.release()
-            text = f"{slot.name} continues with a new model of the same shapes: the last was freed"
+            text = (
+                f"{slot.name} continues with a new model of the same shapes: "
+                "the previous one was freed"
+            )
             self._recorder.notice("state", text)
         return slot
 

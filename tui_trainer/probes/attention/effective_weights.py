@@ -1,8 +1,8 @@
-"""Weights of attention layers that no optimizer holds as they are: frozen ones, those that an
-adapter changes (LoRA: W = W₀ + scale · B A; DoRA: its rows with learned norms), and those that are
+"""Reads weights of attention layers that no optimizer holds in this form: frozen ones, weights with
+an adapter (LoRA: W = W₀ + scale · B A; DoRA: its rows with learned norms), and weights that are
 computed from other parameters (weight normalisation, `torch.nn.utils.parametrize`).
 
-The effective weight, which the layer multiplies with, is read. A quantized W₀ cannot be read.
+The effective weight is read, by which the layer multiplies. A quantized W₀ cannot be read.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ from tui_trainer.trace.torch_private import (
 
 Read = Callable[[], torch.Tensor]
 MAX_ELEMENTS = 2**28
-"""Elements of all such weights together: statistics keep two float32 copies, 2 GB here."""
+"""Maximum elements of all further weights together: statistics keep two float32 copies, 2 GB here.
+"""
 
 
 class Unreadable(Exception):
-    """Why a weight cannot be read."""
+    """A weight cannot be read; the message says why."""
 
 
 def find_further_weights(
     tracked: TrackedParameters, names: Collection[str]
 ) -> tuple[list[FurtherWeight], list[str]]:
-    """The further weights among the modules called one of `names` (lower case), and why others are
-    left out. Frozen weights are only included next to trained ones."""
+    """The further weights among the modules with one of `names` (lower case), and the reasons why
+    others are left out. Frozen weights are included only next to trained ones."""
     found: dict[str, FurtherWeight] = {}
     left_out: list[str] = []
     frozen: list[tuple[str, torch.nn.Module]] = []
@@ -86,7 +87,7 @@ def _frozen(weight: torch.Tensor) -> tuple[Read, Read]:
 
 
 def _adapted(module: torch.nn.Module) -> tuple[Read, Read] | None:
-    """A layer of PEFT's LoRA; None for any other. Raises Unreadable."""
+    """(read, start) of a LoRA layer of PEFT; None for any other module. Raises Unreadable."""
     down, up = getattr(module, "lora_A", None), getattr(module, "lora_B", None)
     base = getattr(module, "base_layer", None)
     if down is None or up is None or base is None or not hasattr(module, "scaling"):
@@ -151,7 +152,7 @@ def _with_adapters(module: Any, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _without_merged(module: Any) -> torch.Tensor:
-    """W₀ where the adapters have been added to it."""
+    """W₀, computed by subtracting the adapters that were merged into it."""
     weight: torch.Tensor = module.base_layer.weight.detach().float()
     for adapter in getattr(module, "merged_adapters", ()):
         if adapter in module.lora_A and adapter not in getattr(module, "lora_magnitude_vector", {}):
@@ -163,7 +164,7 @@ def _without_merged(module: Any) -> torch.Tensor:
 
 
 def _weight_normed(module: torch.nn.Module) -> tuple[Read, Read] | None:
-    """`torch.nn.utils.weight_norm` in its older form; None without."""
+    """(read, start) of a module with `torch.nn.utils.weight_norm` in its older form; else None."""
     found = weight_norm_of(module)
     if found is None:
         return None
@@ -176,10 +177,10 @@ def _weight_normed(module: torch.nn.Module) -> tuple[Read, Read] | None:
 
 
 def _parametrized(module: torch.nn.Module) -> tuple[Read, Read] | None:
-    """A weight with `torch.nn.utils.parametrize`; None without. Raises Unreadable.
+    """(read, start) of a weight with `torch.nn.utils.parametrize`; else None. Raises Unreadable.
 
-    It is computed by a copy of the parametrization in evaluation mode: the original may change its
-    own state (spectral normalisation does).
+    A copy of the parametrization in evaluation mode computes the weight, since the original may
+    change its own state (spectral normalisation does).
     """
     parts = getattr(module, "parametrizations", None)
     if parts is None or "weight" not in parts:

@@ -1,4 +1,4 @@
-"""Wq, Wk and Wv of every head, measured only while a viewer shows them."""
+"""Measures Wq, Wk and Wv of every head, only while a viewer shows them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Weight = Callable[[int], torch.Tensor]
 class AttentionHeads(Probe):
     """Table `attention_heads`, while a viewer watches the topic of that name.
 
-    A query head is compared with the key/value head that it shares. Layers whose number of heads is
+    A query head is compared with the key/value head that it uses. Layers whose number of heads is
     unknown have no columns.
     """
 

@@ -1,4 +1,4 @@
-"""Attention health on sampled steps: largest logit, entropy, and cosine of queries and keys."""
+"""Measures attention on sampled steps: largest logit, entropy, and cosine of queries and keys."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ from tui_trainer.trace.torch_private import is_compiled
 
 FUNCTION = "scaled_dot_product_attention"
 NOT_CALLED = (
-    f"{FUNCTION} is not called as one of torch.nn.functional: attention is computed otherwise, "
-    "or it was imported by name"
+    f"{FUNCTION} is not called through torch.nn.functional: attention is computed in another way, "
+    "or the function was imported by name"
 )
 NOT_ONCE = f"{FUNCTION} is not called exactly once for each of these layers"
-OTHER_MODEL = "attention is measured in the first forward of a step, which is another model's"
+OTHER_MODEL = "attention is measured in the first forward of a step, which is that of another model"
 COMPILED = "the model is compiled: attention inside it cannot be measured"
 NO_FORWARD = "attention is measured in the model's forward, which was not called from outside"
 PATIENCE = 2
 """Consecutive failed samples after which the reason is shown."""
 EXAMPLES = 2
 ROWS = 32
-"""Examples, and evenly spaced query rows, that are measured of each call, with every key."""
+"""Number of examples, and of evenly spaced query rows, that are measured of each call, with every
+key."""
 
 Attend = Callable[..., torch.Tensor]
 
@@ -69,12 +70,12 @@ class AttentionHealth(Probe):
         self._ours: Attend | None = None
         self._seen: list[torch.Tensor] = []
         queries = [each.q.parameter for each in self._layers]
-        # The weights of an adapted layer are computed from some of the parameters.
+        # The weights of an adapted layer are computed from parameters that are not known here.
         adapted = max(queries) >= len(tracked.parameters)
         own = tracked.parameters if adapted else [tracked.parameters[q] for q in queries]
         self._own = {id(parameter) for parameter in own}
         self._reason = NO_FORWARD
-        """Why this step was not measured, if it was not."""
+        """Why this step was not measured, if so."""
         self._missed, self._patience = 0, PATIENCE
 
     def before_forward(self, root: torch.nn.Module) -> None:
@@ -114,13 +115,13 @@ class AttentionHealth(Probe):
             self._seen.append(query.new_full((3,), torch.nan, dtype=torch.float32))
 
     def after_update(self) -> Readings:
-        """Three readings per layer, if there was one call for each."""
+        """Three readings per layer, if the function was called once for each."""
         seen, self._seen = self._seen, []
         reason, self._reason = self._reason, NO_FORWARD
         if len(seen) == len(self._layers):
             self._missed = 0
             if self.unseen:
-                self._patience *= 2  # it succeeds only now and then
+                self._patience *= 2  # measurements succeed only now and then
                 self.set_unseen("")
             return seen
         self._missed += 1

@@ -28,7 +28,7 @@ View = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Projection:
-    """Wq, Wk or Wv of a layer: a parameter and where in it."""
+    """Wq, Wk or Wv of a layer: a parameter, and the place of the matrix in it."""
 
     parameter: int
     """Index of the parameter in the tracked parameters."""
@@ -36,7 +36,7 @@ class Projection:
     rows: int
     columns: int
     first: int | None = None
-    """Its first element in the flattened parameter, if it is contiguous there."""
+    """Index of the first element in the flattened parameter, if the matrix is contiguous there."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -48,7 +48,7 @@ class Projection:
         return self.first is not None and tensor.is_contiguous()
 
     def flat(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Its elements (rows · columns,) in the order of `view`, as a view where possible."""
+        """The elements (rows · columns,) in the order of `view`, as a view where possible."""
         if self.first is not None and tensor.is_contiguous():
             size = self.rows * self.columns
             whole = tensor.view(-1)
@@ -58,7 +58,7 @@ class Projection:
 
 @dataclass(frozen=True)
 class Heads:
-    """Numbers of heads as the layer's module or its configuration declares them."""
+    """Numbers of heads that the layer's module or its configuration declares."""
 
     query: int | None
     key_value: int | None
@@ -81,7 +81,7 @@ class Matrix:
         return cls(position, outputs, math.prod(shape) // outputs, transposed)
 
     def by_rows(self, sizes: tuple[int, ...]) -> tuple[Projection, ...]:
-        """Consecutive parts with these numbers of output features."""
+        """Consecutive parts, with `sizes` as their numbers of output features."""
         starts = [sum(sizes[:number]) for number in range(len(sizes))]
         return tuple(self._part(start, size) for start, size in zip(starts, sizes, strict=True))
 
@@ -117,9 +117,9 @@ def split(
 ) -> tuple[Projection, ...] | str:
     """Wq, Wk and Wv; or the reason why they cannot be separated.
 
-    They are equal thirds if the number of heads says so, if the outputs are three times the inputs,
-    or if the layer's output projection reads a third of them (`projected`). `mixed`: fused per
-    head, as in GPT-NeoX and BLOOM.
+    The parts are equal thirds if the numbers of heads say so, if the outputs are three times the
+    inputs, or if the layer's output projection reads a third of them (`projected`). `mixed`: fused
+    per head, as in GPT-NeoX and BLOOM.
     """
     h, kv, outputs = heads.query, heads.key_value, matrix.outputs
     if h and kv:
@@ -175,7 +175,7 @@ INTERLEAVED = ("query_key_value",)
 ROLE_NAMES = frozenset(
     (*(n for triple in SEPARATE for n in triple), *FUSED, *QUERY_OF_CROSS_ATTENTION, *KEY_VALUE)
 )
-"""All of these."""
+"""All names of parameters above."""
 
 HEADS = ("n_head", "num_heads", "n_heads", "heads", "num_attention_heads", "nhead", "nheads")
 KEY_VALUE_HEADS = (
@@ -304,22 +304,22 @@ class AttentionLayer:
             case ():
                 return ""
             case ("qk", "qv") if self.q.columns != self.k.columns:
-                return "Q has inputs of another width than K and V: they cannot be compared"
+                return "Q has a different input width from K and V: they cannot be compared"
             case ("qk", "qv"):
                 return "the number of heads is unknown: Q cannot be compared with K and V"
             case ("qv", "kv"):
-                return "V is of another shape than Q and K: it cannot be compared with them"
+                return "V has a different shape from Q and K: it cannot be compared with them"
             case ("qk", "kv"):
-                return "K is of another shape than Q and V: it cannot be compared with them"
-        return "Q, K and V are each of another shape: they cannot be compared"
+                return "K has a different shape from Q and V: it cannot be compared with them"
+        return "Q, K and V all have different shapes: they cannot be compared"
 
     @property
     def even(self) -> bool:
-        """Whether Wq, Wk and Wv have one shape."""
+        """Whether Wq, Wk and Wv have the same shape."""
         return self.q.shape == self.k.shape == self.v.shape
 
     def info(self, names: list[str]) -> AttentionInfo:
-        """Its description for viewers."""
+        """The description of the layer for viewers."""
         return AttentionInfo(
             layer=self.path,
             kind=self.kind,
@@ -348,18 +348,18 @@ class FoundLayers:
 
     @property
     def nothing(self) -> str:
-        """Why there is no layer; "" if there is one."""
+        """Why no layer was found; "" if any was."""
         return "" if self.layers else self.remark or NO_LAYERS
 
     @property
     def remark(self) -> str:
-        """What was left out, on one line."""
+        """Matrices that were left out, on one line."""
         more = len(self.left_out) - 1
         return "".join(self.left_out[:1]) + (f", and {more} more like it" if more > 0 else "")
 
 
 def find_layers(tracked: TrackedParameters, pattern: str | None = None) -> FoundLayers:
-    """The attention layers among the tracked's parameters, in the order of the model.
+    """The attention layers among the tracked parameters, in the order of the model.
 
     `pattern`: a regular expression over parameter names with the group `layer` and one of the
     groups `q`, `k`, `v` (separate) or `qkv` (fused); it replaces the usual names.
@@ -382,7 +382,7 @@ def find_layers(tracked: TrackedParameters, pattern: str | None = None) -> Found
 
 
 def _layer(tracked: TrackedParameters, path: str, roles: dict[str, int]) -> AttentionLayer | str:
-    """The layer; or which matrix cannot be split, and why."""
+    """The layer; or the matrix that cannot be split, and why."""
     declared = declared_heads(tracked, path)
     if set(roles) >= {"q", "k", "v"}:
         parts: tuple[Projection, ...] = tuple(_whole(tracked, roles[role]) for role in "qkv")
@@ -421,7 +421,7 @@ def _heads(
 
 
 def _matrix(tracked: TrackedParameters, position: int) -> Matrix:
-    """A parameter as a matrix."""
+    """The parameter at `position` as a matrix."""
     module = tracked.modules.get(tracked.weight_names[position].removesuffix(".weight"))
     module = getattr(module, "base_layer", module)
     conv1d = type(module).__name__ == "Conv1D"  # Hugging Face's GPT-2: (inputs, outputs)

@@ -1,4 +1,4 @@
-"""Singular values of Wq, Wk and Wv: largest one, stable rank, effective rank."""
+"""Measures the singular values of Wq, Wk and Wv: largest one, stable rank, effective rank."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ Values = NDArray[np.float64]
 
 
 def singular_values(matrix: torch.Tensor) -> torch.Tensor:
-    """Singular values of a matrix on the CPU, ascending, float64; one nan if it is too large or not
-    finite. They are the square roots of the eigenvalues of the smaller of WWᵀ and WᵀW."""
+    """Singular values of a matrix on the CPU, ascending, float64; a single nan if the matrix is too
+    large or not finite. They are square roots of the eigenvalues of the smaller of WWᵀ and WᵀW."""
     if min(matrix.shape) > LARGEST_SIDE:
         return torch.full((1,), torch.nan, dtype=torch.float64)
     matrix = matrix.to(torch.float64)
@@ -40,8 +40,8 @@ def singular_values(matrix: torch.Tensor) -> torch.Tensor:
 class Decomposer:
     """Decomposes matrices on a thread of its own, one at a time.
 
-    numpy releases the GIL meanwhile, so that the training thread, which launches work on an
-    accelerator, is hardly delayed.
+    numpy releases the GIL meanwhile, so that the training thread is hardly delayed in launching
+    work on an accelerator.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Decomposer:
         self._done: queue.SimpleQueue[tuple[int, Values]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self.under_way = 0
-        """Matrices that were put and whose values were not taken yet."""
+        """Number of matrices that were put and whose values were not taken yet."""
 
     def put(self, key: int, matrix: Values) -> None:
         """Queue a matrix."""
@@ -118,7 +118,7 @@ class AttentionSpectrum(Probe):
         self._turns = 3 * len(self._layers)
         self._turn = 0
         self._sent: deque[tuple[int, tuple[int, int]]] = deque()
-        """Turn and shape of the matrices that are being copied to the host."""
+        """(turn, shape) of the matrices that are being copied to the host."""
         self._decomposer = None if tracked.device.type == "cpu" else Decomposer()
         self._values = np.full((len(self._layers), 3, 3), np.nan)
         """(layer, statistic, q|k|v)."""
@@ -140,7 +140,7 @@ class AttentionSpectrum(Probe):
         return [matrix.reshape(-1).clone()]  # the weights change before it is fetched
 
     def rows(self, values: Values, facts: StepFacts) -> Sequence[Floats | None]:
-        """A row after the last matrix of the last layer."""
+        """Make a row after the last matrix of the last layer."""
         self._complete = False
         if self._decomposer is not None:
             self._decomposer.take(self._found)

@@ -1,9 +1,9 @@
-"""Statistics of the Wq, Wk and Wv of every attention layer: norms, cosines, distances, drift.
+"""Measures Wq, Wk and Wv of every attention layer: norms, cosines, distances, drift.
 
 Layers whose three matrices have the same shape are copied into one float32 block of shape
-(layers, 3, elements), so that a single batched product gives all norms and inner products of a
-model: at nanoGPT's CPU size it takes 0.07 ms, where one call per quantity takes 0.3 ms. The size of
-a block is bounded, and blocks are kept between steps.
+(layers, 3, elements), so that a single batched product computes all norms and inner products of a
+model: at nanoGPT's CPU size this takes 0.07 ms, where one call per quantity takes 0.3 ms. The size
+of a block is bounded, and blocks are kept between steps.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Source = Callable[[int], torch.Tensor | None]
 SQUARES = np.array([0, 4, 8])
 """‖Wq‖², ‖Wk‖² and ‖Wv‖² among the nine products of a layer."""
 OF_BOTH, OF_A, OF_B = np.array([1, 2, 5]), np.array([0, 0, 4]), np.array([4, 8, 8])
-"""⟨a,b⟩, ‖a‖² and ‖b‖² of qk, qv and kv among them."""
+"""⟨a,b⟩, ‖a‖² and ‖b‖² of qk, qv and kv among the nine products."""
 IN_ROWS = np.concatenate(
     [
         *(first + each for first in (9, 0) for each in (OF_BOTH, OF_A, OF_B)),
@@ -56,18 +56,19 @@ class ProductBlock:
     work: torch.Tensor
     """(layers, 3, elements), float32; overwritten at each use."""
     start: torch.Tensor
-    """Matrices of the weights at the start."""
+    """Like `work`, with the weights at the start."""
     positions: list[int]
-    """Positions of its parameters."""
+    """Positions of the parameters, in the order of `work`."""
     parts: list[Projection]
-    """Its matrices, in the order of `work`."""
+    """The matrices, in the order of `work`."""
     parameters: list[torch.Tensor]
-    """The parameters at these positions; empty where a weight is another tensor than a
-    parameter."""
+    """The parameters at `positions`; empty where one of the weights is not a parameter."""
     matrices: torch.Tensor | None = None
     """`work` as (3 · layers, *shape), where each matrix is a whole parameter of one shape."""
     where: list[int] = field(default_factory=list)
+    """Addresses of the weights that `views` belong to; empty where `views` has copies."""
     views: list[torch.Tensor] = field(default_factory=list)
+    """The matrices, flattened, in the order of `work`."""
 
 
 class EvenLayers:
@@ -80,8 +81,8 @@ class EvenLayers:
         device: torch.device,
         parameters: Sequence[torch.Tensor] = (),
     ) -> None:
-        """`start`: the weights that drift is measured from. `parameters`: those whose memory is
-        that of the weights."""
+        """`start`: returns the weights from which drift is measured. `parameters`: parameters that
+        are weights themselves."""
         self.layers = layers
         self._parameters = parameters
         self._by_product = device.type == "cpu"
@@ -113,7 +114,7 @@ class EvenLayers:
         return block
 
     def _fill_weights(self, block: ProductBlock, weight: Source) -> None:
-        """Through views that are kept while the memory of the weights stays the same."""
+        """Copy weights into a block, by views that are kept while the addresses stay the same."""
         if block.where and list(map(torch.Tensor.data_ptr, block.parameters)) == block.where:
             self._copy(block, block.views)
             return
@@ -162,7 +163,7 @@ class EvenLayers:
             self._fill_weights(block, weight)
             readings.append(self._products(block.work))
             readings.append(block.work.sum(-1).view(-1))
-            # Subtracted first: computed from norms and products, the small difference would cancel.
+            # Subtract first: computed from norms and products, the small difference would cancel.
             torch.sub(block.work, block.start, out=block.work)
             readings.append(torch.linalg.vector_norm(block.work, dim=-1).view(-1))
         return readings
@@ -296,9 +297,9 @@ def order_of(even: EvenLayers, uneven: UnevenLayers) -> NDArray[np.intp]:
 class AttentionWeights(Probe):
     """Table `attention`: the statistics of `schema.ATTENTION_STATISTICS` for each layer.
 
-    Weights are those after the step, and their drift is measured from what they were before the
-    optimizer's first step; gradients are those before clipping. A cosine with a matrix
-    that is zero, or a comparison that has no meaning (see `AttentionInfo.note`), is nan.
+    Weights are those after the step, their drift is the distance from the weights before the
+    optimizer's first step, and gradients are those before clipping. A cosine with a zero matrix, or
+    a comparison that has no meaning (see `AttentionInfo.note`), is nan.
     """
 
     name = schema.ATTENTION
@@ -367,7 +368,7 @@ class AttentionWeights(Probe):
     def _statistics(self, read: NDArray[np.float64]) -> Floats:
         """`read` is (27, layers), in the order of IN_ROWS."""
         sums, drift, squares = read[18:21], read[21:24], read[24:]
-        # Of weights and gradients at once: (2, 3, layers) each.
+        # For weights and gradients at once: (2, 3, layers) each.
         dots, of_a, of_b = read[:18].reshape(2, 3, 3, -1).swapaxes(0, 1)
         if self._repeats is not None:
             of_b = of_b * self._repeats
@@ -391,8 +392,8 @@ class AttentionWeights(Probe):
 
 
 def _repeats(layers: Sequence[AttentionLayer]) -> NDArray[np.float64]:
-    """(layers, 3): how often the second matrix counts in the comparisons qk, qv and kv. A shared
-    head counts once for each comparison."""
+    """(layers, 3): how often the second matrix counts in the comparisons qk, qv and kv. In qk and
+    qv a shared head counts once for each of its query heads."""
     return np.array([[layer.group, layer.group, 1.0] for layer in layers])
 
 
