@@ -1,4 +1,4 @@
-"""What the model and the loss function receive: statistics of inputs and targets on a cadence."""
+"""Measures statistics of the inputs of the model and of the targets of the loss functions."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from tui_trainer.trace.torch_private import is_dense
 
 MAX_TARGETS = 4
 MAX_CLASSES = 8192
-"""Classes whose labels are counted."""
+"""Maximum number of classes whose labels are counted."""
 SAMPLE = 8192
-"""Elements that are copied of a larger tensor, at equal distances."""
+"""Number of elements, at equal distances, that are copied of a larger tensor."""
 SAMPLED_ROWS = 128
 ALL_FIRST_LAYERS = 6
-"""Measurements in each of which the input of the first layer is recorded: observing the calls of
-modules costs more than all else here."""
+"""Number of first measurements that all record the input of the first layer: observing the calls of
+modules costs more than all the rest of this probe."""
 FIRST_LAYER_EVERY = 10
-"""It is recorded in every n-th measurement after these."""
+"""Cadence, in measurements, at which later ones record the input of the first layer."""
 ELEMENTWISE = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")
 """Losses that broadcast an input and a target of different shapes."""
 BINARY = ("binary_cross_entropy", "binary_cross_entropy_with_logits")
@@ -81,17 +81,16 @@ class _Labels:
     per_example: bool
     plain: bool
     target: int
-    """Its position among the tensors that were seen."""
+    """Position of the target among the tensors that were seen."""
 
 
 class BatchProbe(Probe):
     """No table: sets `StepFacts.batch`.
 
-    Looks at the arguments of the model, at what its first layer with weights is given, and at the
-    targets of the loss functions of torch.nn.functional, in the first forward of a step; never at
-    the data set, of which nothing is read. A small tensor is copied, and its statistics are
-    computed when the step is recorded; of a larger one, its range and checksum are taken at once,
-    and the rest from a sample.
+    Reads the arguments of the model, the input of its first layer with weights, and the targets of
+    the loss functions of torch.nn.functional, in the first forward of a step; never the data set. A
+    small tensor is copied, and its statistics are computed when the step is recorded. Of a larger
+    tensor, range and checksum are computed at once, and the rest from a sample.
     """
 
     name = "batch"
@@ -110,23 +109,24 @@ class BatchProbe(Probe):
         self._broadcast = ""
         self._measurements = 0
         self._first_layer_judged = True
-        """Whether the first module with weights is one whose input has to be of a certain scale."""
+        """Whether the first module with weights is one whose input should be of a certain scale."""
         self._here = False
-        """Whether the model of this optimizer is the one that is called in this step."""
+        """Whether the model that is called in this step has parameters of this optimizer."""
         self._workers: int | None = None
         self._labels: list[_Labels] = []
         """Labels of the losses of this step."""
         self._counter = LabelCounter()
         self._large_counts: torch.Tensor | None = None
-        """Labels of each class, over all measured steps whose targets are too large to copy."""
+        """(classes,): labels of each class, over all measured steps whose targets are too large to
+        copy."""
         self._counted = ""
-        """The loss function whose labels they are."""
+        """The loss function whose labels `_large_counts` holds."""
         self._under_way: deque[tuple[list[SeenTensor], str, _Labels | None]] = deque()
 
     def model_called(
         self, root: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """The arguments of the model."""
+        """Record the arguments of the model."""
         self._seen, self._readings, self._broadcast, self._labels = [], [], "", []
         self._here = any(id(parameter) in self._own for parameter in root.parameters())
         if not self._here:
@@ -156,7 +156,7 @@ class BatchProbe(Probe):
     def _called(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """The first module that has weights: what it is given, if it is a linear map of it."""
+        """Record the input of the first module with weights, if the module is a linear map."""
         if not any(True for _ in module.parameters(recurse=False)):
             return
         self._first_layer_judged = isinstance(module, (*FIRST_LAYERS, *CONVOLUTIONS))
@@ -169,7 +169,7 @@ class BatchProbe(Probe):
     def loss_called(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
     ) -> None:
-        """The target of a loss function."""
+        """Record the target of a loss function."""
         given = args[0] if args else kwargs.get("input")
         target = args[1] if len(args) > 1 else kwargs.get("target")
         if not self._here or not isinstance(given, torch.Tensor):
@@ -192,7 +192,7 @@ class BatchProbe(Probe):
     def _add_labels(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], target: torch.Tensor
     ) -> None:
-        """The labels of the target that was seen last; they are counted here if it is too large to
+        """Add the labels of the last target. They are counted here if the target is too large to
         copy, otherwise when the step is recorded."""
         weight = args[2] if len(args) > 2 else kwargs.get("weight")
         reduction = args[6] if len(args) > 6 else kwargs.get("reduction", "mean")
@@ -229,7 +229,7 @@ class BatchProbe(Probe):
         ignored: int | None = None,
         after: str = "",
     ) -> bool:
-        """Returns whether such a tensor can be looked at."""
+        """Record a tensor; return whether its dtype and layout allow it."""
         if not is_dense(tensor) or not tensor.numel() or tensor.is_complex():
             return False
         kind: NumberKind = "float" if tensor.is_floating_point() else "integer"
@@ -282,12 +282,12 @@ class BatchProbe(Probe):
 
 
 OF_WHOLE = 5
-"""Readings of a tensor that is too large to copy: see `_of_whole`."""
+"""Number of readings from `_of_whole`, for a tensor that is too large to copy."""
 
 
 def copied_of(tensor: torch.Tensor, ignored: int | None) -> tuple[tuple[int, int], torch.Tensor]:
-    """(rows, elements per row) of the copy, and the readings: the copy, flattened, as float64,
-    behind those of `_of_whole` where it is a sample."""
+    """(rows, elements per row) of the copy, and the readings: the copy, flattened, as float64; a
+    sample is preceded by the readings of `_of_whole`."""
     wide = torch.float32 if tensor.device.type == "mps" else torch.float64
     count = tensor.numel()
     rows = tensor.shape[0] if tensor.dim() else 1
@@ -305,8 +305,8 @@ def copied_of(tensor: torch.Tensor, ignored: int | None) -> tuple[tuple[int, int
 
 
 def _of_whole(tensor: torch.Tensor, ignored: int | None, wide: torch.dtype) -> torch.Tensor:
-    """Lowest and highest element (nan where one is), checksum, number of ignored elements, and
-    whether the first, second and last row are equal."""
+    """(5,): lowest and highest element (nan where any element is), checksum, number of ignored
+    elements, and whether the first, second and last row are equal."""
     if ignored is None:
         low, high = torch.aminmax(tensor)
         left_out = torch.zeros((), device=tensor.device)
@@ -321,7 +321,7 @@ def _of_whole(tensor: torch.Tensor, ignored: int | None, wide: torch.dtype) -> t
 
 
 def statistics(seen: SeenTensor, values: Values) -> BatchTensor:
-    """Statistics of the elements that are finite and not ignored; the checksum is of all."""
+    """Statistics of the finite elements that are not ignored; the checksum covers all elements."""
     copy = values if seen.whole else values[OF_WHOLE:]
     valid = np.isfinite(copy) if seen.ignored is None else copy != seen.ignored
     some = copy[valid]
@@ -377,7 +377,7 @@ class LabelCounter:
             self._within -= float((shares * np.log(shares)).sum())
 
     def counts(self, labels: _Labels, of_large: Values | None) -> LabelCounts:
-        """The counts so far; `of_large`: those of targets that were too large to copy."""
+        """The counts so far. `of_large`: counts of targets that were too large to copy."""
         self._follow(labels)
         if of_large is not None:
             self._of_large = of_large
@@ -409,7 +409,7 @@ class LabelCounter:
 
 
 def _bounding(node: Any) -> str:
-    """The activation behind views that bounds the values of a tensor; "" without one."""
+    """The activation that bounds the values of a tensor, also through views; "" without one."""
     for _ in range(4):
         name = node.name().partition("Backward")[0] if node is not None else ""
         if name in ("Sigmoid", "Tanh", "Softmax", "Relu"):

@@ -22,15 +22,14 @@ from tui_trainer.trace.probe import (
 )
 
 DOMINANT = 8
-"""How many parameters an event names."""
+"""Number of parameters that an event names."""
 
 
 class ClippingProbe(Probe):
     """Table `clip`, and an event for every step with scale < 1.
 
-    Of several clippings in one step (groups clipped apart) the one that clipped hardest counts.
-    Norms are those that the clipping saw: `gradient_scale` is the loss scale that was still on
-    them.
+    Of several clippings in one step (groups clipped separately), the one with the smallest scale
+    counts. Norms are those at the time of the clipping, with the loss scale `gradient_scale`.
     """
 
     name = schema.CLIP
@@ -41,7 +40,7 @@ class ClippingProbe(Probe):
         self.tables = (TableSpec(schema.CLIP, schema.CLIP_COLUMNS),)
 
     def rows(self, values: Values, facts: StepFacts) -> Sequence[Floats | None]:
-        """None when nothing was clipped or could have been."""
+        """A row if any clipping was called, whether or not it changed the gradients."""
         facts.clips = [clip for clip in facts.clips if not _untouched(clip)]
         if not facts.clips:
             return (None,)
@@ -59,7 +58,7 @@ class ClippingProbe(Probe):
                 after = self._after_overflow(hardest, facts)
         else:
             after = hardest.norm_after
-        # By value single elements may be cut without the norm changing in float32.
+        # Clipping by value may cut single elements without a change of the norm in float32.
         if scale < 1:
             facts.clip = self._event(hardest, before, scale, facts)
         row = (hardest.max_norm, before, after, scale, hardest.gradient_scale)
@@ -70,7 +69,7 @@ class ClippingProbe(Probe):
     ) -> ClipRecord:
         parameters: tuple[int, ...] = ()
         shares: tuple[float, ...] = ()
-        # Norms of this process's shards are no parts of the total of all processes.
+        # The norms of this process's shards do not add up to the total of all processes.
         norms = None if self.tracked.sharded else self._norms(clip, facts)
         if norms is not None:
             total = clip.total_before
@@ -95,8 +94,8 @@ class ClippingProbe(Probe):
         )
 
     def _after_overflow(self, clip: ClipMeasurement, facts: StepFacts) -> float:
-        """Norm of gradients that were multiplied by 0: their infinite elements are nan then, and
-        finite ones, of which only the sum of squares was infinite, are 0."""
+        """Norm of gradients that were multiplied by 0: nan if any element was infinite, 0 if only
+        the sum of squares was."""
         norms = self._norms(clip, facts)
         if norms is None:
             return absent(Absent.NOT_MEASURED)

@@ -1,4 +1,4 @@
-"""Dropout layers that are in `eval()` mode while the model around them trains."""
+"""Finds dropout layers that are in `eval()` mode while the model around them trains."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _Layer = tuple[weakref.ref[torch.nn.Module], weakref.ref[torch.nn.Module]]
 class DropoutModes(Probe):
     """No table: sets `StepFacts.dropout_off`, at every step.
 
-    The dropout layers of a model are listed once and again after LISTED_AGAIN steps; of each, a
-    step reads one attribute.
+    The dropout layers of a model are listed every LISTED_AGAIN steps; a step only reads one
+    attribute of each.
     """
 
     name = "modes"
@@ -44,13 +44,13 @@ class DropoutModes(Probe):
         """The model whose layers are listed."""
         self._layers: list[_Layer] = []
         self._attributes: list[dict[str, Any]] = []
-        """Their attributes, which do not keep a layer alive."""
+        """`vars` of each layer, which do not keep the layer alive."""
         self._steps_left = 0
         self._found: tuple[str, ...] | None = None
         self._under_way: deque[tuple[str, ...] | None] = deque()
 
     def before_forward(self, root: torch.nn.Module) -> None:
-        """Look at the modes of the model's layers."""
+        """Read the modes of the model's layers."""
         self._steps_left -= 1
         if self._root is None or self._root() is not root or self._steps_left < 0:
             if not any(id(parameter) in self._own for parameter in root.parameters()):
@@ -68,7 +68,7 @@ class DropoutModes(Probe):
         self._found = () if usual else self._dropout_off()
 
     def _dropout_off(self) -> tuple[str, ...]:
-        """The dropout layers in `eval()` mode next to weights that are trained."""
+        """Paths of the dropout layers in `eval()` mode whose parent has trainable weights."""
         found = []
         for layer, owner in self._layers:
             child, parent = layer(), owner()

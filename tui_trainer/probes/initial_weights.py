@@ -1,4 +1,4 @@
-"""The weights before the first step: their scale, and whether units or layers begin equal."""
+"""Measures weights before the first step: their scale, and whether units or layers are equal."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class InitialWeights(Probe):
             if tracked.parameters[a].shape == tracked.parameters[b].shape
             and tracked.parameters[a].shape[0] > 1
         ]
-        """Positions of embeddings and of layers that could share their weights."""
+        """(position of an embedding, position of a layer that could share its weight)."""
         self._readings: list[torch.Tensor] = []
         if not self._weights and not self._pairs:
             self.unseen = "no layers with weight matrices"

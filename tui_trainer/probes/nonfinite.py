@@ -1,7 +1,7 @@
 """Reports nan and inf in loss, gradients and weights, and the first module whose output is not
 finite although its inputs are.
 
-The operation that produced them is found in `trace/nonfinite_origin.py`, at a pause in
+The operation that produced them is found by `trace/nonfinite_origin.py`, and at a pause by
 `inspector/checked_rerun.py`.
 """
 
@@ -31,11 +31,11 @@ from tui_trainer.trace.torch_private import PLAIN, DropoutLayer, is_dense, versi
 
 
 class NonFiniteProbe(Probe):
-    """No table: events, once when a quantity turns non-finite and again only after it was finite.
+    """No table: an event when a quantity turns non-finite, and another only after it was finite.
 
-    Each is checked whenever it is measured: the loss at every step, the others less often, so the
-    event also has the step at which the quantity was last seen to be finite. Costs nothing of its
-    own: norms are taken so that one is finite exactly where every element is.
+    A quantity is checked whenever it is measured: the loss at every step, the others less often, so
+    an event also has the step at which the quantity was last seen to be finite. The check adds no
+    measurement: norms are computed so that they are finite exactly where every element is.
     """
 
     name = "nonfinite"
@@ -87,23 +87,24 @@ class NonFiniteProbe(Probe):
 
 FIRST_STEPS = 3
 ARMED_STEPS = 500
-"""Steps that are watched after something was not finite."""
+"""Number of steps for which a value that is not finite arms the probe."""
 ARMED_BY_GROWTH = 100
-"""The same after the loss or the gradient norm grew: what does not keep growing, and arms it
-again, was a single spike."""
+"""Number of steps for which a growing loss or gradient norm arms the probe. One that keeps growing
+arms it again; otherwise it was a single spike."""
 GROWTH = 10.0
-"""Times its usual value at which a loss or gradient norm arms the probe."""
+"""A loss or gradient norm of this many times its usual value arms the probe."""
 RECENT = 16
+"""Number of last values from which the usual one is computed."""
 MAX_SUMS = 4096
 PROPAGATING = (
     *(nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
 )
-"""Modules whose output is not finite wherever their input is not."""
+"""Modules whose output is non-finite wherever their input is."""
 READ_BY_OTHERS = (*PROPAGATING, nn.Embedding)
 """Layers whose output is hardly ever the end of a model's computation."""
 MAX_HELD_BYTES = 1 << 26
-"""Bytes of tensors that are kept until the end of a forward instead of being summed."""
+"""Maximum bytes of tensors that are kept until the end of a forward instead of being summed."""
 PASSING = (
     *(nn.Identity, nn.Flatten, nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh),
     *(DropoutLayer, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
@@ -112,7 +113,7 @@ PASSING = (
 
 
 class _Kind(NamedTuple):
-    """What is known of the modules of one class."""
+    """Properties of the modules of one class."""
 
     passing: bool
     propagating: bool
@@ -136,21 +137,22 @@ class _Sum:
     entering: bool
     tensor: weakref.ref[torch.Tensor]
     held: torch.Tensor | None = None
-    """The tensor itself, to be summed only if a later one is not finite."""
+    """The tensor itself, which is summed only if a later one is not finite."""
 
 
 class OutputSums(Probe):
     """No table: sets `StepFacts.producer` at steps with a value that is not finite.
 
-    While armed, every tensor that a module returns is summed, and every one it is given that no
-    module returned: a sum is finite where all elements are, and costs less than `isfinite`. It is
-    armed in the first steps, once anything was not finite, while the loss or the gradient norm is
-    ten times its usual value, and at all steps with `ProbeOptions.watch_nonfinite`. Tensors that
-    are not finite in steps whose loss is (masks) do not count.
+    While armed, the probe sums every tensor that a module returns, and every argument of a module
+    that no module returned: a sum is finite where all elements are, and costs less than `isfinite`.
+    The probe is armed in the first steps, after anything was not finite, while the loss or the
+    gradient norm is ten times its usual value, and at all steps with
+    `ProbeOptions.watch_nonfinite`. Tensors that are non-finite in steps with a finite loss (masks)
+    do not count.
 
-    On an accelerator the sums stay there until the step is over. On the CPU, where the end of a
-    forward is soon enough, the inputs and outputs of linear layers, convolutions, normalisations
-    and embeddings are kept instead, and summed only if what was computed from them is not finite.
+    On an accelerator the sums stay on the device until the step is over. On the CPU the inputs and
+    outputs of linear layers, convolutions, normalisations and embeddings are kept instead, and
+    summed at the end of the forward, and only if a tensor computed from them is not finite.
     Autograd keeps most of these tensors as well; at most MAX_HELD_BYTES are kept.
     """
 
@@ -169,22 +171,22 @@ class OutputSums(Probe):
         self._paths: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary(
             {module: path for path, module in tracked.modules.items()}
         )
-        # By weak references: a probe does not keep a model.
+        # Weak references: a probe does not keep a model alive.
         self._modules = weakref.WeakValueDictionary(tracked.modules)
         self._kinds = _Kinds()
         self._sums: list[_Sum] = []
         self._values: list[torch.Tensor | None] = []
-        """None: held instead."""
+        """Sum of each entry of `_sums`; None where the tensor is held instead."""
         self._held_bytes = 0
         self._known: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
-        """id → tensors of this forward that have been summed, with their version."""
+        """id → (tensor, version) of the tensors of this forward that need no further sum."""
         self._on_host = all(parameter.is_cpu for parameter in tracked.parameters)
         self._found: Producer | None = None
         self._weights = False
-        """Whether the module that was found has weights that are not finite."""
+        """Whether the module that was found has non-finite weights."""
         self._under_way: deque[tuple[list[_Sum], Producer | None]] = deque()
         self._usual: dict[tuple[str, bool], int] = {}
-        """(path, entering) of what was not finite in steps that were."""
+        """(path, entering) → how often its tensor was non-finite in a step that was finite."""
         self._losses: deque[float] = deque(maxlen=RECENT)
         self._norms: deque[float] = deque(maxlen=RECENT)
 
@@ -201,7 +203,7 @@ class OutputSums(Probe):
     def model_called(
         self, root: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """The inputs of the model."""
+        """Sum the inputs of the model."""
         if self.armed and not self._found and any(id(p) in self._own for p in root.parameters()):
             self._known.clear()
             with torch.no_grad():
@@ -213,7 +215,7 @@ class OutputSums(Probe):
             self._calls.begin(root, under_way=True)
 
     def after_forward(self) -> None:
-        """On the CPU the sums are looked at now, while the graph is alive."""
+        """On the CPU, evaluate the sums now, while the graph is alive."""
         self._calls.end()
         self._known.clear()
         fault, self._calls.fault = self._calls.fault, None
@@ -264,7 +266,7 @@ class OutputSums(Probe):
         tensor: torch.Tensor,
         passed_on: bool = False,
     ) -> None:
-        """`passed_on`: another tensor is not finite either where this one is not."""
+        """Sum or hold a tensor. `passed_on`: where it is non-finite, a later tensor is as well."""
         if (
             not is_dense(tensor)
             or not tensor.is_floating_point()
@@ -288,7 +290,7 @@ class OutputSums(Probe):
     # ------------------------------------------------------------ the end of the step
 
     def after_update(self) -> Readings:
-        """On an accelerator: the sums."""
+        """The sums, on an accelerator."""
         self._steps += 1
         if not self._sums:
             found, self._found = self._found, None
@@ -350,7 +352,7 @@ class OutputSums(Probe):
             return Producer("input", "")
         path = self._paths.get(module, "")
         modules = self._modules
-        if entry.entering:  # computed between two modules, by the one around them
+        if entry.entering:  # the module around two others computed it between their calls
             parent = path.rpartition(".")[0]
             around = modules.get(parent)
             kind = type(around).__name__ if around is not None else ""
@@ -367,5 +369,5 @@ def _sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _not_finite(value: float) -> bool:
-    """Whether a value that is known is nan or infinite."""
+    """Whether a value is nan or infinite, and not merely absent."""
     return not math.isfinite(value) and why_absent(value) is None

@@ -32,9 +32,9 @@ class Gradients(Probe):
         return norms
 
     def rows(self, values: Values, facts: StepFacts) -> Sequence[Floats | None]:
-        """Also gives the norms and their total to the probes that follow."""
+        """Also sets the norms and their total for later probes."""
         codes = facts.absent_gradients
-        if not values.size:  # they could not be read
+        if not values.size:  # the norms could not be read
             if codes is None:
                 return (None,)
             values = np.zeros(len(codes))
@@ -68,8 +68,8 @@ class Gradients(Probe):
         return (to_float32(norms),)
 
     def _total_of_shards(self, facts: StepFacts) -> float:
-        """What a clipping by norm has found for the whole gradient; the norms are those of this
-        process's shards."""
+        """The total of the whole gradient, as a clipping by norm has computed it: our own norms are
+        those of this process's shards."""
         for clip in facts.clips:
             if clip.kind == "norm" and clip.two_norm and clip.positions is None:
                 return clip.norm_before / facts.gradient_scale

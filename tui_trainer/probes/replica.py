@@ -1,4 +1,4 @@
-"""Checksums of the weights, by which the replicas of a data-parallel training are compared."""
+"""Computes checksums of the weights, by which the replicas of a data-parallel run are compared."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 HALF = 24
 """Bits that float32 holds exactly."""
 SAMPLED = 512
-"""Elements of a parameter in the sample of every step."""
+"""Number of elements of a parameter in the sample of every step."""
 
 
 class ReplicaChecksum(Probe):
-    """Table `replica`: a sum over the bits of all weights, equal where they are."""
+    """Table `replica`: a sum over the bits of all weights, which equal weights have in common."""
 
     name = schema.REPLICA
     every = 50
@@ -43,8 +43,8 @@ class ReplicaChecksum(Probe):
 
 
 class ReplicaSample(Probe):
-    """Table `replica_sample`: the same of a few elements of the first, the middle and the last
-    parameter, before each update: so that of the first step shows whether ranks start equal."""
+    """Table `replica_sample`: a checksum of a few elements of the first, the middle and the last
+    parameter, before each update. That of the first step shows whether ranks start equal."""
 
     name = schema.REPLICA_SAMPLE
     importance = 60
@@ -76,7 +76,7 @@ class ReplicaSample(Probe):
 
 
 def sample(parameter: torch.Tensor) -> torch.Tensor | None:
-    """SAMPLED elements at equal distances, a view; None of a layout that has none."""
+    """A view of SAMPLED elements at equal distances; None where the layout does not allow it."""
     count = parameter.numel()
     if parameter.layout != torch.strided or not count or not _is_dense(parameter):
         return None
@@ -95,7 +95,8 @@ def _halves(total: torch.Tensor) -> Readings:
 
 
 def checksum(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """An int64 of 48 bits. Elements of each tensor are added up as integers, in any order."""
+    """A checksum (0-d int64, 48 bits). The bits of each tensor's elements are added as integers, in
+    any order."""
     device = tensors[0].device
     sums = [
         tensor.detach().view(BITS[tensor.element_size()]).sum(dtype=torch.int64).to(device)

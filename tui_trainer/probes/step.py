@@ -1,5 +1,5 @@
-"""Loss, learning rate, total gradient norm and duration of every step; the time of each phase; the
-memory in use and the time that measuring takes."""
+"""Records loss, learning rate, total gradient norm and duration of every step, the time of each
+phase, the memory in use and the overhead of measuring."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class StepProbe(Probe):
 
 
 class PhasesProbe(Probe):
-    """Table `phase_ms`: time in the step of each phase; absent for one that it did not have."""
+    """Table `phase_ms`: time of each phase in a step; absent for a phase that the step lacks."""
 
     name = schema.PHASE_MS
     importance = 100
@@ -57,7 +57,7 @@ class PhasesProbe(Probe):
 
 MEMORY_PERIOD_S = 1.0
 OVERHEAD_STEPS = 10
-"""How many steps a row averages over."""
+"""Number of steps over which a row averages."""
 
 
 class Memory(Probe):
@@ -85,8 +85,8 @@ class Memory(Probe):
 
 
 def device_memory(device: torch.device) -> tuple[float, float]:
-    """Bytes that torch has allocated on `device`, now and at the peak; absent where it has none of
-    its own or does not report it."""
+    """Bytes that PyTorch has allocated on `device`, now and at the peak; absent where a device has
+    no memory of its own or does not report it."""
     kind = device.type
     if kind == "mps":
         return float(torch.mps.current_allocated_memory()), absent(Absent.NOT_MEASURED)
@@ -97,8 +97,7 @@ def device_memory(device: torch.device) -> tuple[float, float]:
 
 
 class Overhead(Probe):
-    """Table `overhead_ms`: mean per step over the last ten; `tracer` is what no probe accounts
-    for."""
+    """Table `overhead_ms`: mean of each probe over the last ten steps; `tracer` is the rest."""
 
     name = schema.OVERHEAD
     importance = 100

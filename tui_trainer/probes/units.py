@@ -1,4 +1,4 @@
-"""Dead and saturated units, and how much the features of the examples differ."""
+"""Finds dead and saturated units, and measures how much the features of the examples differ."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ FUNCTIONS: tuple[tuple[Any, str, UnitKind], ...] = (
 """(namespace, name, kind)"""
 LAYERS = (torch.nn.Linear, *CONVOLUTIONS)
 WINDOW = 3
-"""Measurements over which a unit must not change to count."""
+"""Number of measurements in which a unit must be stuck to count as dead or saturated."""
 MIN_POSITIONS = 16
-"""Number of examples (or positions in them) of a batch from which units are measured."""
+"""Minimum number of examples (or positions in them) of a batch for a measurement of units."""
 SATURATED = 0.01
-"""Distance to its limit, of a sigmoid's or tanh's range of 1, within which an output counts."""
+"""Distance from a limit of sigmoid or tanh within which an output counts as saturated."""
 MAX_CALLS = 256
 MIN_EXAMPLES = 4
-"""Rows of a batch from which their spread is taken."""
+"""Minimum number of rows of a batch for a measurement of their spread."""
 
 
 @dataclass(slots=True)
@@ -47,7 +47,7 @@ class _Layer:
     key: tuple[str, UnitKind, int]
     """(path, kind, units)"""
     stuck: torch.Tensor
-    """For each unit whether it has not changed in this window."""
+    """bool (units,): whether all outputs of a unit in this window were dead or saturated."""
     count: int = 0
 
 
@@ -56,9 +56,8 @@ class UnitsProbe(Probe):
 
     Also measures how much the inputs of the first and the last linear layer or convolution differ
     between the examples. The activation functions of torch and torch.nn.functional are replaced
-    during one forward; a unit is the last dimension of an output, or the channel of an image. The
-    last activation of a model, after which no layer with weights comes, is left out: it is the
-    model's output.
+    during one forward. A unit is an index of the last dimension of an output, or a channel of an
+    image. An activation that no layer with weights follows is left out: it is the model's output.
     """
 
     name = "units"
@@ -85,7 +84,7 @@ class UnitsProbe(Probe):
         self._measured = False
         self._first_input: torch.Tensor | None = None
         self._last_input: torch.Tensor | None = None
-        """What linear layers and convolutions of this forward were given."""
+        """Input of the last linear layer or convolution of this forward so far."""
         self._last_layer = ""
         self._spreads: list[torch.Tensor] = []
         self._under_way: deque[tuple[list[tuple[str, UnitKind, int]], bool, str]] = deque()

@@ -1,5 +1,5 @@
-"""‖w_after − w_before‖ / ‖w_before‖ of every parameter, healthy near 1e-3; and whether the update
-of a step is still there at the next one."""
+"""Measures ‖w_after − w_before‖ / ‖w_before‖ of every parameter, healthy near 1e-3, and whether the
+weights still have the update of a step at the next one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHARE_OF_FREE = 0.25
 MAX_HOST_BYTES = 1 << 30
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 KEPT_SAMPLE = 256
-"""Elements of the largest weight that are looked at."""
+"""Number of elements of the largest weight that are sampled."""
 NEVER = 1 << 30
 
 
@@ -56,7 +56,7 @@ class UpdateRatio(Probe):
         self.latest: tuple[int, list[float], list[float]] | None = None
         """(step, ‖Δw‖, ratios) of the last row, for the phase report."""
         self.missing: tuple[int, str] = (0, "")
-        """(step, why it was not measured whole), for the phase report."""
+        """(step, why it was not measured completely), for the phase report."""
         self._whole = list(range(len(tracked.parameters)))
         self._whole_step = 0
         """The step that is measured whole."""
@@ -68,10 +68,10 @@ class UpdateRatio(Probe):
         self._turn = 0
         self._copies: list[torch.Tensor] = []
         self._kept: list[torch.Tensor] = []
-        """Memory for copies of all parameters, if they fit into one turn: allocating it for each
-        measurement would take as long as the measurement."""
+        """Copies of all parameters, if they fit into one turn. The memory is reused: allocating it
+        for each measurement would take as long as the measurement."""
         self._layout: list[tuple[torch.Size, torch.dtype, torch.device]] = []
-        """Layout of the weights that the memory was allocated for."""
+        """(shape, dtype, device) of the weights for which `_kept` was allocated."""
         self._under_way: deque[list[int]] = deque()
         self._norms = Norms(tracked.parameters, tracked.device)
         self._updates = np.full(len(tracked.names), np.nan)
@@ -150,7 +150,7 @@ class UpdateRatio(Probe):
 
 
 def _wide(weight: torch.Tensor) -> torch.dtype:
-    """A dtype in which differences of such weights are not rounded."""
+    """The dtype of a copy of `weight` in which the difference to `weight` is not rounded."""
     return torch.float32 if weight.dtype in HALF_PRECISION else weight.dtype
 
 
@@ -192,10 +192,11 @@ def in_turns(parameters: Sequence[torch.Tensor], budget: int) -> list[list[int]]
 
 
 class KeptUpdates(Probe):
-    """No table: sets `StepFacts.kept_update`, in the first steps, which follow on each other.
+    """No table: sets `StepFacts.kept_update`, in the first steps, which are consecutive.
 
-    ‖w₂ − w₀‖ / ‖w₁ − w₀‖ for a sample of the largest weight before the step, after it, and when the
-    model is called for the next one: near 1, unless something writes to the weights in between.
+    It is ‖w₂ − w₀‖ / ‖w₁ − w₀‖, with a sample of the largest weight before the step (w₀), after it
+    (w₁), and when the model is called for the next one (w₂): near 1, unless something writes to the
+    weights in between.
     """
 
     name = "kept_updates"
