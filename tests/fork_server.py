@@ -270,12 +270,14 @@ if __name__ == "__main__":
             _early |= sys.modules.keys()
         __import__(_name)
     warnings.simplefilter("ignore", DeprecationWarning)  # of forking where there are threads
+    sys.modules.pop("tests", None)
+    if "torch" in sys.modules:  # hidden once for all: it writes to the memory of every module
+        sys.meta_path.insert(0, HiddenTorch(_early))
     gc.collect()
     gc.freeze()
     for _finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
         _finalizer.atexit = False  # half of what a process took that did nothing
     use_huge_pages()
-    sys.modules.pop("tests", None)
     _request, _descriptors = serve(_asking)
     _own: socket.socket | None = None
     while _own is None and (_request["starts"] or _request["worker"]):
@@ -289,8 +291,6 @@ if __name__ == "__main__":
         if _request["starts"]:
             subprocess.Popen = _popen  # type: ignore[misc]
             write_stacks_on_signal()
-    if "torch" in sys.modules:
-        sys.meta_path.insert(0, HiddenTorch(_early))
     _ending: BaseException | None = None
     try:
         run(_request["arguments"])

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 from cyclopts import Group, Parameter, validators
 
@@ -19,6 +19,9 @@ from tui_trainer.tasks.definition import TaskDefinition
 RUNNING = Group("Run", sort_key=100)
 SHOWING = Group("Display", sort_key=101)
 """Both after the groups of a task's own configuration."""
+
+Options = TypeVar("Options")
+"""RunOptions, CheckOptions or StartOptions."""
 
 DEFAULT_BUDGET = 0.01
 """Share of step time that measuring may take."""
@@ -55,6 +58,14 @@ def _repeated(name: str, help: str, metavar: str) -> Parameter:
     )
 
 
+def _evaluated(options: type[Options]) -> type[Options]:
+    """The class with its annotations as objects: cyclopts evaluates those that are text three times
+    for a command line."""
+    options.__annotations__ = get_type_hints(options, include_extras=True)
+    return options
+
+
+@_evaluated
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
@@ -229,6 +240,7 @@ class RunOptions:
         return 0.0 if self.json else DEFAULT_BUDGET
 
 
+@_evaluated
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class CheckOptions:
@@ -251,6 +263,7 @@ class CheckOptions:
     ] = ""
 
 
+@_evaluated
 @dataclass(frozen=True, kw_only=True)
 class StartOptions:
     """The options of the start screen."""
@@ -276,9 +289,6 @@ PRESET = Group("Preset", sort_key=0)
 ALIASES = {"learning_rate": "--lr"}
 """A second flag of an option, as other programs call it."""
 _METAVARS = {"int": "N", "float": "X", "str": "TEXT"}
-
-Options = TypeVar("Options")
-"""RunOptions or CheckOptions."""
 Start = Callable[[TaskDefinition, str | None, dict[str, Scalar], Options], int]
 """(task, preset, overrides, options) → exit status."""
 
