@@ -146,7 +146,7 @@ class SeriesReader(ABC):
             level = levels[k]
             low, high = max(row // level.size, level.start), min(level.stop, -(-last // level.size))
             if k > wanted:
-                # A coarser level only for what the finer ones no longer hold.
+                # Use a coarser level only for rows that the finer levels no longer hold.
                 finer = levels[k - 1]
                 high = min(high, -(-finer.start * finer.size // level.size))
             if low < high:
@@ -357,7 +357,7 @@ class MemorySeries(SeriesReader):
 
     def extend(self, steps: Steps, values: Floats) -> None:
         """Add n raw rows, values (n, columns)."""
-        # In pieces: no row may leave the ring before it is in a bucket.
+        # Add rows in pieces: no row may leave the ring before it is in a bucket.
         piece = self._entries // 2
         for start in range(0, len(steps), piece):
             part = RawRows(steps, values).part(slice(start, start + piece))

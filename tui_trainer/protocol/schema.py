@@ -257,7 +257,7 @@ STEP_COLUMNS = (
     Column("learning_rate"),
     Column("grad_norm_preclip"),  # √Σ‖gᵢ‖² over the optimizer's parameters
     Column("step_ms", "ms", "lower"),  # wall clock, from the end of the previous step to this one's
-    Column("evaluations"),  # of the optimizer's closure
+    Column("evaluations"),  # calls of the optimizer's closure
 )
 
 STEP_INDEX = {column.name: index for index, column in enumerate(STEP_COLUMNS)}
@@ -294,7 +294,7 @@ RANK_COLUMNS = (
     Column("loss", "", "lower"),
     Column("grad_norm_preclip"),
     Column("step_ms", "ms", "lower"),
-    Column("lag_ms", "ms"),  # end of the step after that of rank 0; negative: before
+    Column("lag_ms", "ms"),  # end of the step relative to that of rank 0; negative: earlier
     *(Column(f"phase_ms.{phase}", "ms", "lower") for phase in (*PHASES, *BETWEEN)),
     Column("device_bytes", "bytes"),
     Column("host_bytes", "bytes"),

@@ -196,7 +196,7 @@ def start_sender(targets: Sequence[str], info: RunInfo) -> int:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        if process.wait(START_TIMEOUT_S):  # it continues in a child that is not ours
+        if process.wait(START_TIMEOUT_S):  # the sender itself continues in a grandchild
             raise OSError(f"the process that sends alerts failed ({process.returncode})")
     except subprocess.TimeoutExpired as error:
         process.kill()
@@ -381,7 +381,7 @@ def _run(command: str, alert: Alert, line: bytes) -> None:
     if done.returncode:
         text = done.stderr.decode(errors="replace").strip().splitlines()
         last = f": {text[-1]}" if text else ""
-        again = done.returncode not in (126, 127)  # the shell does not find it
+        again = done.returncode not in (126, 127)  # the shell cannot find or run the command
         raise AlertError(f"exit status {done.returncode}{last}", again)
 
 

@@ -531,7 +531,7 @@ class Recorder:
         for finding in findings:
             if finding.level != "info" and finding.number not in self._found:
                 self._found.add(finding.number)
-                # The training is ahead of the records.
+                # The training thread is ahead of the recorder.
                 now = self._current_step() if self._current_step else self._status.step
                 self._dense_until = now + STEPS_AFTER_FINDING
             self._out.append(self._events.add_finding(sanitize_message(finding)))

@@ -69,7 +69,7 @@ class Throughput:
         self._own_ms += own_ms
         self._steps += 1
         self._warming += self._steps <= WARM_UP_STEPS
-        # Steps from before the change may be recorded after it.
+        # Steps that ended before the speed limit changed may be recorded afterwards.
         while len(self._points) > 1 and self._points[1].time <= self._window_from:
             self._drop_oldest()
         newest = self._points[-1].time

@@ -244,7 +244,7 @@ def decode_event(data: bytes) -> Event:
     event: Event = _message(_event_decoder.decode(data))
     if isinstance(event, Clip) and len(event.parameters) != len(event.shares):
         raise ValueError("a clip has another number of parameters than of shares")
-    # A store may come from anywhere; only what can hold a control character is sanitised.
+    # A store may come from anywhere. Sanitise only events that may hold a control character.
     return sanitize_message(event) if _SUSPICIOUS.search(data) else event
 
 

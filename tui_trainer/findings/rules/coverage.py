@@ -58,7 +58,7 @@ class NotInOptimizer(Rule):
         "that was added), or freeze them with requires_grad_(False)"
     )
     source = "TrainCheck (Jiang et al., OSDI 2025), a part of the model missing in the optimizer"
-    # Another optimizer that holds them may be seen for the first time when it makes its first step.
+    # Optimizers are first seen at their first step: another one may hold these parameters.
     thresholds = (RuleThreshold("steps", 2, "measured steps with a gradient"),)
     explained_by = ("no-gradients",)
 

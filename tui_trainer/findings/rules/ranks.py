@@ -57,7 +57,7 @@ class ClipsAlone(Rule):
         clip = {rank for rank, scale in scales.items() if scale is not None and scale < 1}
         rest = rows.keys() - clip
         if not clip:
-            return  # a step without information
+            return  # no rank clips, so the ranks cannot differ
         # Norms that were summed in different orders may lie on either side of the limit.
         holds = bool(rest) and min(scales[rank] or 0.0 for rank in clip) < 0.99
         if self._streak.add(holds, step) < self.limits["steps"]:
@@ -132,7 +132,7 @@ class RanksDiverge(Rule):
             self._agreed_at[kind] = after
             return
         agreed_at = self._agreed_at.get(kind)
-        if agreed_at is None:  # never were replicas
+        if agreed_at is None:  # the processes never were replicas
             return
         self._reported = True
         before = f"after step {agreed_at:,}" if agreed_at else "at the start"

@@ -102,8 +102,8 @@ class ConstantLabels(BatchRule):
         target = targets[0]
         one = target.name.startswith("binary_cross_entropy") and target.low == target.high
         same = self._label is None or target.low == self._label
-        # One loss with one target for each example: not those of a GAN, or of a mask.
-        # The scores of pairs of integers may be those of negative samples.
+        # A single loss with one target per example, unlike the losses of a GAN or of a mask.
+        # Inputs of integers only may be pairs with negative samples.
         plain = (
             len(targets) == 1
             and len(self.facts.optimizers) == 1

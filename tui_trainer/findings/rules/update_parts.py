@@ -170,7 +170,7 @@ class PartUpdatedTooMuch(UpdateRatios):
         high = ratios > self.limits["ratio"]
         fast = frozenset(np.array(names)[high].tolist()) if len(ratios) else frozenset()
         both = fast & self._fast if self._streak.count else fast
-        # Where it is most of the model, `update-ratio-high` reports it.
+        # `update-ratio-high` reports updates that are too large in most of the model.
         holds = bool(both) and len(both) < len(ratios) / 2
         self._fast = both if holds else frozenset()
         if self._streak.add(holds, seen.step) == 1:
