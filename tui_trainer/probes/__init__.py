@@ -62,4 +62,4 @@ RANK_PROBES: tuple[type[Probe], ...] = (
     *(Gradients, StepProbe, ClippingProbe, PhasesProbe, NonFiniteProbe, BatchProbe, Memory),
     *REPLICA_PROBES,
 )
-"""What each further process of a run measures."""
+"""Probes of each further process of a distributed run."""

@@ -1,4 +1,4 @@
-"""What clipping did to the gradient of each step."""
+"""Records what clipping did to the gradients of each step."""
 
 from __future__ import annotations
 

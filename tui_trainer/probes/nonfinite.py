@@ -335,7 +335,7 @@ class OutputSums(Probe):
         return grows
 
     def _first(self, values: Values, sums: Sequence[_Sum]) -> Producer | None:
-        """The module whose output has the first sum that is not finite."""
+        """The origin of the first sum that is not finite."""
         for index in np.flatnonzero(~np.isfinite(values)).tolist():
             entry = sums[index]
             tensor = entry.tensor()

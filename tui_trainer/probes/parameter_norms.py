@@ -1,5 +1,5 @@
-"""‖∂L/∂p‖₂ and ‖p‖₂ of every parameter: gradients before clipping and after unscaling, weights
-after the update."""
+"""Measures ‖∂L/∂p‖₂ and ‖p‖₂ of every parameter: gradients before clipping and after unscaling,
+weights after the update."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ MAX_FAULTS = 3
 
 
 class Faults:
-    """Reports faults, counts the steps that they have ended, and the time of guarded methods."""
+    """Reports faults, counts the steps that they ended, and times the guarded methods."""
 
     def __init__(
         self, recorder: RecorderLike, gate: Gate, give_up_step: Callable[[str, Exception], None]

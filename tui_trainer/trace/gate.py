@@ -52,7 +52,7 @@ def _do_nothing(*_: Any) -> None:
 
 @dataclass
 class GateHooks:
-    """What the gate calls. An exception in a hook goes to `fault` and never to the training."""
+    """Callbacks of the gate. An exception in one goes to `fault` and never to the training."""
 
     pausing: Callable[[Phase, int], None] = _do_nothing
     """Training thread, `(phase, step)`: about to pause; the moment for the phase report."""
@@ -113,7 +113,7 @@ class Gate:
         self.completed = 0
         """Number of completed optimizer steps."""
         self.boundary: Boundary = (0, 0)
-        """The boundary that was reached last: its step, and its number within the step from 1."""
+        """The boundary that was reached last: (step, number within the step, from 1)."""
         self.passed: tuple[Boundary, Phase | Literal[""]] = (self.boundary, "")
         """The last boundary that the thread has left, and the phase that ended there."""
         self.reached_at = 0.0

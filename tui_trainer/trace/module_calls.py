@@ -106,7 +106,7 @@ class RootModules:
         self._patches = patches
         self._observer = observer
         self.call_model: CallModel = _call
-        """What is called in place of each call of a root."""
+        """Called in place of each call of a root."""
         self.called_without_gradients: Callable[[tuple[Any, ...]], None] = _ignore
         """Called with the arguments of each outermost call without gradients of a model that could
         be a root, while the first root is searched for."""

@@ -72,7 +72,7 @@ class Origin:
 
 
 def origin_of(loss: torch.Tensor) -> Origin | None:
-    """The origin of a loss that is not finite; None where it cannot be seen."""
+    """The origin of a non-finite loss; None where the graph does not show it."""
     return _OriginSearch(loss.grad_fn).run() if loss.grad_fn is not None else None
 
 
@@ -106,7 +106,7 @@ class _OriginSearch:
         return None
 
     def _judge(self, node: Any) -> Origin | None:
-        """Whether `node` is the origin, given that nothing before it is."""
+        """The origin if it is at `node`; None otherwise. No earlier node is the origin."""
         name = node_name(node)
         variable = getattr(node, "variable", None)
         if isinstance(variable, torch.Tensor):
@@ -148,7 +148,7 @@ class _OriginSearch:
         return any(before is None for before, _ in node.next_functions)
 
     def _nearest(self, node: Any) -> tuple[torch.Tensor, ...]:
-        """The parameters that `node` uses itself, or the first ones before it."""
+        """The parameters that `node` uses itself, or else the nearest ones towards the inputs."""
         level, seen = [node], {node}
         for _ in range(64):
             variables = [getattr(each, "variable", None) for each in level]
@@ -204,8 +204,8 @@ FINITE_BACKWARD = PASSING | {
     *("MseLoss", "SmoothL1Loss", "HuberLoss", "BinaryCrossEntropyWithLogits", "Rsub"),
     *("Softplus", "LogSigmoid", "Sin", "Cos", "Maximum", "Minimum", "Max", "Min", "Amax", "Amin"),
 }
-"""Operations whose backward makes finite gradients of finite ones, unless they overflow. That takes
-gradients near 3e38 in float32 and bfloat16; in float16, which ends at 65,504, it is common."""
+"""Operations whose backward makes finite gradients of finite ones, unless they overflow. Overflows
+are rare in float32 and bfloat16, whose range ends near 3e38, and common in float16 (65,504)."""
 NEVER_OVERFLOWING = frozenset(
     (
         *("AccumulateGrad", "Sum", "Mean", "Relu", "Abs", "Neg", "Clone", "Alias"),
@@ -508,7 +508,7 @@ class NonFiniteOrigins:
         return Producer("operation", path, "", origin.operation, self._place_of(origin.operation))
 
     def _parameter(self, parameters: Sequence[torch.Tensor]) -> tuple[str, torch.nn.Module | None]:
-        """The name of the first of these that is measured, and the module that has it."""
+        """(name of the first measured parameter among `parameters`, the module that has it)."""
         wanted = {id(parameter) for parameter in parameters}
         name = ""
         for measurer in self._registry.measurers:

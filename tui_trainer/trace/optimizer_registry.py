@@ -43,10 +43,10 @@ def inner_optimizer(optimizer: Optimizer) -> Optimizer | None:
 
 
 def unwrapped_optimizer(optimizer: Optimizer) -> Optimizer:
-    """The optimizer that makes the steps, inside of wrappers that are optimizers themselves.
+    """The optimizer that makes the steps, inside wrappers that are optimizers themselves.
 
     A wrapper with more parameters than its inner optimizer (ZeRO, which gives each rank a part of
-    them) stands for itself.
+    the parameters) is not unwrapped.
     """
     while (inner := inner_optimizer(optimizer)) is not None:
         own = {id(p) for p in parameters_of(optimizer)}
@@ -66,7 +66,7 @@ def class_name(optimizer: Optimizer) -> str:
 
 
 class HandUpdates:
-    """Stands for the optimizer of a script that updates its weights by itself."""
+    """Stands in for the optimizer of a script that updates its weights by hand."""
 
     def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
         self.param_groups: list[dict[str, Any]] = [{"params": list(parameters)}]
@@ -129,7 +129,7 @@ class OptimizerRegistry:
         """The slot of an optimizer that has turned out never to step."""
         self._by_hand: HandUpdates | None = None
         self.by_hand: StepMeasurer | None = None
-        """The measurer of a script that updates its weights by itself."""
+        """The measurer of a script that updates its weights by hand."""
 
     @property
     def names(self) -> Names:

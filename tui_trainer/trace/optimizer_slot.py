@@ -26,8 +26,8 @@ DIVIDING = (
     *(torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax),
     *(torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.RMSprop),
 )
-"""Optimizers that divide the gradient, with the weight decay in it, by its root mean square, unless
-a group has `decoupled_weight_decay`."""
+"""Optimizers that divide the gradient, weight decay included, by its root mean square, unless a
+group has `decoupled_weight_decay`."""
 
 
 @dataclass(eq=False)

@@ -26,7 +26,7 @@ from tui_trainer.trace.waiting_gradients import OpenStep, WaitingGradients
 
 
 class OptimizerSteps:
-    """Follows the calls of `step`, and the updates that a script makes by itself."""
+    """Follows the calls of `step`, and updates that a script makes by hand."""
 
     def __init__(
         self,

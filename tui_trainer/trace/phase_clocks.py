@@ -82,7 +82,7 @@ class HostClock:
         return totals
 
     def take_until(self, mark: list[float]) -> PhaseTimes:
-        """The times of an iteration that ended at `mark`; those since then are the next one's."""
+        """The times of an iteration that ended at `mark`; later times are kept for the next one."""
         self._totals = [now - then for now, then in zip(self._totals, mark, strict=True)]
         times = [seconds * 1e3 for seconds in mark]
         return lambda: times
@@ -161,7 +161,7 @@ class CudaClock:
         return len(self._spans)
 
     def take_until(self, mark: int) -> PhaseTimes:
-        """The times of an iteration that ended at `mark`; those since then are the next one's."""
+        """The times of an iteration that ended at `mark`; later times are kept for the next one."""
         spans, self._spans = self._spans[:mark], self._spans[mark:]
         return self._reader(spans, [])
 

@@ -76,12 +76,12 @@ class TableSpec:
 
 @dataclass(eq=False, slots=True)
 class ClipMeasurement:
-    """One clipping of gradients, on the host. Norms are those that the clipping saw, with any loss
-    scale that was still on them."""
+    """One clipping of gradients, on the host. Norms are those at the time of the clipping, with any
+    loss scale that was still on the gradients."""
 
     kind: ClipKind
     max_norm: float
-    """The limit; absent where the script clips by itself."""
+    """The limit; absent where the script clips without a function of PyTorch."""
     norm_before: float
     """Norm in the caller's norm type, as the function returned it."""
     norm_after: float
@@ -98,8 +98,7 @@ class ClipMeasurement:
     positions: list[int] | None
     """Positions of the parameters that were clipped; None: all that have a gradient."""
     tentative: bool
-    """Whether the script has perhaps changed the gradients by itself: it has if the norms differ.
-    """
+    """Whether it is uncertain that the script changed the gradients: it did if the norms differ."""
 
 
 @dataclass(eq=False, slots=True)

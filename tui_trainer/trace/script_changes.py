@@ -14,8 +14,7 @@ from tui_trainer.trace.step import Returned
 from tui_trainer.trace.torch_private import local, version_of
 
 SAMPLED_GRADIENTS = 8
-"""Number of gradients that are compared before and after a backward to see whether it reached them.
-"""
+"""Number of gradients that are compared before and after a backward to see if it reached them."""
 MAX_WATCHED = 256
 """Maximum number of parameters whose gradients are checked for changes; evenly spaced in larger
 models."""

@@ -57,7 +57,7 @@ def script_frames() -> Iterator[FrameType]:
 
 def objects_of_script(kind: type[T]) -> list[T]:
     """The instances of `kind` in the script's variables, in lists and dictionaries in these, and in
-    attributes of `self`; those of the innermost frame first."""
+    attributes of `self`, innermost frame first."""
     found: dict[int, T] = {}
     for frame in script_frames():
         variables = frame.f_locals

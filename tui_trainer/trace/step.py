@@ -89,8 +89,7 @@ class Clipping:
     readings: dict[int, GradientReading] = field(default_factory=dict)
     """id(measurer) → its gradients before this clipping."""
     tentative: bool = False
-    """Whether the script has perhaps changed the gradients by itself: it has if the norms differ.
-    """
+    """Whether it is uncertain that the script changed the gradients: it did if the norms differ."""
 
 
 Returned = dict[int, tuple[weakref.ref[torch.Tensor], int]]
@@ -175,7 +174,7 @@ class GradScaling:
         return loss
 
     def gradient_scale(self, optimizer: torch.optim.Optimizer | None) -> torch.Tensor | None:
-        """The factor (0-d) that is still on this optimizer's gradients; None: there is none."""
+        """The factor (0-d) that is still on this optimizer's gradients; None without one."""
         scaler = self._scaler() if self._scaler is not None else None
         scale = torch_private.gradient_scale(scaler, optimizer) if scaler is not None else None
         return scale if isinstance(scale, torch.Tensor) else None
@@ -215,7 +214,7 @@ class StepOutcome:
 
     step: int
     losses: Sequence[torch.Tensor] | None
-    """None: no backward since the optimizer's last step. Empty: none on a scalar."""
+    """None: no backward since the optimizer's last step. Empty: no backward of a scalar."""
     learning_rate: float | torch.Tensor
     step_ms: float
     times: PhaseTimes
@@ -322,7 +321,7 @@ class Header:
                 self.readings.append(scalar(value))
 
     def _norms_before(self, clip: Clipping) -> Readings | None:
-        """The norms before a clipping, where they are not those of the step."""
+        """The norms before a clipping, if they differ from the norms of the step."""
         reading = clip.readings.get(self._measurer)
         return None if reading is None or reading is self._reading else reading.norms
 
@@ -390,7 +389,7 @@ class HandChange:
     """Positions of the parameters whose gradients changed; None: unknown."""
     reading: GradientReading | None
     tentative: bool
-    """Whether it is still unknown, until the norms are on the host, if gradients changed at all."""
+    """Whether it is uncertain, until the norms are on the host, that any gradient changed."""
 
 
 def record_of(step: CompletedStep, probes: ProbeSet) -> tuple[StepRecord, StepFacts, float]:

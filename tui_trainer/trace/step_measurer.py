@@ -99,7 +99,7 @@ class StepMeasurer:
         """(flag, loss scale), 0-d each, of an optimizer that skips steps with non-finite gradients
         by itself; it skips where the flag is above 0. Set when its step begins."""
         self.weights: WeightWatch | None = None
-        """Set where the script updates the weights by itself."""
+        """Set where the script updates the weights by hand."""
         self.unstepped: WeightWatch | None = None
         """Set until the optimizer first steps."""
         self._changes_without_step = 0
@@ -359,8 +359,8 @@ class StepMeasurer:
         return self.reading
 
     def has_gradients(self, returned: Returned) -> tuple[bool, bool]:
-        """Whether all, and whether any, of this optimizer's gradients that `torch.autograd.grad`
-        was asked for are among those that it returned."""
+        """(all, any): whether the gradients of this optimizer's parameters that were given to
+        `torch.autograd.grad` are tensors that the function returned."""
         ids = {id(g) for g in (reference() for reference, _ in returned.values()) if g is not None}
         own = self.tracked.parameters[: self.tracked.own]
         there = {id(p): p.grad for p in own if p.grad is not None}
@@ -429,7 +429,7 @@ class StepMeasurer:
     # ------------------------------------------------------------ in the course of a step
 
     def prepare(self, step: int, stops_soon: bool) -> None:
-        """Decide, once per step, which probes measure it."""
+        """Choose, once per step, the probes that measure it."""
         # Gradients may have been read before another optimizer's step.
         if self._prepared_step == step or self.reading is not None:
             if stops_soon:
@@ -586,7 +586,7 @@ class StepMeasurer:
             self.probes.gradient_norms(norms)
 
     def clip_failed(self) -> None:
-        """The clipping raised before it changed any gradient: read the norms that it owes."""
+        """The clipping raised before it changed any gradient: read the norms if not done yet."""
         self._awaiting_norms = False
         if self.reading is not None and self.reading.norms is None:
             with self.probes.context:

@@ -180,7 +180,7 @@ def is_compiled(module: torch.nn.Module) -> bool:
 
 
 def has_parameters(module: torch.nn.Module) -> bool:
-    """Whether the module has parameters of its own."""
+    """Whether the module has direct parameters, not only in its submodules."""
     parameters = module._parameters
     return bool(parameters) and any(p is not None for p in parameters.values())
 
@@ -197,7 +197,7 @@ set_call_impl: Callable[[Callable[..., Any]], None] = partial(
 
 
 def base_of(tensor: torch.Tensor) -> torch.Tensor | None:
-    """The tensor of which this one is a view."""
+    """The tensor of which `tensor` is a view; None if it is no view."""
     return getattr(tensor, "_base", None)
 
 
@@ -230,8 +230,8 @@ def submodules(holder: object) -> dict[str, Any]:
 
 
 def own_parameters(holder: object) -> dict[str, Any]:
-    """The parameters that a module itself has by name, None for those that were registered as
-    None; empty for any other object."""
+    """The direct parameters of a module by name, None for a parameter that was registered as None;
+    empty for any other object."""
     return _stored(holder, "_parameters")
 
 

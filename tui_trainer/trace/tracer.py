@@ -223,8 +223,8 @@ class Tracer:
                 self.training_thread = thread
 
     def register(self, model: torch.nn.Module, optimizers: Sequence[Optimizer]) -> None:
-        """Take the weights of `model` as those that the run began with, before a checkpoint is
-        loaded into it: drift is measured from them."""
+        """Take the present weights of `model`, into which a checkpoint will be loaded, as those at
+        the start of the run, from which drift is measured."""
         try:
             self._roots.add(model)
             for optimizer in optimizers:

@@ -77,7 +77,7 @@ class WaitingGradients:
         self.unclaimed: BackwardPass | None = None
         """Backward passes since the last step that have reached no optimizer, as one."""
         self.rescaled: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        """Optimizers whose gradients a framework has unscaled and clipped by itself."""
+        """Optimizers whose gradients a framework has unscaled and clipped with its own code."""
 
     @property
     def step(self) -> int:
