@@ -1,1 +1,1 @@
-"""A link to a run, as the app sees it: live, over ssh, or recorded. Never imports torch."""
+"""Sessions with a run: live, over ssh, or recorded. Never imports torch."""

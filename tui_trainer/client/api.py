@@ -1,8 +1,8 @@
 """The app's interface to a run: a `Session` to pull snapshots from and to send commands to.
 
 The app does not know whether the training runs on a thread of its own process, in another process,
-on another machine, or is a recording. A `SnapshotBuilder` makes the snapshots of a live run from
-what it sends.
+on another machine, or is a recording. A `SnapshotBuilder` builds the snapshots of a live run from
+its updates.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Link:
 
 
 class RelatedRun(Protocol):
-    """Another run of the same tree, whose line the charts show as well."""
+    """Another run of the same tree of branches, which the charts draw as well."""
 
     @property
     def name(self) -> str: ...
@@ -49,7 +49,7 @@ class RelatedRun(Protocol):
     def window(
         self, table: str, column: str, steps: tuple[int, int], buckets: int
     ) -> Window | None:
-        """A column in equal buckets of steps; None where the run does not have it."""
+        """A column in equal buckets of steps; None when the run has no such column."""
 
     def newest(self, table: str, column: str) -> float | None:
         """The newest value of a column."""
@@ -111,11 +111,11 @@ class Session(Protocol):
 
 
 OnLaunch = Callable[[LaunchRequest], Session]
-"""Starts a run and returns a session with it; called on a thread of its own. Raises LaunchError."""
+"""Starts a run and returns a session with it; called on a separate thread. Raises LaunchError."""
 
 
 class SnapshotBuilder:
-    """Grows one `Snapshot`. Used from one thread."""
+    """Builds the snapshots of a live run from its updates. Not thread-safe."""
 
     def __init__(self) -> None:
         self.history = MemoryHistory()
@@ -129,8 +129,8 @@ class SnapshotBuilder:
         self._artifacts: dict[str, deque[Artifact]] = {}
 
     def apply(self, update: Update) -> None:
-        """Add an update. Raises ValueError when its rows do not fit; everything before the first
-        row that does not fit is kept."""
+        """Add an update. Raises ValueError when rows do not continue their table; everything before
+        the first such rows is kept."""
         known = self.snapshot
         changes: dict[str, object] = {}
         info = update.info
@@ -166,8 +166,8 @@ class SnapshotBuilder:
             self.snapshot = replace(known, status=status, report=report, version=known.version + 1)
 
     def set_link(self, link: Link) -> None:
-        """Set the state of the link. Its latency and bytes received always change and do not make
-        a new version."""
+        """Set the state of the link. A change of latency and bytes received alone does not raise
+        the version."""
         known = self.snapshot
         if link == known.link:
             return
@@ -203,6 +203,6 @@ class SnapshotBuilder:
 
 
 def _left_out(before: LogLine, count: int) -> LogLine:
-    """A line in place of those that the run did not send, since they were too many or too old."""
+    """A line that stands for `count` lines before `before`, too many or too old to be sent."""
     text = f"… {count:,} lines are left out here: tui-trainer logs has all of them"
     return LogLine(before.id - 1, before.time, before.step, before.stream, text)

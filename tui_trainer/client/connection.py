@@ -1,7 +1,7 @@
 """One connection to a run, speaking the protocol: the app and the command line both use it.
 
-`Connection` runs on an asyncio event loop: that of the app's session thread (`client/live.py`), or
-one of its own in a `RunClient`, which waits for each answer.
+`Connection` runs on an asyncio event loop: in the app, on that of the session thread
+(`client/live.py`); in a `RunClient`, on a separate loop that runs until each answer has arrived.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ from tui_trainer.runs.registry import live_socket
 from tui_trainer.runs.security import connect_unix
 
 SILENCE_S = 10.0
-"""A run that owes an answer and sends no byte for this long is lost."""
+"""The connection is lost when an answer is due and no byte arrives for this long."""
 FRAME_S = 120.0
-"""A run that needs longer than this for a single message is lost too."""
+"""The connection is also lost when a single message takes longer than this to arrive."""
 MAX_TABLES = 1 << 16
 
 Connector = Callable[[], AbstractAsyncContextManager[socket.socket]]
@@ -82,7 +82,7 @@ def connector(open_socket: Callable[[], socket.socket]) -> Connector:
 
 
 def whoami(command: str = "") -> str:
-    """`user@host (command or terminal)`, as the other viewers are shown this one."""
+    """`user@host (command or terminal)`, the name under which other viewers see this one."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError, ImportError):
@@ -96,7 +96,7 @@ def next_poll(poll: Poll, update: Update) -> Poll:
     """The poll for everything after `update`, which is the answer to `poll`."""
     rows = list(poll.rows)
     for part in update.rows:
-        if 0 <= part.table < MAX_TABLES:  # what is not declared is refused on applying it
+        if 0 <= part.table < MAX_TABLES:  # applying rows of any other table fails
             rows += [0] * (part.table + 1 - len(rows))
             rows[part.table] = part.first + part.count
     report = poll.report if update.status.state == "paused" else None
@@ -114,13 +114,14 @@ def next_poll(poll: Poll, update: Update) -> Poll:
 
 
 def poll_again(poll: Poll, rows: tuple[int, ...]) -> Poll:
-    """The poll for what the answer to `poll` held but could not be applied, by a viewer that has
-    `rows` rows of each table."""
+    """A poll that repeats `poll`, whose answer could not be applied; `rows` is the number of rows
+    that the viewer has of each table."""
     return msgspec.structs.replace(poll, revision=-1, rows=rows)
 
 
 class Connection(asyncio.Protocol):
-    """Greets a run, then polls and commands it. A command does not wait for the answer to a poll.
+    """Greets a run, then polls it and sends it commands, which do not wait for the answer to a
+    poll.
 
     Used from the thread of the event loop, except for `bytes_received` and `polled_at`.
     """
@@ -130,7 +131,8 @@ class Connection(asyncio.Protocol):
         """Why the connection ended, unless it was closed here."""
         self.bytes_received = 0
         self.polled_at: float | None = None
-        """When (`time.monotonic`) the poll was sent whose answer is due; None while none is."""
+        """When (`time.monotonic`) the unanswered poll was sent; None while every poll is
+        answered."""
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
@@ -149,8 +151,8 @@ class Connection(asyncio.Protocol):
         Raises RunGone when the run refuses this viewer and ConnectionLost when it does not answer.
         """
         connected.setblocking(False)
-        # Before there is a transport: a run that refuses may have closed its end already, and a
-        # transport whose write failed would no longer read the reason.
+        # Sent before there is a transport: a run that refuses may have closed its end already, and
+        # a transport whose write failed would not read the reason.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             await self._loop.sock_sendall(connected, encode(hello))
         self._watch_for_silence()
@@ -178,8 +180,8 @@ class Connection(asyncio.Protocol):
         return answer
 
     async def inspect(self, request: InspectionRequest) -> Inspected:
-        """Request an inspection and ask until the run has answered it; only the latest request of a
-        connection counts. Raises RunError when the connection ends."""
+        """Request an inspection, and repeat the request until the run has answered; the run serves
+        only the latest request of a connection. Raises RunError when the connection ends."""
         number = next(self._command_ids)
         while True:
             answer = self._inspected[number] = self._send(Inspect(number, request))
@@ -218,7 +220,7 @@ class Connection(asyncio.Protocol):
         return [each for each in answers if not each.done()]
 
     def _send(self, message: Poll | Command | Inspect) -> asyncio.Future[Any]:
-        """The future answer to a message, sent at once."""
+        """Send a message at once; returns the future of its answer."""
         answer = self._loop.create_future()
         if self.error is not None:
             answer.set_exception(self.error)
@@ -302,7 +304,7 @@ class Connection(asyncio.Protocol):
 class RunClient:
     """A viewer that waits for each answer: for commands and scripts, not for the app.
 
-    Raises RunError from every method when the run does not answer. Not for several threads.
+    Every method raises RunError when the run does not answer. Not thread-safe.
     """
 
     def __init__(
@@ -350,8 +352,8 @@ class RunClient:
         return self._runner.run(self._command(action))
 
     def command_in_control(self, action: Action) -> Ack:
-        """Send a command, taking control of the run if another viewer holds it, which every viewer
-        is shown."""
+        """Send a command, after taking control of the run when another viewer has it; every viewer
+        is told so."""
         ack = self.command(action)
         if ack.ok or ack.status.controller in (None, self.viewer_id):
             return ack

@@ -36,7 +36,7 @@ from tui_trainer.runs.errors import NotListening, RunError, RunGone, Unreachable
 T = TypeVar("T")
 
 UNREAD_UPDATES = 4
-"""While the app has not applied this many updates, the run is not polled."""
+"""Polling stops while this many updates wait for the app."""
 FASTEST_S, SLOWEST_S = 0.01, 60.0
 """Limits of the interval between polls."""
 FIRST_BACK_OFF_S, LONGEST_BACK_OFF_S = 0.25, 8.0
@@ -50,11 +50,11 @@ effect only at the end of the current phase."""
 SMALLEST_BUDGET, LARGEST_BUDGET = 4 * 1024, 256 * 1024
 """Limits of `Poll.budget`, in bytes."""
 SLOW_UPDATE_S, QUICK_UPDATE_S = 0.3, 0.1
-"""Updates that take longer halve the budget, since a command waits behind at most one of them;
-quicker ones double it."""
+"""An update that takes longer than the first halves the budget, since a command may wait behind it;
+one that takes less than the second doubles it."""
 NOT_CONNECTED = "there is no connection to the run"
 SHOW_SILENCE_S = 2.5
-"""Silence from which the link shows that an answer is missing, long before it times out."""
+"""Time without an answer after which the link shows a message, long before it times out."""
 
 
 @dataclass(frozen=True)
@@ -63,18 +63,18 @@ class Delivery:
 
     update: Update
     poll: Poll
-    """What it answers."""
+    """The poll that `update` answers."""
     generation: int
-    """The generation of the session when it was requested."""
+    """Generation of the session when `poll` was sent."""
 
 
 class LiveSession:
     """Implements `client.api.Session` over a socket.
 
-    A background thread runs an asyncio event loop that connects, polls, sends commands and connects
-    again. What it receives is queued and taken in by `poll`, on the app's thread. A poll is sent
-    only when the previous one is answered and the app keeps up, so over a slow link or to a slow
-    app less is sent, not the same later and later.
+    A background thread runs an asyncio event loop that connects, polls, sends commands and
+    reconnects. It queues what it receives, and `poll` applies that on the app's thread. The run is
+    polled only after it has answered the previous poll and while the app keeps up, so over a slow
+    link or to a slow app it sends less instead of falling behind.
     """
 
     def __init__(self, connect: Connector, *, read_only: bool = False, viewer: str = "") -> None:
@@ -85,7 +85,7 @@ class LiveSession:
         self._arrived: deque[Delivery | Status | Link] = deque()
         self._commands: deque[tuple[Action, Future[Ack]]] = deque()
         self._inspections: deque[tuple[InspectionRequest, Future[Inspected]]] = deque()
-        """Not sent yet; only the latest will be."""
+        """Requests to send; only the latest will be sent."""
         self._topics: frozenset[str] = frozenset()
         self._interval_s = 0.25
         self._callback: Callable[[], None] | None = None
@@ -94,7 +94,7 @@ class LiveSession:
         self._link = Link(read_only=read_only)
         self._latency_ms: float | None = None
         self._bytes_received = 0
-        """Over all connections before this one."""
+        """Bytes received over all earlier connections."""
         self._connection: Connection | None = None
         # Used by the app's thread alone.
         self._builder = SnapshotBuilder()
@@ -192,7 +192,7 @@ class LiveSession:
         self._call(self._cancel)
 
     def _call(self, function: Callable[[], object]) -> bool:
-        """Call a function on the session's thread; returns whether that is still running."""
+        """Call a function on the session's thread; returns False when that thread has ended."""
         try:
             self._loop.call_soon_threadsafe(function)
         except RuntimeError:  # the loop is closed
@@ -227,7 +227,7 @@ class LiveSession:
                 )
                 self._deliver(ended)
         except Exception as error:
-            # A bug of ours must be seen instead of leaving a screen that waits forever.
+            # Show a bug in the session instead of a screen that waits forever.
             self._show("closed", f"the session failed: {type(error).__name__}: {error}")
             raise
 
@@ -273,7 +273,7 @@ class LiveSession:
                 while True:
                     update = await self._poll_run(connection)
                     ended = update.status.ended and not update.more
-                    # Polled once more after the end: the last lines printed come with that.
+                    # One more poll after the end brings the last printed lines.
                     if ended and end_seen and not connection.commands_due:
                         return
                     end_seen = ended
@@ -331,8 +331,8 @@ class LiveSession:
                     await self._wake.wait()
 
     def _send_commands(self) -> None:
-        """Send the commands that are waiting. While the first connection is being made they stay;
-        while a lost one is made again they are refused."""
+        """Send the queued commands. They wait for the first connection, and are refused after a
+        connection was lost."""
         connection = self._connection
         if self._backing_off or self._link.state == "lost":
             self._refuse_commands(NOT_CONNECTED)
@@ -349,7 +349,7 @@ class LiveSession:
             return
         ack = answer.result()
         self._status = ack.status
-        self._deliver(ack.status)  # first: the app may look as soon as it has its answer
+        self._deliver(ack.status)  # before the answer, on which the app may read the status
         _resolve(future, ack)
         self._eager_until = time.monotonic() + EAGER_S
         self._poll_at_once = True
@@ -370,7 +370,7 @@ class LiveSession:
             _resolve(future, _not_inspected(NOT_CONNECTED))
         else:
             self._inspecting = self._loop.create_task(_inspect(connection, request, future))
-            # Also when the task is cancelled before it has begun.
+            # Cancel the future even when the task is cancelled before it begins.
             self._inspecting.add_done_callback(lambda _: future.cancel())
 
     def _refuse_commands(self, why: str) -> None:
@@ -385,7 +385,7 @@ class LiveSession:
 
     def _drop_connection(self) -> None:
         if self._connection is not None:
-            self._connection.fail(ConnectionLost("what the run sent does not fit together"))
+            self._connection.fail(ConnectionLost("the run sent inconsistent data"))
 
     def _cancel(self) -> None:
         if self._task is not None:

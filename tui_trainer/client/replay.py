@@ -38,7 +38,7 @@ from tui_trainer.store.events import StoredEvents
 from tui_trainer.store.reader import StoredHistory
 
 SPEED_ROWS = 20
-"""Steps before the cursor over which its speed is averaged."""
+"""Steps before the cursor whose median duration gives the speed."""
 LAST_STEP = 2**62
 REFRESH_S = 1.0
 """How often a run that may still be live is read again."""
@@ -102,7 +102,7 @@ def _clipped_share(history: History, window: int) -> float | None:
 
 
 def _newest(history: History, name: str, column: str, count: int) -> Floats:
-    """The newest `count` values of a column of the tables of that name, one for each optimizer."""
+    """The newest `count` values of a column over all tables called `name`, one per optimizer."""
     steps, values = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
     for table in history.tables_named(name):
         place = table.column(column)
@@ -115,7 +115,7 @@ def _newest(history: History, name: str, column: str, count: int) -> Floats:
 
 
 NO_TENSORS = "a recording holds what was measured, not the tensors"
-NO_TENSORS_HINT = "tensors are there while a run is live: tui-trainer attach"
+NO_TENSORS_HINT = "attach to a live run to inspect its tensors: tui-trainer attach"
 
 
 class ReplaySession:
@@ -173,8 +173,8 @@ class ReplaySession:
         self._show()
 
     def play(self, steps_per_second: float | None = None) -> None:
-        """Play at the recorded speed or at this one. At the end of a live run the cursor follows
-        the run; at the end of one that is over it starts again from the beginning."""
+        """Play at `steps_per_second`, or at the recorded speed. At the end of a live run the cursor
+        follows the run; at the end of a finished run it starts again from the beginning."""
         self._speed, self._playing, self._played_at = steps_per_second, True, self._clock()
         if self.cursor >= self.last_step:
             if self.live:
@@ -324,7 +324,8 @@ class ReplaySession:
     def _show(self) -> None:
         self._history.seek(self.cursor)
         moments, cursor = self.moments, self.cursor
-        # At the end also those of a step that was never completed: skipped, or ended by a crash.
+        # At the end, include the events of a step that never completed: skipped, or cut off by a
+        # crash.
         until = cursor if cursor < self.last_step else LAST_STEP
         self._snapshot = replace(
             self._snapshot,
@@ -343,6 +344,6 @@ class ReplaySession:
             artifacts=moments.artifacts(cursor, ARTIFACTS_KEPT),
             version=self._snapshot.version + 1,
         )
-        # Last, since reading is what finds damage.
+        # Last, since damage is found by reading.
         link = Link("replay", self._history.store.fault, read_only=True)
         self._snapshot = replace(self._snapshot, link=link)

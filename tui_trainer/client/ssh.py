@@ -1,7 +1,7 @@
 """Reaching a run on another machine through the user's own `ssh`.
 
-Everything about the connection (keys, agent, jump hosts, known hosts, aliases) is as the user's ssh
-is configured. The first connection is made before anything is painted, so that ssh may ask for a
+The user's ssh configuration decides everything about the connection: keys, agent, jump hosts, known
+hosts, aliases. The first connection is made before anything is painted, so that ssh may ask for a
 password or about a host key on the terminal; later ones are made in batch mode, without a terminal.
 On the other machine ssh runs `tui-trainer relay`, which greets with one line and then copies bytes
 to and from the run's socket.
@@ -38,8 +38,8 @@ from tui_trainer.runs.errors import RunError, RunGone, Unreachable
 
 STDERR_LINES_KEPT = 40
 SHOW_AFTER_S = 1.0
-"""How long ssh may wait before what it printed is shown: an error that ends it is shown once, in
-our own message."""
+"""Delay before lines printed by ssh are shown, so that an error that ends ssh appears only in our
+own message."""
 _EXIT_WITHIN_S = 5.0
 _STDERR_WITHIN_S = _TERMINATE_WITHIN_S = 0.3
 
@@ -52,16 +52,16 @@ class SshEnded(Exception):
         self.exit_status = exit_status
         """255 when ssh itself failed; None when the time was up."""
         self.stderr = stderr
-        """Its last lines, joined."""
+        """The last lines that ssh printed, joined."""
         self.noise = noise
-        """What was received instead of a greeting."""
+        """Output received instead of a greeting."""
 
 
 class SshProcess:
     """An `ssh` whose standard input and output are one end of a socket pair; `socket` is the other.
 
-    An `interactive` one may ask questions on the terminal, and what it prints is shown there; any
-    other is cut off from the terminal, so that it cannot disturb the screen.
+    An `interactive` ssh may ask questions on the terminal, where its messages are shown. Any other
+    has no terminal, so that it cannot disturb the screen.
     """
 
     def __init__(self, command: Sequence[str], interactive: bool) -> None:
@@ -103,10 +103,10 @@ class SshProcess:
         return found
 
     async def _receive(self, deadline: float | None) -> bytes:
-        """The next bytes, b"" at the end. Raises TimeoutError. Meanwhile shows what ssh prints,
-        such as to touch a key."""
+        """Receive the next bytes, or b"" at the end. Meanwhile print ssh's messages, such as the
+        request to touch a security key. Raises TimeoutError."""
         loop = asyncio.get_running_loop()
-        # A receive that is cancelled as its bytes arrive loses them: one lasts through all waits.
+        # A receive cancelled as its bytes arrive would lose them: one receive spans all waits.
         receiving = asyncio.ensure_future(loop.sock_recv(self.socket, 1 << 16))
         try:
             while (left := SHOW_AFTER_S if deadline is None else deadline - time.monotonic()) > 0:
@@ -194,7 +194,7 @@ class SshAddress:
     user: str = ""
     port: int | None = None
     run: str = ""
-    """Its name or the beginning of it; "" for none."""
+    """Name of the run, or the beginning of the name; "" for none."""
 
     @property
     def destination(self) -> str:
@@ -255,13 +255,14 @@ OPTIONS = (
     *("-o", "ConnectTimeout=10"),
     # Measurements shrink to a quarter or less, at no noticeable cost.
     *("-o", "Compression=yes"),
-    # As scp does: what the user's config asks for interactive logins would be in the way.
+    # As in scp: options in the user's configuration for interactive logins would interfere.
     *("-o", "RemoteCommand=none"),
     *("-o", "RequestTTY=no"),
     *("-o", "PermitLocalCommand=no"),
     *("-o", "ClearAllForwardings=yes"),
 )
-# Login shells differ (fish, csh), so this is one word to them: no ' nor backslash nor ! in it.
+# Login shells differ (fish, csh), so the script is one quoted word for them, without ', backslash
+# and !.
 _FIND_AND_RUN = (
     'for c in tui-trainer "$HOME/.local/bin/tui-trainer"; do '
     'if command -v "$c" >/dev/null 2>&1; then exec "$c" relay "$@"; fi; done; '
@@ -297,7 +298,7 @@ def ssh_command(address: SshAddress, remote: str, batch: bool) -> list[str]:
 # ---------------------------------------------------------------- connecting
 
 RECONNECT_S = 15.0
-"""How long one attempt to connect again may take."""
+"""Timeout of one attempt to reconnect."""
 DENIED_PAUSE_S = 60.0
 """Pause after a refused login: hosts ban clients that try again and again."""
 
@@ -322,7 +323,8 @@ class SshConnector:
     def begin(self, choose: Choose, interactive: bool = True) -> str:
         """Make the first connection, for which ssh may ask on the terminal; returns the run's name.
 
-        When the address names no run and the host has several, `choose` is asked. Raises RunError.
+        `choose` picks the run when the address names none and the host has several. Raises
+        RunError.
         """
         process = self._start(batch=not interactive)
         try:
@@ -356,7 +358,8 @@ class SshConnector:
 
     @contextlib.asynccontextmanager
     async def __call__(self) -> AsyncIterator[socket.socket]:
-        """A connected socket: the first time what `begin` made. Raises Unreachable and RunGone."""
+        """A connected socket: first that of `begin`, then new ones. Raises Unreachable and
+        RunGone."""
         process, self._first = self._first, None
         if process is None:
             process = await self._reconnect()

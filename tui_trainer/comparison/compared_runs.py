@@ -34,7 +34,7 @@ SERIES: dict[SeriesName, tuple[str, str, str]] = {
 }
 """The series that can be overlaid: table, column and title."""
 MAX_LOGGED = 50
-"""Names of `tui_trainer.log` that are compared."""
+"""Number of series logged with `tui_trainer.log` that are compared."""
 MAX_SKIPPED = 1000
 STEP_BUCKETS = 4
 """Buckets of steps read for each bucket of time, when series are aligned by time."""
@@ -53,7 +53,7 @@ class ComparedCurve:
 
 
 class ComparedRun:
-    """One of the compared runs. Raises RunError when its recording cannot be read."""
+    """A recorded run that is compared. Raises RunError when its recording cannot be read."""
 
     def __init__(self, run: RunEntry) -> None:
         self.run = run
@@ -71,11 +71,11 @@ class ComparedRun:
 
     @property
     def fault(self) -> str:
-        """What of the recording cannot be read; "" while everything can."""
+        """Description of the part of the recording that cannot be read, or ""."""
         return self.history.store.fault
 
     def refresh(self) -> None:
-        """Read what has been recorded since."""
+        """Read what the run has recorded since the last read."""
         self.run = inspect_run(self.run.directory) or self.run
         self.history.refresh()
         self.info = self.history.store.info() or self.info
@@ -86,8 +86,8 @@ class ComparedRun:
         return [event.step for event in events.of_kind("skipped", MAX_SKIPPED)]
 
     def seconds_at(self, steps: NDArray[np.int64]) -> NDArray[np.float64]:
-        """When each of some ascending steps ended, in seconds since the first one did. Pauses
-        count; what came before the first step (imports, compilation) does not."""
+        """Seconds from the end of the run's first step to the end of each of `steps`, which ascend.
+        Pauses count; the time before the first step (imports, compilation) does not."""
         first = self.history.step_times.first_step
         if first is None:
             return np.zeros(len(steps))
@@ -103,8 +103,8 @@ class ComparedRun:
     def curve(
         self, series: SeriesName, stop: float, buckets: int, by_time: bool = False
     ) -> ComparedCurve | None:
-        """A series of SERIES from the beginning to `stop`, in steps or, `by_time`, in seconds; None
-        when the run does not have it."""
+        """A series of SERIES up to `stop`, a step or, with `by_time`, a time in seconds; None when
+        the run has not measured the series."""
         found = self.series(series)
         if found is None:
             return None
@@ -172,12 +172,12 @@ def _into_buckets(
 
 @dataclass(frozen=True)
 class ComparedSeries:
-    """One of `SERIES` of all runs, as their charts need it."""
+    """One series of all runs, in the buckets of a chart."""
 
     buckets: int
     by_time: bool
     stop: float
-    """The last step or second of all runs."""
+    """The last step, or second, of the longest run."""
     curves: tuple[ComparedCurve | None, ...]
     newest: tuple[float | None, ...]
 
@@ -199,11 +199,11 @@ class ComparedValue:
 
     name: str
     values: tuple[Scalar, ...]
-    """One per run; None where the run has none."""
+    """One value per run; None where a run has none."""
 
 
 def outcome(runs: Sequence[ComparedRun]) -> list[ComparedValue]:
-    """How far each run came, with its last and best values."""
+    """State, length, and last and best values of each run."""
     found = [_outcome_of(run) for run in runs]
     names = dict.fromkeys(name for each in found for name in each)
     return [ComparedValue(name, tuple(each.get(name) for each in found)) for name in names]
@@ -249,10 +249,10 @@ def _outcome_of(run: ComparedRun) -> dict[str, Scalar]:
 
 @dataclass(frozen=True)
 class ComparedValues:
-    """What the table of differences shows, and which charts there are."""
+    """Rows of the table of differences, and the series that have a chart."""
 
     measured: frozenset[SeriesName]
-    """The names of `SERIES` that any of the runs has."""
+    """Series that at least one run has measured."""
     settings: Sequence[ComparedValue]
     outcomes: Sequence[ComparedValue]
 
@@ -294,12 +294,12 @@ def _settings(info: RunInfo) -> dict[str, Scalar]:
     return values
 
 
-# ---------------------------------------------------------------- where runs part
+# ---------------------------------------------------------------- where runs diverge
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """Where a run differs first from the first of the compared runs."""
+    """The first difference of a run from the first of the compared runs."""
 
     number: int
     """Index of the run."""
@@ -307,8 +307,8 @@ class Divergence:
 
 
 def find_divergences(runs: Sequence[RunEntry], tolerance: float) -> list[Divergence]:
-    """Compare every run with the first one, for any thread: the recordings are opened for it.
-    Those that cannot be read are left out."""
+    """Compare every run with the first one. May run on any thread, since it opens the recordings
+    itself. Runs that cannot be read are left out."""
     divergences: list[Divergence] = []
     with ExitStack() as stack:
         histories: list[StoredHistory | None] = []

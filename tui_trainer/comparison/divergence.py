@@ -2,7 +2,7 @@
 
 Tables are compared column by column at the steps that both runs measured. A long table is compared
 from a coarse level of its buckets down to its rows, so that a run of a million steps is not read as
-a whole; where the steps of the two tables do not agree, blocks of rows are merged by step.
+a whole. Where the two tables have different steps, blocks of rows are merged by step.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from tui_trainer.protocol.absent import Absent, absent, absent_mask, why_absent
 from tui_trainer.protocol.formatting import counted, milliseconds, nonfinite
 
 MAX_VALUES = 4_000_000
-"""Largest number of values read of one table of each run; of a longer table buckets are read."""
+"""Most values read from one table of each run; of a longer table, buckets are read."""
 BLOCK_VALUES = 500_000
 """Values compared at once."""
 PROBES = 32
-"""Blocks read of tables whose steps do not agree and that are too long to be merged."""
+"""Blocks read from tables that have different steps and are too long to be merged."""
 PROBE_ROWS = 64
 AROUND = 2
 """Steps shown before and after the first difference."""
 
 StepPart = Phase | Literal["evaluation", "log"]
 ORDER: tuple[StepPart, ...] = (*PHASES, "evaluation", "log")
-"""When quantities of one step become known."""
+"""Order in which the quantities of one step become known."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class FirstDifference:
     column: str
     values: tuple[float, float]
     equal_until: int | None
-    """The last step before at which both runs measured the quantity; None: there is none."""
+    """The last earlier step at which both runs measured the quantity; None if there is none."""
     others: int
     """Further quantities that differ at the same step."""
     around: tuple[tuple[int, float, float], ...]
@@ -78,7 +78,7 @@ class FirstDifference:
 
 @dataclass(frozen=True)
 class RunsCompared:
-    """The result of a search."""
+    """The first difference of two runs, and the extent of the comparison."""
 
     first: FirstDifference | None
     """None: no difference was found."""
@@ -88,8 +88,8 @@ class RunsCompared:
     only_in: tuple[tuple[str, ...], tuple[str, ...]]
     """Tables that only one of the runs has measured."""
     group: int = 1
-    """Rows whose lowest, highest and last value were compared where a table was too long to be read
-    as a whole: a difference that leaves these three as they are is not seen."""
+    """Rows per bucket where a table was too long to be read as a whole. Only the lowest, highest
+    and last value of a bucket are compared, so a difference that changes none of them is missed."""
 
     def title(self, a: str, b: str, tolerance: float) -> str:
         """`calm and eager first differ at step 12, in backward: gradient norm of head.weight`"""
@@ -125,9 +125,9 @@ class RunsCompared:
 
 
 def first_difference(a: History, b: History, tolerance: float = 0.0) -> RunsCompared:
-    """Compare two runs. With a `tolerance` t, values differ where |x − y| > t·max(|x|, |y|); for
-    the values of parameters and layers also 10⁻³·t of the largest value of the row is allowed,
-    since a gradient that should be zero is rounding noise. Two nan are equal."""
+    """Compare two runs. With a `tolerance` t, values differ where |x − y| > t·max(|x|, |y|). Values
+    of parameters and layers may differ by a further 10⁻³·t of the largest value of the row, since a
+    gradient that should be zero is rounding noise. Two nan are equal."""
     pairs = sorted(_pairs(a, b, tolerance), key=lambda pair: pair.columns)
     found: list[_Hit] = []
     limit: int | None = None
@@ -156,7 +156,7 @@ COMPARED_COLUMNS = {
     schema.RANKS: ("loss", "grad_norm_preclip"),
     schema.PHASE_MS: PHASES,
 }
-"""Columns that are compared of tables with durations and memory, which always differ."""
+"""Compared columns of tables that also hold durations and memory, which always differ."""
 NOT_COMPARED = (schema.OVERHEAD, schema.MEMORY, schema.REPLICA)
 ROW_SCALED = (
     schema.GRAD_NORM,
@@ -165,11 +165,11 @@ ROW_SCALED = (
     schema.ATTENTION,
     schema.ATTENTION_HEADS,
 )
-"""Tables whose columns are comparable with each other."""
+"""Tables whose values are also compared with the largest value of their row."""
 
 
 def _pairs(a: History, b: History, tolerance: float) -> Iterator[_TablePair]:
-    """Every two tables that measure the same columns in both runs."""
+    """Pairs of tables of the same name, optimizer and rank, with at least one common column."""
     for one in _measured(a):
         for other in _measured(b):
             if _key(one) == _key(other):
@@ -208,7 +208,7 @@ class _Hit:
 
 
 class _NotAlignedError(Exception):
-    """The entries of two levels do not stand for the same steps."""
+    """The buckets of two levels cover different steps."""
 
 
 class _TablePair:
@@ -277,7 +277,7 @@ class _TablePair:
         return None
 
     def _descend(self, level: int, start: int, stop: int) -> _Hit | None:
-        """The first row that differs among those of the entries start..stop of a level."""
+        """The first row that differs among those of the buckets start..stop of a level."""
         a, b = self.a.levels()[level], self.b.levels()[level]
         for begin in range(start, stop, self._block):
             end = min(stop, begin + self._block)
@@ -305,7 +305,7 @@ class _TablePair:
     # ------------------------------------------------------------ tables with different steps
 
     def _merge(self, first: int, last: int) -> _Hit | None:
-        """The first row that differs from step `first` to `last`."""
+        """The first row that differs between the steps `first` and `last`."""
         level = self.a.levels()[0]
         start, stop = level.find(first), level.find(last + 1)
         other = self.b.levels()[0]
@@ -344,7 +344,8 @@ class _TablePair:
     # ------------------------------------------------------------ values
 
     def _differs(self, x: Floats, y: Floats) -> NDArray[np.bool_]:
-        """Which values differ, (n, columns). What was not measured on one side does not."""
+        """Mask of the values that differ, (n, columns). A value that only one run measured does
+        not differ."""
         if self.name == schema.PHASE_MS:  # whether the step had the phase, not how long it took
             x, y = _presence(x), _presence(y)
         known = ~(_is(x, Absent.NOT_MEASURED) | _is(y, Absent.NOT_MEASURED))
@@ -392,6 +393,7 @@ def _short(value: float) -> str:
 
 
 def _presence(values: Floats) -> Floats:
+    """1 where a step had the phase, else the reason why there is no time."""
     there = np.isfinite(values)
     gone = np.where(_is(values, Absent.NOT_MEASURED), values, absent(Absent.NO_PHASE))
     return np.where(there, np.float32(1), gone).astype(np.float32)
@@ -407,7 +409,7 @@ def _is(values: Floats, why: Absent) -> NDArray[np.bool_]:
 
 
 def _describe(hits: Sequence[_Hit]) -> FirstDifference:
-    """The earliest quantity among those that differ in one step."""
+    """The quantity that becomes known first among those that differ in one step."""
     places = [
         (_order(hit.pair, name), index, number)
         for number, hit in enumerate(hits)
@@ -434,8 +436,8 @@ def _describe(hits: Sequence[_Hit]) -> FirstDifference:
 
 
 def _clipped_in_one(a: History, b: History, found: FirstDifference) -> FirstDifference | None:
-    """The clipping that only one of the runs has at the step of a difference found after it: the
-    script may have scaled the gradients by hand, which is no phase of its own."""
+    """The clipping that only one of the runs did at the step of a later difference. A script may
+    scale gradients by hand, outside any clip phase, so the phases do not show it."""
     keys = {_key(series) for run in (a, b) for series in run.tables_named(schema.CLIP)}
     for key in sorted(keys, key=str):
         values = [_clipping(run, key, found.step) for run in (a, b)]
@@ -460,7 +462,8 @@ def _clipped_in_one(a: History, b: History, found: FirstDifference) -> FirstDiff
 
 
 def _clipping(run: History, key: tuple[str, str, int | None], step: int) -> float | None:
-    """The gradient norm after the clipping of a step, which may be absent; None: not clipped."""
+    """The gradient norm after clipping, possibly an `Absent` value; None for a step without
+    clipping."""
     for series in run.tables_named(schema.CLIP):
         names = [column.name for column in series.table.columns]
         if _key(series) != key or "norm_after" not in names:

@@ -28,15 +28,15 @@ VISIBLE = str.maketrans({"\n": "⏎", "\t": "⇥", "\r": "␍", " ": "␣"})
 
 @dataclass(frozen=True)
 class KeyRow:
-    """One key, seen from the query."""
+    """One key of the examined query's row of attention weights."""
 
     key: int
     label: str
     product: float
     angle: float
-    """Angle in degrees."""
+    """Angle between query and key, in degrees."""
     score: float
-    """nan where the query may not attend to it."""
+    """nan where the query may not attend to the key."""
     weight: float
 
     @property
@@ -45,12 +45,12 @@ class KeyRow:
 
 
 def floats(data: bytes) -> Floats:
-    """Values of a message. Raises ValueError if they are cut off."""
+    """Decode packed float32 values. Raises ValueError when `data` ends within a value."""
     return np.frombuffer(data, "<f4")
 
 
 def key_rows(found: AttentionExamination) -> list[KeyRow]:
-    """The query with every key, in order."""
+    """A row for every key of the examined query, in order of position."""
     row = found.row
     if row is None:
         return []
@@ -63,7 +63,7 @@ def key_rows(found: AttentionExamination) -> list[KeyRow]:
 
 
 def visible(text: str) -> str:
-    """A token with its blanks made visible."""
+    """A token with symbols in place of its whitespace."""
     return text.translate(VISIBLE)
 
 
@@ -126,8 +126,8 @@ def place_text(found: AttentionExamination, stream: ResidualStream) -> str:
 
 
 def summands(stream: ResidualStream) -> list[Contribution]:
-    """The contributions that sum to the stream and to the logit: without heads and biases, which
-    are parts of attention."""
+    """The contributions that add up to the stream and to the logit. Heads and biases are left out,
+    since the contribution of their attention layer includes them."""
     return [each for each in stream.contributions if each.kind not in ("head", "bias")]
 
 

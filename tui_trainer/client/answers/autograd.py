@@ -19,30 +19,33 @@ from tui_trainer.runs.errors import RunError
 FoldKind = Literal["loss", "module", "repeat", "operation", "leaf"]
 MIN_REPEATS = 2
 MIN_OPERATIONS = 3
-"""Numbers of equal modules, or operations, in a row from which they are shown once."""
+"""Numbers of equal neighbouring modules, or operations, from which they become one `repeat`."""
 MAX_SUGGESTIONS = 8
 
 
 @dataclass(eq=False)
 class Fold:
-    """A row of the folded graph: a module with what it has called, an operation, or a leaf."""
+    """A row of the folded graph: a module with its operations and submodules, equal neighbours as
+    one `repeat`, an operation, or a leaf."""
 
     kind: FoldKind
     label: str
     detail: str = ""
-    """The class of a module, the name of a parameter."""
+    """Class of a module, or full name of a leaf."""
     path: str = ""
     node: int | None = None
-    """Index of the operation or leaf; for a module, of its operation nearest to the loss."""
+    """Index in `AutogradGraph.nodes` of the operation or leaf; for a module, of its operation
+    nearest to the loss."""
     children: list[Fold] = field(default_factory=list)
     repeats: list[Fold] = field(default_factory=list)
     """All modules that a `repeat` stands for; its children are those of the first one."""
     order: float = math.inf
     operations: int = 0
-    """Operations in it; for a repeat, in all of them."""
+    """Number of operations in this row; for a repeat, in all of `repeats`."""
     saved_bytes: int = 0
     gradients: tuple[float, float] = (math.nan, math.nan)
-    """Smallest and largest gradient that arrives at it; of a repeat over all of them."""
+    """Smallest and largest norm of the gradients that arrive here; for a repeat, at any of
+    `repeats`."""
     shape: tuple[int, ...] = ()
 
     @property
@@ -55,7 +58,7 @@ class Fold:
 
 
 def fold(graph: AutogradGraph, repeats: bool = True) -> Fold:
-    """The graph as a tree of modules, from the loss on; with `repeats` equal neighbours as one."""
+    """Build the tree of modules below the loss; `repeats` folds equal neighbours into one row."""
     root = Fold("loss", "loss", order=-1)
     known = graph.source == "rerun" and len(graph.modules) > 1
     model = Fold("module", graph.modules[1].kind if known else "model", "the model")
@@ -170,7 +173,7 @@ def _natural(label: str) -> tuple[int, str]:
 
 
 def _walk(root: Fold) -> Iterator[Fold]:
-    """Each before its children."""
+    """All rows of the tree, each before its children."""
     waiting = [root]
     while waiting:
         each = waiting.pop()
@@ -179,7 +182,7 @@ def _walk(root: Fold) -> Iterator[Fold]:
 
 
 def lines(root: Fold, depth: int | None = None) -> Iterator[tuple[int, Fold]]:
-    """(depth, row) of the rows down to a depth, in order."""
+    """(depth, row) of every row down to `depth`, each before its children."""
     waiting = [(0, root)]
     while waiting:
         level, each = waiting.pop()
@@ -204,7 +207,7 @@ def matches(graph: AutogradGraph, text: str) -> list[int]:
 
 
 def find_leaf(graph: AutogradGraph, text: str) -> int:
-    """The leaf of this name, or the only one whose name contains it. Raises RunError."""
+    """The leaf named `text`, or the only one whose name contains `text`. Raises RunError."""
     leaves = [(index, node.leaf) for index, node in enumerate(graph.nodes) if node.leaf]
     exact = [index for index, name in leaves if name == text]
     found = exact or [index for index, name in leaves if text in name]
@@ -228,12 +231,12 @@ class PathToLoss:
     gradients: tuple[float, ...]
     """The gradient that flowed along each edge; one fewer than nodes."""
     paths: int
-    """How many different paths there are."""
+    """Number of different paths from the leaf to the loss."""
 
 
 def path_to_loss(graph: AutogradGraph, leaf: int) -> PathToLoss:
-    """Follows, at each branch, the edge through which the largest gradient flowed; the shortest way
-    where no gradient is known."""
+    """Follow the edge with the largest gradient at each branch, or the shortest path where no
+    gradient is known."""
     users: list[list[tuple[int, float]]] = [[] for _ in graph.nodes]
     for index, node in enumerate(graph.nodes):
         for before, gradient in zip(node.inputs, node.gradients, strict=True):
@@ -252,7 +255,7 @@ def path_to_loss(graph: AutogradGraph, leaf: int) -> PathToLoss:
 
 
 def _distances(graph: AutogradGraph) -> list[int]:
-    """Edges from the loss to each node."""
+    """Number of edges on the shortest path from the loss to each node."""
     found = [len(graph.nodes)] * len(graph.nodes)
     found[0] = 0
     waiting = deque([0])
@@ -284,14 +287,15 @@ def _count_paths(graph: AutogradGraph, leaf: int) -> int:
 
 
 def gradient_text(gradient: float) -> str:
-    """Three digits; "" where it is unknown."""
+    """`gradient` with three significant digits, or "" where it is nan (unknown)."""
     return "" if math.isnan(gradient) else f"{gradient:.3g}"
 
 
 ROW, INDENT, LEFT, TOP = 20, 16, 16, 56
 SHAPE, SAVED, GRADIENT, END = 110, 220, 310, 330
-"""Right ends of the columns after the labels, and of the boxes."""
+"""Right edges of the columns, and of the boxes, in pixels after the longest label."""
 CHARACTER = 7.4
+"""Width of a character of the monospaced font, in pixels."""
 MAX_ROWS = 4_000
 
 STYLE = """
@@ -341,7 +345,7 @@ def svg(graph: AutogradGraph, title: str, repeats: bool = True) -> str:
 
 
 def _place_repeats(rows: list[tuple[int, Fold]], place: dict[int, int]) -> None:
-    """Operations that are not shown lie where the equal ones that are shown lie."""
+    """Give each operation hidden in a repeat the row of its equal that is shown."""
     for _, row in rows:
         for other in row.repeats[1:]:
             mine = [each for _, each in lines(row.repeats[0])]
@@ -357,7 +361,8 @@ def _place_repeats(rows: list[tuple[int, Fold]], place: dict[int, int]) -> None:
 
 
 def _edges(graph: AutogradGraph, place: dict[int, int]) -> Iterator[tuple[int, int, float, bool]]:
-    """(row, row of the input, gradient, whether it leads to the next one of a repeat)."""
+    """(row, row of the input, gradient, whether the edge leads back up, to the next module of a
+    repeat)."""
     seen = set()
     for index, node in enumerate(graph.nodes):
         for before, gradient in zip(node.inputs, node.gradients, strict=True):

@@ -32,15 +32,15 @@ KIND_NAMES = {
     "buffer": "buffers",
     "saved": "saved for backward",
 }
-"""Names of the values of `HeldBytes.kind`."""
+"""Display names of the values of `HeldBytes.kind`."""
 ENDINGS = (".npy", ".safetensors")
 
 
 def find_tensor(
     tensors: Sequence[TensorInfo], text: str, kind: TensorKind | None, key: str = ""
 ) -> TensorInfo:
-    """The tensor of this name, or the only one whose name contains `text`. None: a parameter or a
-    buffer. Raises RunError."""
+    """The tensor named `text`, or the only one whose name contains `text`; with `kind` None, among
+    parameters and buffers. Raises RunError."""
     wanted = [
         each
         for each in tensors
@@ -76,7 +76,7 @@ def _why_not_found(
 
 
 def cells_of(heat: HeatMap) -> npt.NDArray[np.float32]:
-    """The cells of a heat map, (rows, columns). Raises ValueError if they do not fit."""
+    """The cells of a heat map, (rows, columns). Raises ValueError when their number is wrong."""
     return np.frombuffer(heat.cells, "<f4").reshape(heat.rows, heat.columns)
 
 
@@ -166,12 +166,12 @@ SAFETENSORS_TYPES = {
     "float64": "F64",
     "complex64": "C64",
 }
-"""Types of torch, and their names in the format."""
+"""Names of torch dtypes in the safetensors format."""
 
 
 def _write_safetensors(path: Path, tensor: TensorInfo, data: bytes) -> None:
-    """The format is a length, a JSON header and the bytes. The functions of the library that write
-    without torch differ between its versions."""
+    """Write length, JSON header and data by hand, since the safetensors functions that write
+    without torch differ between versions of the library."""
     dtype = SAFETENSORS_TYPES.get(tensor.dtype)
     if dtype is None:
         raise RunError(f"safetensors has no type {tensor.dtype}", "write a .npy file")
@@ -185,8 +185,8 @@ def _write_safetensors(path: Path, tensor: TensorInfo, data: bytes) -> None:
 
 
 def parse_index(text: str) -> tuple[int, ...]:
-    """The index of an entry, as `3,17` or `[3, 17]`; empty for that of a scalar. Raises
-    ValueError."""
+    """Parse the index of an entry, such as `3,17` or `[3, 17]`; an empty index names the entry of a
+    scalar. Raises ValueError."""
     inside = text.strip("[] ")
     parts = inside.split(",") if inside else []
     if not all(re.fullmatch(r"\s*[0-9]{1,18}\s*", part) for part in parts):
