@@ -1,8 +1,8 @@
 """The terminal user interface.
 
-Textual draws at most 60 times a second by default. A key first moves a cursor and then changes what
-depends on its row, so the second change would wait for 17 ms. Textual reads the setting when it is
-imported, so it is made here, before any module of this package imports Textual.
+Textual draws at most 60 times a second by default. A key moves a cursor and then changes the panels
+that depend on its row, so the second change would wait for 17 ms. Textual reads the limit when it
+is imported, so it is set here, before any module of this package imports Textual.
 """
 
 from __future__ import annotations

@@ -19,12 +19,12 @@ from textual.timer import Timer
 from tui_trainer.ui import textual_hacks
 
 IDLE_INTERVALS = ((600.0, 4.0), (60.0, 2.0))
-"""(seconds without input, factor by which frames are further apart from then on)."""
+"""(seconds without input, factor on the interval between frames from then on)."""
 ACTIVE_S = 1.5
 """After a key press, frames are drawn at full rate for this long."""
 ACTIVE_POLLS_PER_SECOND = 4.0
 MAX_INTERVAL_S = 8.0
-"""Longest time between frames due to their size."""
+"""Longest interval between frames that their size can cause."""
 MAX_BACK_OFF = 16.0
 
 
@@ -40,7 +40,7 @@ class TerminalLink:
     bytes_per_second: float
     """Budget while no key is pressed."""
     slow: bool = False
-    """Whether to draw coarser, too: numbers and trends that change less often."""
+    """Whether panels also draw more coarsely, so that numbers and trends change less often."""
     cell_updates: bool = False
     """Whether to send only the cells that changed (see `textual_hacks`)."""
 
@@ -84,7 +84,7 @@ class FrameScheduler:
 
     @property
     def requested(self) -> bool:
-        """Whether the next frame is due however short ago the last one was."""
+        """Whether the next frame is due, no matter when the last one was drawn."""
         return self._requested
 
     def frame_started(self, now: float, bytes_written: int) -> None:
@@ -124,15 +124,15 @@ class FrameScheduler:
 MAX_PENDING_WRITES = 3
 """Pieces of output that may wait for the terminal before drawing stops. A frame is about three."""
 CHECK_INTERVAL_S = 0.02
-"""A frame that was requested and finds output waiting looks again after this time."""
+"""Interval at which a requested frame checks whether the pending output has been read."""
 MAX_CHECKS = 12
-"""Checks for one frame; later ones are left to the ticks, in case the terminal reads nothing."""
+"""Most checks for one frame; then only ticks check, since the terminal may read nothing at all."""
 
 
 class OutputBacklog:
-    """The output of an app that its terminal has not read.
+    """The output of an app that its terminal has not read yet.
 
-    Textual writes on a thread, from a short queue. Were it to fill up, the event loop would block.
+    Textual writes on a thread, from a short queue. A full queue would block the event loop.
     """
 
     def __init__(self, app: App[Any], drained: Callable[[], None]) -> None:
@@ -141,7 +141,7 @@ class OutputBacklog:
         self._drained = drained
         self._timer: Timer | None = None
         self._checks = 0
-        """Made since the last frame."""
+        """Number of checks since the last frame."""
         self._suppressed: ExitStack | None = None
         """The batch that suppresses drawing."""
 
@@ -172,7 +172,7 @@ class OutputBacklog:
         return pending
 
     def frame_started(self) -> None:
-        """The next frame may be looked for as often as this one."""
+        """Reset the number of checks for the next frame."""
         self._checks = 0
 
     def check_soon(self) -> None:

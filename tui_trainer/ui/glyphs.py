@@ -134,7 +134,7 @@ _REPLACEMENTS = str.maketrans(
 
 
 def to_ascii(text: str) -> str:
-    """`text` with each other character replaced by one ASCII character, so its length is kept."""
+    """`text` with each non-ASCII character replaced by one ASCII character; keeps its length."""
     if text.isascii():
         return text
     translated = text.translate(_REPLACEMENTS)
@@ -150,7 +150,7 @@ def _base_letter(char: str) -> str:
 
 
 class AsciiFilter(LineFilter):
-    """Applies `to_ascii` to all output, for what other widgets draw (toasts, a script's output)."""
+    """Applies `to_ascii` to all output, including Textual's own widgets and a script's output."""
 
     def apply(self, segments: list[Segment], background: Color) -> list[Segment]:
         return [Segment(to_ascii(text), style, control) for text, style, control in segments]

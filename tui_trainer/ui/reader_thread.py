@@ -11,7 +11,7 @@ Job = Callable[[], None]
 
 
 class ReaderThread:
-    """Runs jobs one after another; starts with the first one."""
+    """Runs jobs one after another on a thread that starts with the first job."""
 
     def __init__(self, name: str, failed: Callable[[], None]) -> None:
         """`failed` is called on the thread where a job raises."""
@@ -26,7 +26,7 @@ class ReaderThread:
         self._jobs.put(job)
 
     def close(self, last: Job) -> None:
-        """End after `last`; a thread that has not begun has nothing to end."""
+        """End the thread after `last`, or do nothing when it has not started."""
         if self._jobs is not None:
             self._jobs.put(last)
             self._jobs.put(None)

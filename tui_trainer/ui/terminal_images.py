@@ -1,4 +1,4 @@
-"""Pictures of real pixels in terminals that have them: kitty's graphics protocol, and sixel.
+"""Pictures of real pixels in terminals that support them: kitty's graphics protocol, and sixel.
 
 https://sw.kovidgoyal.net/kitty/graphics-protocol/ and the VT330/VT340 programmer reference manual.
 """
@@ -42,10 +42,10 @@ _VERSION = re.compile(rb"\x1bP>\|([^\x1b]*)\x1b\\")
 _CELL = re.compile(rb"\x1b\[6;(\d{1,4});(\d{1,4})t")
 _ATTRIBUTES = re.compile(rb"\x1b\[\?([\d;]*)c")
 SIXEL = b"4"
-"""Among the attributes of DA1."""
+"""Attribute for sixel graphics in the answer to DA1."""
 WITH_PLACEHOLDERS = ("kitty", "ghostty")
-"""Terminals that draw the cells of a picture where its placeholder characters are, which is what
-an app that redraws lines needs. Others that answer kitty's query would show the characters."""
+"""Terminals that draw a picture where its placeholder characters are, as an app that redraws lines
+needs. Other terminals that answer kitty's query would show the characters."""
 DEFAULT_CELL = (10, 20)
 NO_QUERIES = ("dumb", "linux")
 """`$TERM` of terminals that would print a query."""
@@ -63,21 +63,21 @@ _MARKS = (
 )
 """The combining characters that number rows and columns, in the order of the protocol."""
 MAX_CELLS = 297
-"""Rows and columns of a picture of placeholders, at most: as many as there are marks."""
+"""Most rows, and most columns, of a picture of placeholders: the number of combining characters."""
 CHUNK = 4096
 """Bytes of a picture in one escape sequence of kitty's."""
 
 
 @dataclass(frozen=True)
 class PixelSupport:
-    """What a terminal has answered."""
+    """The support for pictures that a terminal has reported."""
 
     terminal: str
-    """`kitty(0.35.2)`, or what `$TERM` says."""
+    """Name and version, such as `kitty(0.35.2)`, or the value of `$TERM`."""
     kitty: bool
     sixel: bool
     cell_width: int
-    """Pixels of a character."""
+    """Width of a character in pixels."""
     cell_height: int
 
     @property
@@ -104,8 +104,8 @@ HINT = "kitty, Ghostty, WezTerm, foot, Konsole and xterm -ti vt340 have them"
 
 
 def ask_terminal(path: str = "/dev/tty") -> PixelSupport:
-    """Ask the terminal, which nothing else may read meanwhile; what was typed before the answers is
-    lost. One that does not answer has nothing."""
+    """Ask the terminal for its support of pictures. Nothing else may read the terminal meanwhile,
+    and keys typed before the answers are lost. A terminal that does not answer has no support."""
     term = os.environ.get("TERM", "") or "this terminal"
     answer, size = b"", DEFAULT_CELL
     if termios is not None and term not in NO_QUERIES:
@@ -158,7 +158,7 @@ def _read_answer(fd: int) -> bytes:
 
 
 def _size_from_window(fd: int) -> tuple[int, int]:
-    """Size of a character, where the kernel knows the pixels of the window."""
+    """(width, height) of a character in pixels, if the kernel knows the size of the window."""
     try:
         raw = fcntl.ioctl(fd, termios.TIOCGWINSZ, bytes(8))
     except OSError:
@@ -173,14 +173,14 @@ def _size_from_window(fd: int) -> tuple[int, int]:
 
 
 def enlarged(image: Pixels, width: int, height: int) -> Pixels:
-    """Each pixel repeated as often as there is room in (width, height), or as it is."""
+    """`image` with each pixel repeated as often as fits into `width` × `height`, at least once."""
     down, across = max(1, height // image.shape[0]), max(1, width // image.shape[1])
     return image.repeat(down, 0).repeat(across, 1)
 
 
 def padded(image: Pixels, columns: int, rows: int, cell: tuple[int, int], color: Pixels) -> Pixels:
     """The picture at the top left of an area of `columns` × `rows` characters of `cell` (width,
-    height) pixels; the rest, and what does not fit, is `color` or cut."""
+    height) pixels. The rest of the area has `color`; what does not fit is cut."""
     area = np.empty((rows * cell[1], columns * cell[0], 3), np.uint8)
     area[:] = color
     height, width = min(image.shape[0], area.shape[0]), min(image.shape[1], area.shape[1])
@@ -204,13 +204,13 @@ def kitty(image: Pixels, columns: int, rows: int, number: int = 0) -> str:
 
 
 def delete_kitty(number: int) -> str:
-    """Forget a picture."""
+    """The sequence that deletes a picture from the terminal."""
     return f"\x1b_Ga=d,d=I,i={number},q=2\x1b\\"
 
 
 def placeholders(columns: int, rows: int) -> list[str]:
-    """The characters of each row of a picture, to be written in the colour of its number: colour
-    `number` of 256."""
+    """The characters of each row of a picture. They are written in the 24-bit colour that equals
+    the picture's number."""
     marks = _marks()
     return [
         "".join(PLACEHOLDER + marks[row] + marks[column] for column in range(columns))
@@ -224,9 +224,9 @@ def _marks() -> list[str]:
 
 
 def sixel(image: Pixels) -> str:
-    """The picture at the cursor, of at most 256 colours.
+    """The picture at the cursor. Raises ValueError for more than 256 colours.
 
-    Six rows at a time: for each colour that occurs, a character of six bits for each column.
+    Six rows at a time are written: for each colour in them, a character of six bits per column.
     """
     height, width, _ = image.shape
     packed = image.astype(np.uint32) @ np.array([65536, 256, 1], np.uint32)

@@ -2,14 +2,14 @@
 
 1. A compositor that sends the terminal only the cells that changed. Textual sends each changed part
    of a line from the left edge of its widget on, and both colours with every segment: 15 KB a frame
-   for the few hundred cells that change on the dashboard at 120×40. This one sends 1.2 KB.
+   for the few hundred cells that change on the dashboard at 120×40. `CellCompositor` sends 1.2 KB.
    Uses `textual._compositor.Compositor` and `ChopsUpdate`, `Screen._compositor`,
    `Console._color_system` and `Style._make_ansi_codes`.
 2. A driver that counts its output and can be closed while the terminal reads nothing.
    Uses `App._driver`, `Driver._writer_thread` and `WriterThread._queue`.
 3. The bindings of one node. Uses `DOMNode._bindings`.
-4. The terminal's answer about its background colour, taken out of the input before it is read as
-   keys. Uses `textual._xterm_parser.XTermParser.feed`.
+4. The terminal's answer about its background colour, removed from the input before Textual reads it
+   as keys. Uses `textual._xterm_parser.XTermParser.feed`.
 
 `tests/ui/test_textual_hacks.py` fails when one of these names changes its meaning.
 """
@@ -103,7 +103,7 @@ class CellRun:
     codes: StyleCodes
     text: str
     has_sequences: bool = False
-    """Whether `text` contains escape sequences of its own (a link, a control segment)."""
+    """Whether `text` contains escape sequences (of a link, or of a control segment)."""
 
 
 class CellUpdate(ChopsUpdate):
@@ -199,7 +199,7 @@ class CellCompositor(Compositor):
 
 
 def use_cell_compositor(screen: Screen[Any]) -> None:
-    """Send only changed cells of `screen`. To be called before it is mounted."""
+    """Send only changed cells of `screen`. Call before the screen is mounted."""
     screen._compositor = CellCompositor()
 
 

@@ -113,7 +113,7 @@ def remembered_theme() -> str:
 
 
 def remember_theme(name: str) -> None:
-    """Use this theme from the next start on."""
+    """Save a theme, which is used from the next start on."""
     with contextlib.suppress(OSError):  # a home that cannot be written to
         _remembered_file().parent.mkdir(parents=True, exist_ok=True)
         _remembered_file().write_text(f"{name}\n", encoding="utf-8")
@@ -124,20 +124,20 @@ def _remembered_file() -> Path:
 
 
 def is_light(red: float, green: float, blue: float) -> bool:
-    """Whether a background of these shares of 1 is light."""
+    """Whether a background colour, with components from 0 to 1, is light."""
     return 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
 
 
 NO_QUERIES = ("dumb", "linux")
-"""Terminals that would print the question about their background."""
+"""`$TERM` of terminals that would print the query for their background."""
 LIGHT_ANSI_COLORS = (7, *range(9, 16))
 """Background colours of $COLORFGBG that are light, as Vim takes them."""
 
 
 def initial_theme() -> dict[str, Any]:
-    """The theme to start with, as options of the app: $TEXTUAL_THEME; else the one that was chosen
-    last; else Textual's 16-colour theme on a terminal with 16 colours; else ours for a light or a
-    dark background, as $COLORFGBG or the terminal says."""
+    """The theme to start with, as options of the app: $TEXTUAL_THEME; else the theme that the user
+    chose last; else Textual's 16-colour theme on a terminal with 16 colours; else `LIGHT` or
+    `DARK`, for the background that $COLORFGBG or the terminal reports."""
     known = {*BUILTIN_THEMES, *(own_theme.name for own_theme in THEMES)}
     for requested in (os.environ.get("TEXTUAL_THEME", ""), remembered_theme()):
         if requested in known:
@@ -153,7 +153,7 @@ def initial_theme() -> dict[str, Any]:
 
 TEXT_CONTRAST, MARK_CONTRAST = 4.5, 3.0
 """Smallest contrast with the background, of text and of the marks of charts (WCAG 2.2, 1.4.3 and
-1.4.11). Text has it under the cursor too."""
+1.4.11). Text keeps it under the cursor."""
 CURSOR_SHARE = {True: 0.16, False: 0.1}
 """Share of the accent in the background of the cursor's row, in dark themes and in light ones."""
 

@@ -1,8 +1,8 @@
 """The two axes of a chart: the window of steps and the range of values, their scales and labels.
 
 Both ranges change in jumps, so that a chart does not move with every frame.
-A linear axis leaves out a few values that would flatten all others; it becomes logarithmic by
-itself where values span thousands.
+A linear axis leaves out a few values that would flatten all others, and becomes logarithmic by
+itself where the largest value is a thousand times the median.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tui_trainer.ui.widgets.lines import Row
 MIN_ROWS_BETWEEN_TICKS = 2
 MAX_TICKS = 6
 FEWEST_STEPS = 40
-"""A window of the whole run is never narrower."""
+"""Fewest steps in a window of the whole run."""
 KEPT_SHARE = 0.55
 """A scale is kept while the values fill more than this share of it."""
 SMALLEST_FLOAT32 = 1e-45
@@ -181,11 +181,12 @@ AXIS_WIDTH = 9
 """Cells left of the plot: a label of 8, right-aligned, and the axis itself."""
 OUTLIER_QUANTILES = (0.02, 0.98)
 OUTLIER_DISTANCE = 4.0
-"""A linear axis leaves out values that are further outside the quantiles than this many times their
-distance."""
+"""A linear axis leaves out values that are further outside the quantiles than this multiple of the
+distance between the quantiles."""
 MIN_VALUES_FOR_OUTLIERS = 60
-LOG_BY_ITSELF = 1000.0
-"""Times the median, from which a largest value that is not left out makes an axis logarithmic."""
+AUTO_LOG_RATIO = 1000.0
+"""Ratio of the largest value that is not left out to the median from which an axis becomes
+logarithmic by itself."""
 NEWEST_COLUMNS = 2
 """Dot columns at the end of the curves whose values are always shown."""
 
@@ -198,18 +199,18 @@ class Outliers:
     edge: float
     extreme: float
     column: int
-    """Dot column of the extreme."""
+    """Dot column of `extreme`."""
     columns: NDArray[np.int64]
-    """Dot columns of all of them."""
+    """Dot columns of all outliers."""
 
 
 def fit_layers(
     layers: Sequence[Layer], log: bool | None, include_zero: bool, previous: Scale | None
 ) -> tuple[Scale, list[Outliers]]:
-    """A scale for the values of some layers; on a linear axis without a few that would flatten all
-    others, which are returned. `log` None: linear, or logarithmic where that would show
-    nothing of most values."""
-    by_itself, log = log is None, bool(log)
+    """A scale for the values of `layers`, and the few values that a linear scale leaves out because
+    they would flatten all others. `log` None: linear, unless a linear scale would flatten most
+    values."""
+    automatic, log = log is None, bool(log)
     columns: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
     values: list[NDArray[np.floating]] = [np.empty(0)]
     limits: list[float] = []
@@ -233,27 +234,27 @@ def fit_layers(
         return fit_scale(np.nan, np.nan, log, include_zero, previous), []
     hidden = [] if log else _outliers(numbers, places)
     kept = _without(numbers, hidden)
-    if by_itself and _spans_thousands(kept, limits, previous):
+    if automatic and _spans_thousands(kept, limits, previous):
         log, hidden = True, []
-    elif len(kept):  # next to outliers that are shown, those on the other side may be small
+    elif len(kept):  # outliers may be small next to those on the other side
         far = OUTLIER_DISTANCE * float(kept.max() - kept.min())
         hidden = [each for each in hidden if abs(each.extreme - each.edge) > far]
         numbers = _without(numbers, hidden)
     ends = [*limits, *((float(numbers.min()), float(numbers.max())) if len(numbers) else ())]
     scale = fit_scale(min(ends), max(ends), log, include_zero, previous)
-    # A scale that was kept may show what a new one would hide.
+    # A scale that was kept may show values that a new scale would leave out.
     return scale, [each for each in hidden if not scale.low <= each.extreme <= scale.high]
 
 
 def _spans_thousands(
     numbers: NDArray[np.float64], limits: Sequence[float], previous: Scale | None
 ) -> bool:
-    """Whether a linear axis would show nothing of most values, as of a loss that explodes: then it
-    is logarithmic by itself."""
+    """Whether a linear axis would flatten most values, such as those of a loss that explodes, so
+    that the axis becomes logarithmic by itself."""
     if len(numbers) < MIN_VALUES_FOR_OUTLIERS or min([*limits, float(numbers.min())]) <= 0:
         return False
     kept = previous is not None and previous.log
-    factor = LOG_BY_ITSELF / 3 if kept else LOG_BY_ITSELF
+    factor = AUTO_LOG_RATIO / 3 if kept else AUTO_LOG_RATIO
     return float(numbers.max()) > factor * float(np.median(numbers))
 
 
@@ -264,8 +265,8 @@ def _without(numbers: NDArray[np.float64], hidden: Sequence[Outliers]) -> NDArra
 
 
 def _outliers(numbers: NDArray[np.float64], places: NDArray[np.int64]) -> list[Outliers]:
-    """The few values that are so far from all others that they would flatten them: none where the
-    newest values are among them, since then the run is on its way there."""
+    """The few values that are so far from all others that they would flatten them. A side with the
+    newest values has no outliers, since the run may be moving there."""
     if len(numbers) < MIN_VALUES_FOR_OUTLIERS:
         return []
     low, high = np.quantile(numbers, OUTLIER_QUANTILES)
@@ -285,7 +286,7 @@ def _outliers(numbers: NDArray[np.float64], places: NDArray[np.int64]) -> list[O
 
 
 def value_labels(scale: Scale, rows: int) -> dict[int, str]:
-    """Cell row to its label: round values, evenly spaced."""
+    """Labels by cell row: round values, evenly spaced."""
     ticks = scale.ticks(rows)
     placed = zip(ticks, _tick_texts(ticks, scale.log), strict=True)
     labels = {scale.cell_row(tick, rows): text for tick, text in placed}

@@ -41,8 +41,8 @@ def draw_extents(dots: Dots, top: NDArray[np.float64], bottom: NDArray[np.float6
 
 
 def draw_line(dots: Dots, rows: NDArray[np.float64]) -> None:
-    """Draw a line through one value a dot column (dot rows from the top; nan interrupts it). Every
-    value has its dot; two neighbours are joined half way in each of their columns."""
+    """Draw a line through one value per dot column, in dot rows from the top; nan interrupts it.
+    Every value has its dot; two neighbours are joined half way in each of their columns."""
     known = ~np.isnan(rows)
     at = _nearest_rows(dots, rows)
     first, last = at.copy(), at.copy()
@@ -153,7 +153,8 @@ def sparklines(
 def _last_measured(
     numbers: NDArray[np.float64], nonfinite: NDArray[np.bool_] | None
 ) -> NDArray[np.int64]:
-    """For each cell, the last cell up to it that has a value; itself after the last value."""
+    """For each cell, the index of the last cell up to it that has a value. A cell after the last
+    value has its own index."""
     measured = ~np.isnan(numbers) if nonfinite is None else ~np.isnan(numbers) | nonfinite
     cells = np.arange(numbers.shape[1])
     held = np.maximum.accumulate(np.where(measured, cells, 0), axis=1)

@@ -84,7 +84,7 @@ class Caption(LineView):
 
 
 class Placeholder(Static):
-    """A message in the middle of a place that has nothing to show; hidden without a message."""
+    """A centred message in place of missing data; hidden without a message."""
 
     DEFAULT_CSS = """
     Placeholder { width: 1fr; height: 1fr; content-align: center middle; text-align: center;

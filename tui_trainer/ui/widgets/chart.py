@@ -98,8 +98,8 @@ class Canvas:
             drawn = braille.cell_patterns(self._dots(layer))
             self._style_numbers[drawn > 0] = self._add_style(layer.style)
             if isinstance(layer, Line) and has_band:
-                # The line replaces the band in its cells, or it would drown in it. What reaches
-                # beyond these cells is still drawn, so a spike is never hidden.
+                # The line replaces the band in its cells, where it could not be seen otherwise.
+                # The band is still drawn in other cells, so a spike is never hidden.
                 patterns[drawn > 0] = 0
             patterns |= drawn
         filled = patterns > 0
@@ -123,7 +123,7 @@ class Canvas:
                 self._codes[y, x], self._style_numbers[y, x] = ord(layer.marker), number
 
     def _draw_label(self, layer: Label) -> None:
-        """Draw in the row of its value, or in the next one where that is taken."""
+        """Draw in the row of the label's value, or in a free row next to it."""
         rows = self.scale.dot_rows(np.array([layer.value], np.float32), 4 * self.height)
         start = min(layer.column // 2 + 2, self.width - len(layer.text))
         if not np.isfinite(rows[0]) or start < 0:
@@ -135,7 +135,7 @@ class Canvas:
         self._style_numbers[y, cells] = self._add_style(layer.style)
 
     def draw_marker(self, layer: ChartMarker, steps: tuple[int, int]) -> None:
-        """Draw in the cells that are free."""
+        """Draw a vertical line in the free cells of the marker's column."""
         start, stop = steps
         x = (layer.step - start) * self.width // max(1, stop - start)
         if 0 <= x < self.width:
@@ -173,13 +173,13 @@ class Chart:
     values still fit it."""
 
     log: bool | None = None
-    """None: linear, or logarithmic where that would show nothing of most values."""
+    """None: linear, unless a linear axis would flatten most values."""
     include_zero: bool = False
     """Whether a linear value axis always includes 0."""
     scale: Scale | None = None
     """The value axis as last drawn."""
     hidden: Sequence[Outliers] = ()
-    """What lay beyond it."""
+    """Outliers that the value axis as last drawn leaves out."""
 
     @property
     def drawn_log(self) -> bool:
@@ -271,8 +271,8 @@ class SeriesChart(LineView):
         related: Sequence[RelatedRun] = (),
     ) -> None:
         """Show `curves` of `series`, or `placeholder` where there is nothing to draw. The limits
-        of a healthy `band` are drawn where values come near them, the same curves of the `related`
-        runs below."""
+        of a healthy `band` are drawn where values come near them; the same curves of `related` runs
+        are drawn below."""
         curves = tuple(curves)
         if (title, series, curves) != (self._title, self._series, self._curves):
             self.chart = Chart()
@@ -316,7 +316,7 @@ class SeriesChart(LineView):
     def _curves_of_related(
         self, series: SeriesReader, columns: Sequence[int], steps: tuple[int, int], dots: int
     ) -> tuple[list[Layer], list[Figure]]:
-        """Layers of these columns of related runs, and each of these runs once for the title."""
+        """Layers of these columns of the related runs, and a figure for each run for the title."""
         layers: list[Layer] = []
         names: dict[str, Figure] = {}
         for column in columns:
@@ -364,8 +364,8 @@ class SeriesChart(LineView):
 
 
 def near_limits(band: HealthyRange, low: Floats, high: Floats) -> list[float]:
-    """The limits of a band within the drawn values, or not far from them: a limit that is far away
-    would flatten the curve."""
+    """The limits of a band within the drawn values or near them: a limit far away would flatten the
+    curve."""
     known = np.concatenate([low[np.isfinite(low)], high[np.isfinite(high)]])
     if not len(known):
         return []

@@ -40,7 +40,7 @@ class Band:
 
 @dataclass(frozen=True)
 class Line:
-    """A line through one value a dot column; nan interrupts it."""
+    """A line through one value per dot column; nan interrupts it."""
 
     style: Style
     values: Floats
@@ -60,7 +60,7 @@ class Points:
 
 @dataclass(frozen=True)
 class Label:
-    """The name of a curve at its end, which tells curves apart without colour too."""
+    """The name of a curve at its end, which tells curves apart even without colour."""
 
     style: Style
     column: int
@@ -122,7 +122,7 @@ def fill_gaps(low: Floats, high: Floats, filled: NDArray[np.bool_]) -> tuple[Flo
 def smooth(low: Floats, high: Floats, geometric: bool = False) -> Floats:
     """The middle of each dot column's extent, averaged with a Gaussian over SMOOTHING_SHARE of the
     width; nan where nothing was measured. `geometric`: averages of logarithms, for positive values,
-    so that one of another magnitude does not lift all around it."""
+    so that a value of another magnitude does not lift its neighbours."""
     if geometric:
         with np.errstate(divide="ignore"):
             return np.exp(smooth(np.log(low), np.log(high)))

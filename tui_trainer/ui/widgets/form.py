@@ -1,4 +1,4 @@
-"""Rows of a form: a label, a control for one value, and below it what is wrong with the value."""
+"""Rows of a form: a label, a control for one value, and below it an error in the value."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tui_trainer.ui.widgets.ordered_input import OrderedInput
 
 
 class _Choice(RadioButton):
-    """A radio button whose state shows without colour, too."""
+    """A radio button that shows its state even without colour."""
 
     BUTTON_LEFT = BUTTON_RIGHT = ""
     BUTTON_INNER = "○"
@@ -59,7 +59,7 @@ class ChoiceRow(RadioSet, inherit_bindings=False):
 
     @property
     def value(self) -> str:
-        """The chosen one."""
+        """The chosen value; "" for none."""
         chosen = (c for c, button in zip(self.choices, self._buttons, strict=True) if button.value)
         return next(chosen, "")
 
@@ -69,7 +69,7 @@ class ChoiceRow(RadioSet, inherit_bindings=False):
             self._choose(self.choices.index(value))
 
     def action_choose(self, by: int) -> None:
-        """Choose the next or previous one."""
+        """Choose the next or previous value."""
         current = self.choices.index(self.value) if self.value else -by
         self._choose((current + by) % len(self.choices))
 
@@ -84,13 +84,13 @@ class ChoiceRow(RadioSet, inherit_bindings=False):
 
 LABEL_WIDTH = 20
 FIELD_WIDTH = 14
-"""Of a field with a number, which has a unit behind it."""
+"""Width of a field for a number, which may have a unit after it."""
 
 
 class FormRow(Vertical):
     """One value. A value that differs from its default is marked.
 
-    The row draws its label and unit itself: a form has some forty rows, and every widget of them
+    The row draws its label and unit itself, since a form has some forty rows, and each widget more
     costs as much as the rest of a row.
     """
 
@@ -131,7 +131,7 @@ class FormRow(Vertical):
         yield self.editor
 
     def render(self) -> Content:
-        """The label before the field, and the unit behind it."""
+        """The label before the field, and the unit after it."""
         style = "bold $text-accent" if self.changed else ""
         if self._error is not None:
             style = "bold $text-error"
@@ -157,7 +157,7 @@ class FormRow(Vertical):
         self.refresh()
 
     def show_error(self, error: ConfigurationError | None) -> None:
-        """Show what is wrong with the value, or that nothing is."""
+        """Show an error in the value; None removes it."""
         if error is not None:
             hint = f" ({error.hint})" if error.hint else ""
             text = f"✗ {error.message}{hint}"

@@ -14,13 +14,13 @@ from tui_trainer.ui.widgets.lines import LineView, Row
 ALWAYS_SHOWN = ("?", "q")
 """Keys that are shown however narrow the screen is."""
 FIRST_ID_PREFIXES = ("demo.", "replay.")
-"""Bindings with such an id come first: in a guided run and over a recording they are the ones that
-matter."""
+"""Prefixes of the ids of bindings that come first, since they matter most in a guided run and in a
+replay."""
 
 
 @dataclass(frozen=True)
 class KeyHint:
-    """A key as it is shown, what it is bound to, and whether it can be used now."""
+    """A key of the line: how it is displayed, its label, and whether it can be used now."""
 
     display: str
     label: str
@@ -34,10 +34,10 @@ class KeyHint:
 
 
 class KeyLine(LineView):
-    """Key and label of every binding that is to be shown, dimmed where it cannot be used now. A
-    click presses the key.
+    """Key and label of every binding that is shown, dimmed while it cannot be used. A click presses
+    the key.
 
-    Textual's own footer is composed again of widgets whenever a binding changes its state; a row of
+    Textual's own footer composes its widgets again whenever a binding changes its state; a row of
     cells costs nothing while it stays the same.
     """
 
@@ -46,7 +46,7 @@ class KeyLine(LineView):
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self.labels: dict[str, str] = {}
-        """Binding id to the label that it has for now (`run.pause`: `Resume`)."""
+        """Present labels by binding id, such as `Resume` for `run.pause`."""
         self._key_ranges: list[tuple[int, int, str]] = []
         """(start, stop, key) of the cells of each key on screen."""
 

@@ -71,11 +71,11 @@ class LineView(ScrollView, can_focus=False):
         """The rows on screen."""
         self._rows_palette: Palette | None = None
         self._styles: dict[str, Style] = {}
-        """Styles of that palette."""
+        """Styles of `_rows_palette`, by name."""
 
     @property
     def lessons(self) -> tuple[str, ...]:
-        """Pages of `tui-trainer learn` about what it shows; the help leads to them."""
+        """Pages of `tui-trainer learn` about what the view shows; the help leads to them."""
         return ()
 
     def rows(self, size: Size) -> Sequence[Row]:
@@ -94,7 +94,7 @@ class LineView(ScrollView, can_focus=False):
 
     @property
     def slow_link(self) -> bool:
-        """Whether the terminal is at the end of a slow line, so that redrawing should be rare."""
+        """Whether the terminal is at the end of a slow link, so that redrawing should be rare."""
         return cast("DrawingContext", self.app).link.slow
 
     @property
@@ -103,8 +103,8 @@ class LineView(ScrollView, can_focus=False):
         return self.scrollable_content_region.size
 
     def style(self, name: str) -> Style:
-        """A style of the palette by name, with attributes if wanted: `dim`, `error reverse`. To be
-        called while rows are built."""
+        """A style of the palette by name, with attributes if wanted: `dim`, `error reverse`. Call
+        only while rows are built."""
         style = self._styles.get(name)
         if style is None:
             base, *attributes = name.split()
@@ -147,7 +147,7 @@ class LineView(ScrollView, can_focus=False):
             self.refresh(*regions)
 
     def discard_drawn(self) -> None:
-        """Forget whatever was drawn in the colours of another theme."""
+        """Discard cached rows, which have the colours of another theme."""
 
     def on_mount(self) -> None:
         """Redraw when the theme changes."""
@@ -164,7 +164,7 @@ class LineView(ScrollView, can_focus=False):
         self.view_resized()
 
     def watch_show_vertical_scrollbar(self) -> None:
-        """A scrollbar that appears narrows the view."""
+        """Build the rows again, since a scrollbar that appears narrows the view."""
         self.call_later(self.view_resized)
 
     def on_show(self) -> None:
@@ -190,7 +190,7 @@ class LineView(ScrollView, can_focus=False):
 
 
 class ScrollingLines(LineView, can_focus=True):
-    """Scrolls through lines that are built only when they come into view, and then kept."""
+    """Scrolls through lines that are built when they come into view, and then cached."""
 
     def __init__(self, *, id: str | None = None, classes: str | None = None) -> None:
         super().__init__(id=id, classes=classes)
@@ -205,11 +205,11 @@ class ScrollingLines(LineView, can_focus=True):
         raise NotImplementedError
 
     def line_width(self) -> int:
-        """Cells of the longest line, where lines are to be scrolled sideways."""
+        """Width of the longest line, in cells; 0 if lines do not scroll sideways."""
         return 0
 
     def lines_changed(self, first: int = 0) -> None:
-        """Lines from `first` on are new or gone; those before it are as they were."""
+        """Build the lines from `first` on again; earlier lines have not changed."""
         self._lines = {index: line for index, line in self._lines.items() if index < first}
         virtual_size = Size(self.line_width(), self.line_count())
         if virtual_size != self.virtual_size:
@@ -217,7 +217,7 @@ class ScrollingLines(LineView, can_focus=True):
         self.update_rows()
 
     def discard_drawn(self) -> None:
-        """Lines are built again in the colours of the new theme."""
+        """Discard the cached lines, which have the colours of another theme."""
         self._lines.clear()
 
     def rows(self, size: Size) -> Sequence[Row]:
@@ -266,8 +266,8 @@ def _changed_stretches(old: Row, new: Row, width: int) -> list[tuple[int, int]]:
 
 
 def _cells(row: Row, width: int) -> list[tuple[str, Style | None]]:
-    """The characters of a row by cell. A wide one takes two cells; one without a width belongs to
-    the cell before it."""
+    """The characters of a row by cell. A wide character takes two cells; a character of no width
+    belongs to the cell before it."""
     cells: list[tuple[str, Style | None]] = []
     for text, style, _ in row:
         if NARROW.issuperset(text):
@@ -284,7 +284,7 @@ def _cells(row: Row, width: int) -> list[tuple[str, Style | None]]:
 
 
 class BuiltLines(ScrollingLines):
-    """Scrolls through lines that are built all at once, whenever their subject or width changes."""
+    """Scrolls through lines that are built all at once, whenever their content or width changes."""
 
     def __init__(self, *, id: str | None = None, classes: str | None = None) -> None:
         super().__init__(id=id, classes=classes)
@@ -298,7 +298,7 @@ class BuiltLines(ScrollingLines):
         self._build()
 
     def discard_drawn(self) -> None:
-        """The rows are built again in the colours of the new theme."""
+        """Build the lines again in the colours of the new theme."""
         super().discard_drawn()
         self.call_later(self._build)
 

@@ -9,9 +9,12 @@ from tui_trainer.ui.textual_hacks import bindings_of
 
 
 class OrderedInput(Input):
-    """Textual inserts a character at once, but finds the action of a key such as `ctrl+u` only
-    after the event has passed every parent: keys that come in one piece, as over ssh or while the
-    machine is busy, would change places."""
+    """An input that runs the actions of its keys at once.
+
+    Textual inserts a character at once, but runs the action of a key such as `ctrl+u` only after
+    the event has passed every parent. Keys that arrive together, as over ssh or while the machine
+    is busy, would change places.
+    """
 
     async def on_key(self, event: events.Key) -> None:
         """Run the input's own action of a key at once, unless the action leaves it to others."""

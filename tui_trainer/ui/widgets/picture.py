@@ -32,35 +32,35 @@ class PictureContext(Protocol):
     """What the app provides to pictures."""
 
     pixels: PixelSupport | None
-    """None: they are not wanted, or the terminal has none."""
+    """None when pixels are not wanted, or when the terminal has none."""
 
     def write_to_terminal(self, data: str) -> None:
         """Write an escape sequence between two frames."""
 
 
 class Picture:
-    """Draws in the cells of a widget from a row on.
+    """Draws a picture in some cells of a widget.
 
     With kitty's protocol the picture is sent once, and the cells hold characters that stand for its
-    parts; so whatever is drawn over them hides it. With sixel the cells are blank, and the picture
-    is written over them after each frame that has drawn them.
+    parts, so whatever is drawn over the cells hides the picture. With sixel the cells are blank,
+    and the picture is written over them after each frame that has drawn them.
     """
 
     def __init__(self, widget: Widget, support: PixelSupport) -> None:
         self._widget = widget
         self._support = support
         self._number = 0x400000 | (next(_numbers) & 0xF) << 16 | os.getpid() & 0xFFFF
-        """Names it in the terminal, where several can be held."""
+        """Id of the picture in the terminal, which may hold several."""
         self._wanted: tuple[int, int, bytes] | None = None
-        """Columns, rows and bytes of the picture that is being encoded or drawn."""
+        """(columns, rows, bytes) of the picture that is being encoded or drawn."""
         self._sequence = ""
         self._lines: list[str] = []
         self._area = Region()
         self._drawn_later = False
 
     def show(self, image: Pixels, columns: int, rows: int, place: Offset, color: Pixels) -> None:
-        """Draw `image` in `columns` × `rows` cells from `place` in the widget on; what it leaves of
-        them has the `color`."""
+        """Draw `image` in `columns` × `rows` cells whose first is at `place` in the widget. The
+        rest of these cells has `color`."""
         columns, rows = min(columns, MAX_CELLS), min(rows, MAX_CELLS)
         cell = self._support.cell_width, self._support.cell_height
         image = padded(image, columns, rows, cell, color)
@@ -71,7 +71,7 @@ class Picture:
         self._wanted = wanted
 
         def encode() -> None:
-            """On a thread: it takes up to some tenths of a second."""
+            """Runs on a thread, since encoding may take some tenths of a second."""
             if self._support.placeholders:
                 sequence = kitty(image, columns, rows, self._number)
             else:
@@ -96,7 +96,7 @@ class Picture:
         )
 
     def clear(self) -> None:
-        """Draw nothing any more."""
+        """Remove the picture from the terminal."""
         if self._lines:
             self._context.write_to_terminal(delete_kitty(self._number))
         self._wanted, self._sequence, self._lines = None, "", []
@@ -107,12 +107,12 @@ class Picture:
 
     @property
     def left(self) -> int:
-        """The first column that it covers."""
+        """The first column of the picture in the widget."""
         return self._area.x
 
     def row(self, y: int, background: Style) -> Row | None:
-        """The characters of row `y` of the widget from `left` on; None: it is as the widget has
-        drawn it."""
+        """The characters of row `y` of the widget from `left` on; None where the widget draws the
+        row itself."""
         y -= self._area.y
         if not 0 <= y < len(self._lines) or self._wanted is None:
             return None
@@ -121,7 +121,7 @@ class Picture:
         return [Segment(self._lines[y], color)]
 
     def cells_drawn(self, when_sent: Callable[[Callable[[], object]], object]) -> None:
-        """The widget has drawn its cells: a picture of sixels is drawn again once they are sent."""
+        """Draw sixels again once the cells that the widget has just drawn are sent."""
         if self._sequence and not self._drawn_later:
             self._drawn_later = True
             when_sent(self.draw)

@@ -1,4 +1,4 @@
-"""The lines of other runs of the same tree on the charts of one: dim, with the sign of the run."""
+"""Curves of the related runs in the charts of a run: dim, with a marker for each run."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tui_trainer.ui.widgets.chart_layers import Layer, Line, Points, fill_gaps, 
 from tui_trainer.ui.widgets.lines import LineView, Row
 
 MARKERS, ASCII_MARKERS = "■□▲△", "%&=@"
-"""Not those of validation points and events, which are on the same charts."""
+"""Markers other than those of validation points and events, which are in the same charts."""
 MARKER_SPACING = 26
-"""Dot columns between two signs of a line."""
+"""Dot columns between two markers of a line."""
 MAX_NAME_WIDTH = 28
 
 
 Figure = tuple[str, str, Style]
-"""Sign and name of a run, its newest value, and the style of both."""
+"""(marker and name of a run, its newest value, style of both)"""
 
 
 def related_curves(
@@ -36,8 +36,8 @@ def related_curves(
     columns: int,
     points: bool = False,
 ) -> tuple[list[Layer], list[Figure]]:
-    """Below a chart's own curves: a smoothed line of each related run that has this column, or its
-    single `points`; and for the legend its sign, name and newest value."""
+    """Layers to draw below a chart's own curves: a smoothed line, or single `points`, of each
+    related run that has this column. And figures for the legend: marker, name and newest value."""
     layers: list[Layer] = []
     figures: list[Figure] = []
     style = view.palette.dim
@@ -52,7 +52,8 @@ def related_curves(
             continue
         low, high = fill_gaps(window.low[:, 0], window.high[:, 0], window.filled)
         line = smooth(low, high)
-        layers += [Line(style, line), Points(style, at := _signs(line, place), line[at], marker)]
+        at = _marker_columns(line, place)
+        layers += [Line(style, line), Points(style, at, line[at], marker)]
         newest = run.newest(table, column)
         figures.append((f"{marker} {run.name}", formatting.number(newest, 0), style))
     return layers, figures
@@ -72,8 +73,8 @@ def related_legend(view: LineView, figures: Sequence[Figure], width: int) -> lis
     return [row]
 
 
-def _signs(line: NDArray[np.float32], place: int) -> NDArray[np.int64]:
-    """The dot columns at which a line has a sign: not those of the other lines, and at its end."""
+def _marker_columns(line: NDArray[np.float32], place: int) -> NDArray[np.int64]:
+    """The dot columns of a line's markers: at its end, and at other places than other lines'."""
     known = np.flatnonzero(np.isfinite(line))
     at = known[(known - place * MARKER_SPACING // 4) % MARKER_SPACING == 0]
     return np.asarray(np.unique(np.r_[at, known[-1:]]), np.int64)

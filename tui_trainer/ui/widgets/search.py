@@ -11,7 +11,8 @@ from tui_trainer.ui.widgets.ordered_input import OrderedInput
 
 
 class SearchInput(OrderedInput):
-    """Hidden until `open`. Enter keeps the text, escape clears it, and either closes the line.
+    """An input line that is hidden until `open`. Enter keeps the text, escape clears it, and either
+    closes the line.
 
     `Input.Changed` is posted as the text is typed, `Closed` when the line is hidden again.
     """

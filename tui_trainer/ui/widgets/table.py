@@ -47,7 +47,7 @@ class TableColumn:
     key: str
     title: str
     width: int
-    """Cells, whatever the values, so that nothing moves; 0 takes what the other columns leave."""
+    """Width in cells, whatever the values, so that nothing moves; 0 takes the rest of the row."""
     value: Callable[[int], CellValue]
     """Value of the cell in a row, by the row's id."""
     format: Callable[[float | None, int], str] = formatting.number
@@ -114,13 +114,13 @@ class VirtualTable(LineView, can_focus=True, inherit_bindings=False):
         """Shown while there are no rows."""
         self.sorted_by = ""
         self._reordering = False
-        """Whether the order is about to be drawn by what has changed it."""
+        """Whether the order is being changed by a caller that draws the rows itself afterwards."""
         self._cells: list[Row] = []
         """The cells of the visible rows as last built, without the cursor's color."""
         self._cells_place: tuple[object, ...] = ()
-        """Where they were built: the first row, the number of rows, the columns' widths."""
+        """(first row, number of rows, keys of the columns, their widths) of `_cells`."""
         self._only_cursor_moved = False
-        """Whether rows are being built for the cursor alone, so that cells are as they were."""
+        """Whether rows are being built for the cursor alone, so that `_cells` are still valid."""
         self.descending = True
         self.header_height = 0
         """Rows that a subclass draws above the column titles."""
@@ -158,8 +158,8 @@ class VirtualTable(LineView, can_focus=True, inherit_bindings=False):
 
     def set_order(self, order: RowIds, to_top: bool = False) -> None:
         """Show other rows, or in another order; `update_rows` draws them. The cursor stays on its
-        row if that is still shown, and is kept in view if the table has the focus; `to_top`: it
-        goes to the first row."""
+        row if that is still shown, and is kept in view if the table has the focus; `to_top` moves
+        it to the first row."""
         current = None if to_top else self.current_row
         self.order = order
         self._cells = []
@@ -199,7 +199,7 @@ class VirtualTable(LineView, can_focus=True, inherit_bindings=False):
         return min(self.scroll_offset.y, max(0, len(self.order) - self.page))
 
     def visible_columns(self, width: int) -> tuple[list[TableColumn], list[int]]:
-        """The columns that fit, leftmost first, and their widths; a cell is between two of them."""
+        """The columns that fit, leftmost first, and their widths; a blank cell separates them."""
         flexible = 0 if all(column.width for column in self.columns) else MIN_FLEXIBLE_WIDTH
         columns, left = [], width - flexible
         for column in self.columns:
@@ -271,7 +271,7 @@ class VirtualTable(LineView, can_focus=True, inherit_bindings=False):
             self.scroll_to(y=top, animate=False, force=True)
 
     def watch_scroll_y(self, old_value: float, new_value: float) -> None:
-        """The cursor stays in view when the wheel or the scrollbar moves the rows."""
+        """Keep the cursor in view when the wheel or the scrollbar moves the rows."""
         last = min(self.top + self.page, len(self.order)) - 1
         cursor = max(0, min(max(self.cursor, self.top), last))
         if cursor != self.cursor:
@@ -281,7 +281,7 @@ class VirtualTable(LineView, can_focus=True, inherit_bindings=False):
 
     def action_move(self, rows: int) -> None:
         """Move the cursor by some rows."""
-        # Only the two rows are drawn: the frame that a key asks for brings the newest values.
+        # Only two rows are drawn; the frame that the key requests brings the newest values.
         self._only_cursor_moved = True
         try:
             self.move_cursor(self.cursor + rows)

@@ -1,4 +1,4 @@
-"""A line of tabs, scrolled so that the chosen one is in view."""
+"""A line of tabs, scrolled so that the chosen tab is in view."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ MORE_LEFT, MORE_RIGHT = "‹", "›"
 
 
 class TabLine(LineView):
-    """The names of the tabs, the current one highlighted; a click chooses.
+    """The names of the tabs, the current one highlighted; a click chooses a tab.
 
-    Where not all of them fit, the first ones are replaced by an arrow until the current one does.
+    Where not all tabs fit, an arrow replaces the first ones, so that the current tab is in view.
     """
 
     DEFAULT_CSS = "TabLine { height: 1; }"
