@@ -1,4 +1,4 @@
-"""The autograd graph as a tree of modules, and what is known of the row under the cursor."""
+"""The autograd graph as a tree of modules, and the details of the row under the cursor."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STYLES = {"loss": "title", "module": "strong", "repeat": "title", "operation": "
 OPEN_DEPTH = 2
 """Rows above this depth are open at first."""
 MAX_LISTED = 12
-"""Inputs or users of a node that are listed."""
+"""Most inputs, or users, of a node that are listed."""
 MAX_PATH = 400
 MIN_NAME_WIDTH = 38
 
@@ -37,7 +37,7 @@ RowKey = tuple[str, str, str, float]
 
 
 class GraphTable(VirtualTable):
-    """One row for each module, operation and leaf that is not inside a closed one."""
+    """A row for each module, operation and leaf that is not inside a closed module."""
 
     lessons = ("loss-graph", "forward-backward")
 
@@ -58,17 +58,23 @@ class GraphTable(VirtualTable):
         self._rows_shown: list[tuple[int, Fold]] = []
         self._root: Fold | None = None
         self._toggled: set[RowKey] = set()
-        """Rows that are not as they were at first."""
+        """Rows that the user has opened or closed."""
         self.columns = (
             TableColumn("name", "", 0, self._name_of, left=True),
-            TableColumn("gradient", "gradient", 9, self._gradient_of, tooltip="that arrives"),
+            TableColumn(
+                "gradient",
+                "gradient",
+                9,
+                self._gradient_of,
+                tooltip="Norm of the gradient that arrives",
+            ),
             TableColumn("shape", "shape", 14, self._shape_of, style="dim"),
             TableColumn("saved", "saved", 9, self._saved_of, style="dim"),
-            TableColumn("range", "in all of them", 20, self._range_of, style="dim"),
+            TableColumn("range", "over all repeats", 20, self._range_of, style="dim"),
         )
 
     def show(self, graph: AutogradGraph | None) -> None:
-        """Show a graph; what was open stays open."""
+        """Show a graph; open rows stay open."""
         self.graph = graph
         self.rebuild()
 
@@ -184,7 +190,7 @@ class GraphTable(VirtualTable):
 
 
 def _matching(root: Fold, found: set[int]) -> list[tuple[int, Fold]]:
-    """The rows of these nodes, below the modules that they are in."""
+    """The rows of the nodes `found`, below the modules that contain them."""
     whole = list(lines(root))
     kept: list[tuple[int, Fold]] = []
     needed = -1
@@ -313,7 +319,7 @@ def _users(graph: AutogradGraph) -> list[list[tuple[int, float]]]:
 
 
 def graph_spans(graph: AutogradGraph, wide: bool) -> Sequence[Span]:
-    """The facts of a graph, for a caption; `wide`: with those that the first row has as well."""
+    """Figures of a graph for a caption; `wide` adds those that the row of the loss shows too."""
     operations = sum(not node.leaf for node in graph.nodes)
     leaves = len(graph.nodes) - operations
     spans: list[Span] = [

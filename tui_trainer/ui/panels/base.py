@@ -36,11 +36,11 @@ USER_EVENTS = ("command", "control", "edit", "mark")
 
 
 class Panel(LineView):
-    """An instrument: it is given a snapshot and draws what has changed."""
+    """Base class of the instruments, each drawn from the current snapshot."""
 
     panel_title = ""
     quantity = ""
-    """What it shows, as `RunInfo.unseen` names it."""
+    """Key of what the panel shows in `RunInfo.unseen`; "" for something that no run lacks."""
 
     def __init__(self, *, id: str | None = None, classes: str | None = None) -> None:
         super().__init__(id=id, classes=classes)
@@ -207,7 +207,7 @@ def slowed_tables(info: RunInfo) -> list[tuple[str, str]]:
 
 
 class ExaminationView(LineView):
-    """Draws a part of an examination from its top."""
+    """Base class of the views that draw a part of the examination of an attention layer."""
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)

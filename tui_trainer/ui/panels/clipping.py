@@ -45,7 +45,7 @@ class ClippingPanel(Panel):
 
     lessons = ("clipping",)
     panel_title = "Clipping"
-    # The norm is shown where nothing clips, too: no `quantity`.
+    # No `quantity`: the norm is shown even where nothing clips.
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
@@ -53,7 +53,7 @@ class ClippingPanel(Panel):
         self.max_steps: int | None = None
         """Steps that the chart shows; None for the whole run."""
         self.clips = True
-        """Whether the run clips, as far as is known: the clipped steps are listed."""
+        """Whether the run clips, as far as known. If so, the clipped steps are listed."""
         self._norm_range = GradientNormRange()
 
     def toggle_log(self) -> None:
@@ -169,7 +169,7 @@ class ClippingPanel(Panel):
     def _with_range(
         self, label: str, value: float | None, text: str, style: Style, healthy: HealthyRange
     ) -> list[Figure]:
-        """A value, and its healthy range where it is outside of it."""
+        """A value, followed by its healthy range when the value is outside."""
         if value is None or healthy.holds(value):
             return [(label, text, style)]
         name, _, limits = healthy.words.partition(" ")

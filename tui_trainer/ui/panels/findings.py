@@ -28,7 +28,7 @@ FINDINGS_KEY = "8"
 MIN_CHART_NAME_WIDTH = 24
 """Cells that the legend leaves for the name of a charted series."""
 STEP_NAMES = {"grad_norm_preclip": "gradient norm", "step_ms": "duration of the step, ms"}
-"""Columns of table `step` in words, where the name is not the word."""
+"""Display names of columns of the table `step`."""
 
 
 def warnings_of(snapshot: Snapshot) -> list[Finding]:
@@ -175,11 +175,12 @@ OTHER_QUANTITIES = (
     *("median", "share", "loss, ", "parameters ", "step at", "measured steps", "softmax"),
     *("fall of", "gradient norm, first quarter", "first loss", "‖W‖ relative"),
 )
-"""First words of evidence that is of another kind than the series that goes with it."""
+"""First words of evidence that measures another quantity than its charted series."""
 
 
 def band_of_series(evidence: Evidence) -> HealthyRange:
-    """The healthy band of the charted series, which is not that of a number of parameters, say."""
+    """The healthy band of the charted series; empty where the evidence measures another quantity,
+    such as a number of parameters."""
     if evidence.quantity.startswith(OTHER_QUANTITIES):
         return HealthyRange()
     return HealthyRange(evidence.low, evidence.high)

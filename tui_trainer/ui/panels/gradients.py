@@ -47,7 +47,7 @@ AVERAGED_STEPS = 20
 FRAMES_PER_SORT = 8
 """Frames between two sortings by norm: rows that change places all the time cannot be read."""
 FRAMES_PER_TREND = 5
-"""Frames between two drawings of the trends on a slow line."""
+"""Frames between two drawings of the trends on a slow link."""
 MAX_TREND_PARAMETERS = 256
 """A module with more parameters has no trend: reading all of them would take too long."""
 MAX_COLOURED_LAYERS = 128
@@ -70,7 +70,7 @@ class GradientNorms:
 
     @property
     def measured(self) -> bool:
-        """Whether there is a value."""
+        """Whether any norm has been measured."""
         return any(table.rows for table in self.tables)
 
     @property
@@ -89,14 +89,15 @@ class GradientNorms:
         return max((table.last_step or 0 for table in self.tables), default=0)
 
     def newest(self) -> Values:
-        """The newest value of each, (parameters,); nan before the first."""
+        """The newest norm of each parameter, (parameters,); nan before the first."""
         rows = [(table, newest_row(self._snapshot, table)[0]) for table in self.tables]
         return _concatenated(
             [_unmeasured(table.columns) if row is None else row for table, row in rows]
         )
 
     def mean(self, rows: int) -> Values:
-        """The mean of the last `rows` values of each, (parameters,); absent where all are."""
+        """The mean of the last `rows` norms of each parameter, (parameters,); absent where all of
+        them are."""
         return _concatenated(
             [
                 _mean_of_present(table.tail(rows)[1]) if table.rows else _unmeasured(table.columns)
@@ -107,8 +108,8 @@ class GradientNorms:
     def maxima(
         self, parameters: Sequence[int], start: int, stop: int, buckets: int
     ) -> tuple[Values, NDArray[np.bool_]]:
-        """The highest value in each of `buckets` parts of start <= step < stop, and whether one was
-        not finite: both (parameters, buckets)."""
+        """The largest norm in each of `buckets` equal parts of start <= step < stop, and whether
+        any was not finite; both (parameters, buckets)."""
         wanted = np.asarray(parameters, np.int64)
         high = np.full((len(wanted), buckets), np.nan, np.float32)
         nonfinite = np.zeros((len(wanted), buckets), np.bool_)
@@ -174,7 +175,7 @@ class GradientsPanel(VirtualTable):
         self._provisional = False
         self._info: RunInfo | None = None
         self._updated = True
-        """As `_all_updated`, of the parameters in `_info`."""
+        """The result of `_all_updated` for `_info`."""
         self._trends: dict[int, str] = {}
         self._trend_rows: list[int] = []
         """The rows in view when the trends were drawn."""
@@ -319,7 +320,7 @@ class GradientsPanel(VirtualTable):
         if self.name_tree.leaf_count and self._measured:
             style = palette.provisional if self._provisional else palette.norm
             table = self.snapshot.history.table(schema.STEP)
-            # The range is that of one optimizer's own gradients; the total is of all in the table.
+            # The healthy range holds for one optimizer's gradients; the total is over the table.
             alone = len(self._gradients.tables) == 1 and self._all_updated()
             healthy = self._norm_range.of(table) if alone and table is not None else HealthyRange()
             large = not healthy.holds(self._total_norm)
@@ -342,7 +343,7 @@ class GradientsPanel(VirtualTable):
         return [title_line(self, width, "Gradients", figures, right)]
 
     def _all_updated(self) -> bool:
-        """Whether there is no trainable parameter that no optimizer holds."""
+        """Whether every trainable parameter belongs to an optimizer."""
         info = self.snapshot.info
         if info is not self._info:
             self._info = info
@@ -443,7 +444,7 @@ class NameTree:
         self.names = tuple(names)
         self.leaf_count = len(names)
         self.labels: list[str] = list(names)
-        """What each node is called under its parent."""
+        """The name of each node relative to its parent."""
         self.depths: list[int] = [0] * self.leaf_count
         self.leaves: dict[int, NodeIds] = {}
         """The leaves of each module."""
@@ -457,14 +458,14 @@ class NameTree:
         self._add(_nested(names), 0)
 
     def _add(self, children: dict[str, object], depth: int) -> list[int]:
-        """Add the children of one module; their leaves."""
+        """Add the children of one module; returns their leaves."""
         leaves: list[int] = []
         for label, child in children.items():
             while isinstance(child, dict) and len(child) == 1:
                 ((below, child),) = child.items()
                 label = f"{label}.{below}" if below else label
             if isinstance(child, dict) and all(name.isdigit() for name in child):
-                # A list of blocks is not a level of its own: `blocks.0`, `blocks.1`, …
+                # A list of blocks gets no level of its own: `blocks.0`, `blocks.1`, …
                 numbered = {f"{label}.{name}": block for name, block in child.items()}
                 leaves += self._add(numbered, depth)
             elif isinstance(child, dict):

@@ -25,26 +25,26 @@ from tui_trainer.ui.widgets.lines import DrawingContext, Row, Span
 WIDE = 120
 """Columns from which the budget is shown with the overhead."""
 FAR_OVER_BUDGET = 5.0
-"""Times the budget, shown as a warning. With steps of a few milliseconds the overhead is above the
-budget all the time, which deserves no warning."""
+"""Multiple of the budget from which the overhead is shown as a warning. With steps of a few
+milliseconds the overhead always exceeds the budget, which deserves no warning."""
 STATE_WIDTH = 8
 MIN_NAME_WIDTH = 10
-"""Cells of the title, and of the run's name, below which it is left out."""
-MAX_MESSAGE_SHARE = 22
-"""Cells of the message for which title and name give way."""
+"""Fewest cells for the title, and for the run's name; with less room they are left out."""
+RESERVED_MESSAGE_WIDTH = 22
+"""Most cells of the message that title and name leave free."""
 MAX_DEVICE_WIDTH = 40
 MIN_BAR_WIDTH = 12
 MAX_BANNER_LINES = 3
 """Most lines of the message, and of the hint."""
 NOTICEABLE_MS = 10
-"""Latency from which it is shown."""
+"""Latency from which the header shows it."""
 
 
 class HeaderLine(Panel):
     """Title, name and state of the run, a message, and at the right device and connection.
 
-    Where there is little room, the device gives way first, then title and name are cut in their
-    middle, and the message; state, overhead and connection stay.
+    Where room is short, facts such as the device are left out first, then title, name and message
+    are cut in the middle; state, overhead and connection stay.
     """
 
     DEFAULT_CSS = "HeaderLine { height: 1; }"
@@ -71,9 +71,9 @@ class HeaderLine(Panel):
         message_width = cell_len(message) + 2 if message else 2
         wide = size.width >= WIDE
         left = size.width - 4 - len(state) - cell_len(link)
-        # A breakpoint is worth the name of the run.
+        # The message of a breakpoint is worth more than the name of the run.
         stopped = self.snapshot.status.stopped_at is not None
-        room = left - (message_width if stopped else min(message_width, MAX_MESSAGE_SHARE))
+        room = left - (message_width if stopped else min(message_width, RESERVED_MESSAGE_WIDTH))
         room = max(room, MIN_NAME_WIDTH) if stopped else room
         overhead_width = self._overhead_width(wide)
         if room - overhead_width < MIN_NAME_WIDTH:
@@ -117,7 +117,7 @@ class HeaderLine(Panel):
         if status.state in ("paused", "running"):
             sign = glyphs.paused if status.state == "paused" else glyphs.running
             style = palette.warning if status.state == "paused" else palette.good
-            return sign, status.state, palette.error if self._lost_loss() else style
+            return sign, status.state, palette.error if self._nonfinite_loss() else style
         return glyphs.waiting, status.state, palette.dim
 
     def _message(self) -> str:
@@ -136,11 +136,11 @@ class HeaderLine(Panel):
             return f"to step {status.run_to:,}"
         if status.throttle is not None and not status.ended:
             return f"at most {status.throttle:g} steps/s"
-        return "" if status.ended else self._lost_loss()
+        return "" if status.ended else self._nonfinite_loss()
 
-    def _lost_loss(self) -> str:
-        """`loss is nan` while the newest loss of an optimizer, also in an iteration without a step,
-        is not finite."""
+    def _nonfinite_loss(self) -> str:
+        """`loss is nan` while the newest loss of an optimizer is not finite, even in an iteration
+        without a step; else ""."""
         skipped = self._skipped
         of_skipped = {}
         if skipped is not None and skipped.step == self.snapshot.status.step + 1:
@@ -161,7 +161,7 @@ class HeaderLine(Panel):
         slow = " slow link" if self.slow_link else ""
         if link.state == "live" and link.message:  # nothing has arrived for a while
             return f"{link.message}{slow}", self.palette.warning
-        # Once shown it keeps its width, so that nothing moves when the line gets faster.
+        # Once shown, the latency stays, so that nothing moves when the connection gets faster.
         self._remote |= (link.latency_ms or 0) >= NOTICEABLE_MS
         live = self._remote and link.state == "live"
         latency = f" {formatting.milliseconds(link.latency_ms, 8)}" if live else ""
@@ -208,16 +208,16 @@ class HeaderLine(Panel):
         return next((value for value in values if value is not None and value == value), None)
 
     def _overhead_width(self, wide: bool) -> int:
-        """Cells of the overhead with the separator behind it."""
+        """Cells of the overhead and the separator after it."""
         overhead = self._overhead(wide)
         return len(overhead[0]) + 3 if overhead is not None else 0
 
     def _overhead(self, wide: bool) -> Span | None:
-        """The share of step time that measuring takes; where it exceeds the budget, with that."""
+        """The share of step time that measuring takes; with its budget if `wide`."""
         share, info = self.snapshot.status.cost_share, self.snapshot.info
         if share is None:
             return None
-        text = f"overhead {100 * share:.{2 if share < 0.09995 else 1}f} %"  # the same width always
+        text = f"overhead {100 * share:.{2 if share < 0.09995 else 1}f} %"  # of constant width
         budget = info.budget if info else 0.0
         if wide and budget:
             text = f"{text} (budget {formatting.percent(budget, 0, 2)})"
@@ -282,7 +282,7 @@ class ProgressLine(Panel):
 
 
 def _clock(seconds: float | None) -> str:
-    """A duration of constant width: it changes once, when days are reached."""
+    """A duration whose width changes only once, at an hour."""
     return formatting.duration(seconds, 5 if seconds is None or seconds < 3600 else 8)
 
 
@@ -305,8 +305,8 @@ class Banner(Panel):
         self.update_rows()
 
     def _lines(self, message: str, hint: str, width: int) -> list[tuple[str, bool]]:
-        """The lines of message and hint, and whether each is one of the message: enough for the
-        file and line of an error. The log has what is longer."""
+        """(line, whether it belongs to the message) of the message and the hint. The lines have
+        room for the file and line of an error; the log has longer texts in full."""
         found: list[tuple[str, bool]] = []
         for text, is_message in ((message.partition("\n")[0], True), (hint, False)):
             text = " ".join(strip_escapes(text).split())

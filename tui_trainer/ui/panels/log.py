@@ -33,7 +33,7 @@ from tui_trainer.ui.widgets.lines import Row, ScrollingLines, Span
 LogKind = Literal["stdout", "stderr", "events", "clips"]
 KINDS: tuple[LogKind, ...] = get_args(LogKind)
 MAX_ENTRIES = 8_000
-"""About as many entries are kept; the oldest are dropped an eighth of it at a time."""
+"""Approximate number of entries that are kept; the oldest are dropped an eighth at a time."""
 MAX_CLIP_SHARES = 2
 
 T = TypeVar("T", LogLine, Event)
@@ -47,20 +47,20 @@ class LogEntry:
     step: int
     kind: LogKind
     tag: str
-    """What it is in at most ten letters: `stdout`, `clip`, `checkpoint`, …"""
+    """Kind of the entry in at most ten letters: `stdout`, `clip`, `checkpoint`, …"""
     level: Level
     text: str
     id: int = field(default=0, compare=False)
 
 
 def entry_of_line(line: LogLine) -> LogEntry:
-    """What the script printed."""
+    """The entry of a line that the script printed."""
     text = strip_escapes(line.text)
     return LogEntry(line.time, line.step, line.stream, line.stream, "info", text, line.id)
 
 
 def entry_of_event(event: Event, info: RunInfo | None) -> LogEntry:
-    """An event in words."""
+    """The entry of an event, in words."""
     if isinstance(event, Clip):
         text = _clip_text(event, info)
         return LogEntry(event.time, event.step, "clips", "clip", "info", text, event.id)
@@ -108,7 +108,7 @@ class LogModel:
         self.shown: list[LogEntry] = []
         self.counts: dict[LogKind, int] = dict.fromkeys(KINDS, 0)
         self.kinds: frozenset[LogKind] = frozenset(("stdout", "stderr", "events"))
-        """Clips are many, so they are hidden at first."""
+        """Kinds that pass the filter. Clips are hidden at first, since there may be many."""
         self.warnings_only = False
         self.text = ""
         self._next_line = 0
@@ -182,12 +182,12 @@ def _order(entry: LogEntry) -> tuple[float, str, int]:
 
 
 def _from_id(items: Sequence[T], first: int) -> Sequence[T]:
-    """The items, whose ids grow, from id `first` on."""
+    """The items with an id of at least `first`; `items` are in order of their ids."""
     return items[bisect_right(items, first - 1, key=lambda item: item.id) :]
 
 
 def _merge(entries: list[LogEntry], new: list[LogEntry]) -> int | None:
-    """Merge sorted entries into others; the first index that changed."""
+    """Merge sorted entries into `entries`; returns the first index that changed, None for none."""
     if not new:
         return None
     index = bisect_right(entries, _order(new[0]), key=_order)
@@ -220,8 +220,8 @@ class LogView(ScrollingLines):
         self.wraps = True
         """Whether texts that are longer than their column continue on the next lines."""
         self._places: list[tuple[int, int, str]] = []
-        """Line to the index of its entry in `shown`, its number among the lines of the entry, and
-        its text."""
+        """For each line: (index of its entry in `shown`, number of the line within the entry,
+        text)."""
         self._wrapped_at = 0
         """The width of the column when `_places` was made."""
         self._text_offset = 0
@@ -232,7 +232,7 @@ class LogView(ScrollingLines):
         return len(self._places)
 
     def lines_changed(self, first: int = 0) -> None:
-        """Entries from `first` on are new. Scrolls to them when following."""
+        """Lay out the entries from `first` on again, and scroll to the end when following."""
         width = self._text_width()
         if width != self._wrapped_at:
             self._wrapped_at, first = width, 0
@@ -328,7 +328,7 @@ class LogView(ScrollingLines):
             return " " * TIME_WIDTH
 
     def _highlighted(self, text: str, style: str) -> Iterator[Span]:
-        """`text` with what is searched or filtered for in reverse video."""
+        """`text` with the matches of the search and of the filter in reverse video."""
         wanted = [re.escape(word) for word in (self.search_text, self.model.text) if word]
         if not wanted:
             yield text, style

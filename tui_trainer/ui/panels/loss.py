@@ -27,7 +27,7 @@ from tui_trainer.ui.widgets.related import related_curves, related_legend
 WINDOWS: tuple[int | None, ...] = (None, 1000, 200)
 """Steps that the chart can show: the whole run, or the last ones."""
 FEW_STEPS = 3
-"""Up to this number, steps are drawn as points: a single dot is easily overlooked."""
+"""Up to this many steps are drawn as points, since a single dot is easily overlooked."""
 OTHER_LOSS_STYLES = ("accent", "warning", "good")
 """Styles of the losses of further optimizers."""
 
@@ -57,7 +57,7 @@ class LossPanel(Panel):
         return self.max_steps
 
     def content(self, size: Size) -> Sequence[Row]:
-        """Title and chart; the axes are there before the first value."""
+        """Title and chart; the axes are drawn even before the first value."""
         palette, glyphs = self.palette, self.glyphs
         tables = self.snapshot.history.tables_named(schema.STEP)
         info = self.snapshot.info
@@ -100,8 +100,8 @@ class LossPanel(Panel):
     def _training_loss(
         self, table: SeriesReader, number: int, steps: tuple[int, int], columns: int
     ) -> list[Layer]:
-        """The loss of the first optimizer in full. The losses of further ones (as those of a GAN)
-        are smoothed lines with the optimizer's name at their end."""
+        """The loss of the first optimizer in full. The losses of further optimizers (as in a GAN)
+        are smoothed lines with the optimizer's name at the end."""
         index = table.column("loss")
         if index is None or not table.rows:
             return []

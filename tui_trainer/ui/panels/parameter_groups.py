@@ -28,7 +28,7 @@ class GroupsView(BuiltLines):
     lessons = ("param-groups",)
 
     class Rebuilt(Message):
-        """The lines were built again, for another subject or width."""
+        """The lines were built again, for other content or another width."""
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
@@ -59,7 +59,7 @@ class GroupsView(BuiltLines):
         return rows
 
     def _settings(self, group: OptimizerGroup, differing: set[str], width: int) -> list[Row]:
-        """The settings of a group, with those emphasised in which the groups differ."""
+        """The settings of a group; those that differ between groups are emphasised."""
         rows: list[Row] = []
         spans: list[Span] = [("  ", "text")]
         used = 2
@@ -111,11 +111,11 @@ def _differing(use: ParameterUse, group: OptimizerGroup) -> set[str]:
 
 @dataclass(frozen=True)
 class ParameterRow:
-    """A parameter: who updates it, and what is unusual about it."""
+    """A parameter, the group that updates it, and what is unusual about it."""
 
     name: str
     group: str
-    """`adamw 0`; "": none."""
+    """Optimizer and number of the group, such as `adamw 0`; "" for none."""
     notes: tuple[tuple[str, str], ...] = ()
     """(text, style), the most serious one first."""
 
@@ -148,7 +148,7 @@ def parameter_rows(use: ParameterUse) -> list[ParameterRow]:
 
 
 class ParameterUseTable(VirtualTable):
-    """Rows are parameters; enter inspects one."""
+    """A row for each parameter; enter inspects it."""
 
     lessons = ("param-groups",)
 

@@ -53,18 +53,19 @@ class ParameterValues:
     def __init__(self) -> None:
         self.info: RunInfo | None = None
         self.newest: dict[str, Values] = {}
-        """Quantity to its values, (parameters,); nan before the first."""
+        """Newest values by quantity, each (parameters,); nan before the first measurement."""
         self.provisional: dict[str, bool] = {}
-        """Quantity to whether its values are those of an unfinished step."""
+        """Whether the newest values are those of an unfinished step, by quantity."""
         self.last_nonfinite: dict[int, NonFinite] = {}
-        """Parameter to the last event that names it."""
+        """The last event about each parameter, by the parameter's index."""
         self._sources: dict[str, list[ParameterTableSource]] = {}
         self._indices: dict[str, int] = {}
         self._next_event = 0
         self._revision: tuple[int, History, int] | None = None
-        """What the sources were found for: the description's revision, the history, its tables."""
+        """What `_sources` was built for: (revision of the description, history, number of its
+        tables)."""
         self._sharded = False
-        """Whether the norms of some are those of rank 0's shards."""
+        """Whether some norms are only those of rank 0's shards."""
 
     def update(self, snapshot: Snapshot) -> bool:
         """Read the newest values. Returns whether the parameters themselves have changed."""
@@ -164,8 +165,8 @@ class ParameterValues:
 
     @property
     def shares(self) -> Values:
-        """‖gᵢ‖² / Σ‖g‖² of each parameter, over those with a finite norm; nan where the norms are
-        those of shards."""
+        """‖gᵢ‖² / Σ‖g‖² of each parameter, (parameters,), over those with a finite norm; all nan
+        when the norms are those of shards."""
         squares = np.square(self.newest[schema.GRAD_NORM].astype(np.float64))
         total = squares[np.isfinite(squares)].sum()
         if self._sharded or not total > 0:
@@ -175,8 +176,9 @@ class ParameterValues:
     def maxima(
         self, quantity: str, parameters: Sequence[int] | Indices, buckets: int
     ) -> tuple[Values, NDArray[np.bool_]]:
-        """The highest value in each of `buckets` parts of the run so far, and whether one was not
-        finite: both (parameters, buckets). Where there are fewer rows, as many parts are filled."""
+        """The highest value in each of `buckets` equal parts of the run so far, and whether any was
+        not finite; both (parameters, buckets). At most as many parts are filled as there are
+        rows."""
         wanted = np.asarray(parameters, np.int64)
         high = np.full((len(wanted), buckets), np.nan, np.float32)
         nonfinite = np.zeros((len(wanted), buckets), np.bool_)
@@ -199,7 +201,7 @@ class ParameterValues:
 
 
 class ParameterTable(VirtualTable):
-    """Rows are parameters, by their index in `RunInfo.parameters`."""
+    """A row for each parameter; row ids are indices in `RunInfo.parameters`."""
 
     lessons = ("gradient", "param-groups")
 
@@ -271,7 +273,7 @@ class ParameterTable(VirtualTable):
 
     @property
     def sort_keys(self) -> tuple[str, ...]:
-        """What the table can be sorted by."""
+        """Keys of the columns that the table can be sorted by."""
         return (MODEL_ORDER, *(c.key for c in self.columns_by_key.values() if c.key != "trend"))
 
     @property
@@ -345,8 +347,8 @@ class ParameterTable(VirtualTable):
     # ------------------------------------------------------------ drawing
 
     def visible_columns(self, width: int) -> tuple[list[TableColumn], list[int]]:
-        """Names have all the room that they need, if there is enough, because they differ in their
-        middle; the trend takes some of what is left."""
+        """The columns that fit. Names are not cut if there is room, since they often differ only in
+        the middle; the trend takes some of the rest."""
         name = min(self._longest_name, max(MIN_NAME_WIDTH, int(width * MAX_NAME_SHARE)))
         columns, widths, left = [self.columns[0]], [name], width - 1 - name
         for column in self.columns[1:]:

@@ -22,7 +22,7 @@ from tui_trainer.ui.panels.base import Panel, unavailable_reason
 from tui_trainer.ui.widgets.lines import Row
 
 AVERAGED_STEPS = 20
-"""Steps that the times are averaged over, so that they can be read."""
+"""Steps over which the times are averaged, so that they do not flicker."""
 PURPOSES: dict[Phase, str] = {
     "data": "the batch that this step learns from",
     "zero_grad": "or this step's gradients would be added to the last step's",
@@ -32,12 +32,12 @@ PURPOSES: dict[Phase, str] = {
     "clip": "limits the length of the gradient, not its direction",
     "step": "moves each parameter a little against its gradient",
 }
-"""What a phase is for, for those who see it for the first time."""
+"""What each phase is for, for users who see it for the first time."""
 SLOW_STEPS_PER_SECOND = 2.0
 """Below this rate the running phase is highlighted; above it, it would only flicker."""
 TIME_WIDTH = 8
 MAX_QUANTITY_WIDTH = 40
-"""Cells of the name of a quantity, and of its value: the largest one is the name of a parameter."""
+"""Most cells for the name of a quantity, and for its value, which may be a parameter's name."""
 MIN_WIDTH_FOR_SHARES = 14
 MAX_WHOLE = 1e15
 """Numbers up to this are written as integers if they are whole."""
@@ -55,7 +55,7 @@ class PhaseStrip(Panel):
         self._step = 0
         """The step that the run last stopped in."""
         self._step_ms: dict[str, float] = {}
-        """The times of the phases of that step at whose end the run stopped."""
+        """Milliseconds of the phases of step `_step` after which the run stopped."""
 
     def show(self, snapshot: Snapshot) -> None:
         """Draw a snapshot; the time of a phase is kept while the run stays in the same step."""
@@ -82,8 +82,8 @@ class PhaseStrip(Panel):
         return self.snapshot.report if self.snapshot.status.state == "paused" else None
 
     def _means(self, names: Sequence[str], per_step: bool = False) -> NDArray[np.float64]:
-        """Mean milliseconds of columns of table `phase_ms` over the last steps that had them, or
-        `per_step` over all of these. nan for those that none had."""
+        """Mean milliseconds of columns of the table `phase_ms` over those of the last steps that
+        have a value or, with `per_step`, over all last steps; nan for columns without a value."""
         table = self.snapshot.history.table(schema.PHASE_MS)
         found = np.full(len(names), np.nan)
         if table is not None and table.rows:
@@ -99,7 +99,7 @@ class PhaseStrip(Panel):
         return found
 
     def _between(self) -> list[Row]:
-        """The times between the phases in one row; none where there are no such times."""
+        """One row with the times between the phases; no row when there are none."""
         parts = [
             f"{name} {formatting.milliseconds(time, 0)}"
             for name, time in zip(BETWEEN, self._means(BETWEEN, per_step=True), strict=True)
@@ -184,7 +184,7 @@ class PhaseStrip(Panel):
         row = self.styled([(begin, "warning"), (summary, "strong")])
         purpose = PURPOSES.get(report.phase, "") if report.phase in PHASES else ""
         if any(map(_is_nonfinite, report.quantities)):
-            purpose = ""  # it would be wrong: an update of nan does not move anything a little
+            purpose = ""  # wrong here: an update of nan does not move anything a little
         elif words := next(filter(None, map(self._unhealthy, report.quantities)), ""):
             purpose = words
         room = width - 4 - sum(segment.cell_length for segment in row)
@@ -193,13 +193,13 @@ class PhaseStrip(Panel):
         return row
 
     def _value_style(self, quantity: Quantity) -> Style:
-        """Red where it is not finite, and yellow where it is not healthy."""
+        """Red for a value that is not finite, yellow for an unhealthy one."""
         if _is_nonfinite(quantity):
             return self.palette.error
         return self.palette.warning if self._unhealthy(quantity) else self.palette.text
 
     def _unhealthy(self, quantity: Quantity) -> str:
-        """What is unhealthy about it, in words."""
+        """What is unhealthy about a quantity, in words; "" for nothing."""
         value = quantity.value
         if not isinstance(value, float):
             return ""

@@ -48,13 +48,13 @@ MARKER_SPACING = 22
 
 
 def run_marker(number: int, glyphs: Glyphs) -> str:
-    """The marker of a run, which tells curves apart without colour too."""
+    """The marker of a run, which tells curves apart even without colour."""
     return (ASCII_RUN_MARKERS if glyphs.ascii else RUN_MARKERS)[number]
 
 
 class OverlayChart(LineView):
-    """One of `SERIES` of all runs, by step or by time. It asks for what it draws, and draws what
-    has been read so far."""
+    """One series of all runs, by step or by time. Requests the buckets that it needs, and draws
+    those that have been read."""
 
     DEFAULT_CSS = "OverlayChart { width: 1fr; height: 1fr; }"
 
@@ -64,7 +64,8 @@ class OverlayChart(LineView):
         runs: Sequence[ComparedRun],
         read: Callable[[OverlayChart, int, bool], None],
     ) -> None:
-        """`read(chart, buckets, by_time)` asks for the series; `show_series` brings it."""
+        """`read(chart, buckets, by_time)` requests the series, which is passed to `show_series`
+        later."""
         super().__init__(id=series)
         self.series = series
         self.runs = runs
@@ -73,17 +74,17 @@ class OverlayChart(LineView):
         self.smooth = True
         self._read = read
         self._found: ComparedSeries | None = None
-        self._asked: tuple[int, bool] | None = None
-        """Buckets and alignment that are being read."""
+        self._requested: tuple[int, bool] | None = None
+        """(buckets, by_time) that are being read."""
         self._outdated = False
 
     def show_series(self, found: ComparedSeries) -> None:
-        self._found, self._asked = found, None
+        self._found, self._requested = found, None
         self.update_rows()
 
-    def outdate(self) -> None:
-        """Read again what is drawn."""
-        self._outdated, self._asked = True, None
+    def invalidate(self) -> None:
+        """Read the series again; the old one is drawn until then."""
+        self._outdated, self._requested = True, None
         self.update_rows()
 
     def rows(self, size: Size) -> Sequence[Row]:
@@ -92,8 +93,8 @@ class OverlayChart(LineView):
         wanted, found = (columns, self.by_time), self._found
         if found is not None and (found.buckets, found.by_time) != wanted:
             found = None
-        if (found is None or self._outdated) and self._asked != wanted:
-            self._asked, self._outdated = wanted, False
+        if (found is None or self._outdated) and self._requested != wanted:
+            self._requested, self._outdated = wanted, False
             self._read(self, *wanted)
         if found is None or all(curve is None for curve in found.curves):
             text = READING if found is None else "not measured in any of these runs"
@@ -107,7 +108,7 @@ class OverlayChart(LineView):
         if self.by_time:
             unit = rows[-1][0]
             rows[-1][0] = Segment("seconds ".rjust(len(unit.text)), unit.style)
-        # The title says whether the axis of these rows is logarithmic.
+        # Last, since the title says whether these rows have a logarithmic axis.
         return [self._title_row(size.width), *rows]
 
     def _layers(self, curves: Sequence[ComparedCurve | None]) -> list[Layer]:
@@ -137,7 +138,7 @@ class OverlayChart(LineView):
         return [*bands, *lines, *markers]
 
     def _skipped(self, steps: tuple[int, int], columns: int) -> list[Layer]:
-        """Marks where iterations of a run were skipped: its curve of losses stands still there."""
+        """Marks at the steps at which a run skipped iterations, which its loss curve leaves out."""
         if self.series != "loss" or self.by_time:
             return []
         return [
@@ -198,7 +199,7 @@ DIVERGENCE = "first difference"
 
 
 class DifferencesTable(VirtualTable):
-    """Rows are final values and settings, columns are runs; the best value is coloured."""
+    """A row for each final value and setting, a column for each run; the best value is coloured."""
 
     def __init__(self, runs: Sequence[ComparedRun], *, id: str | None = None) -> None:
         super().__init__(id=id)
@@ -213,7 +214,7 @@ class DifferencesTable(VirtualTable):
         self._run_width = MIN_RUN_WIDTH
 
     def show_values(self, values: ComparedValues | None) -> None:
-        """Show other values, with the first differences that are known."""
+        """Show `values`, with the first differences found so far."""
         if values is None:
             return
         self._values = values
@@ -229,7 +230,7 @@ class DifferencesTable(VirtualTable):
         self.show_values(self._values)
 
     def _divergence_lines(self) -> list[ComparedValue | str]:
-        """Where each run differs first from the first one, and both values around it."""
+        """Where each run first differs from the first run, and both values around that step."""
         if not self._divergence:
             return []
         steps: list[Scalar] = [None] * len(self.runs)
@@ -252,7 +253,7 @@ class DifferencesTable(VirtualTable):
         return [DIVERGENCE, *rows, *around]
 
     def visible_columns(self, width: int) -> tuple[list[TableColumn], list[int]]:
-        """The names as wide as they are, the rest shared by the runs. All runs are shown."""
+        """A column as wide as the longest name; all runs share the rest."""
         names = [line if isinstance(line, str) else line.name for line in self._lines]
         longest, count = max(map(len, names), default=len(SAME)), len(self.runs)
         name_width = min(longest, max(len(SAME), width - (MIN_RUN_WIDTH + 1) * count - 1))
@@ -340,7 +341,7 @@ def distinct_parts(texts: Sequence[str]) -> list[str]:
 
 
 def _best_run(line: ComparedValue) -> int | None:
-    """The run with the best value; None where no value is better."""
+    """The index of the run with the best value; None where no value is better than another."""
     lower_is_better = line.name.startswith(("loss", "validation"))
     if not lower_is_better and not line.name.startswith("accuracy"):
         return None

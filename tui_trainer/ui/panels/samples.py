@@ -234,7 +234,7 @@ CAPTION_LINES = 2
 
 @dataclass(frozen=True)
 class Tile:
-    """One image of a sample, by its index in it."""
+    """One image of a sample, by its index in the sample."""
 
     index: int
     prediction: str
@@ -290,19 +290,19 @@ class ImageGrid(ScrollingLines):
         self.lines_changed()
 
     def lines_changed(self, first: int = 0) -> None:
-        """The thumbnails depend on the width, too."""
+        """Also discard the thumbnails, which depend on the width."""
         self._thumbnails.clear()
         super().lines_changed(first)
 
     def discard_drawn(self) -> None:
-        """Without half blocks, thumbnails have the colours of the theme."""
+        """Also discard the thumbnails, which in ASCII have the colours of the theme."""
         super().discard_drawn()
         self._thumbnails.clear()
 
     def _thumbnail_size(self, sample: ImageSample) -> tuple[int, int]:
         """(width, height) in pixels: a cell shows one pixel across and two down.
 
-        The largest size at which all images are in view at once, down to that of a tile.
+        The largest size at which all images are in view at once, but no smaller than a tile.
         """
         width, height = self.view_size
         smallest = MIN_TILE_WIDTH - TILE_GAP
@@ -430,8 +430,8 @@ class GeneratedTexts(ScrollingLines):
 
 
 def _text_rows(sample: TextSample, width: int) -> list[list[Span]]:
-    """Rows of the prompt and of what was generated, of which one may hold the end of the prompt and
-    the beginning of the rest. The text of a sample may repeat its prompt or not."""
+    """Rows of the prompt and of the generated text, one of which may hold the end of the prompt and
+    the beginning of the generated text. `sample.text` may repeat the prompt or not."""
     generated = sample.text.removeprefix(sample.prompt)
     if not sample.prompt.strip():
         return [[(row, "text")] for row in wrap((sample.prompt + generated).strip("\n"), width)]
@@ -445,7 +445,7 @@ def _text_rows(sample: TextSample, width: int) -> list[list[Span]]:
 
 
 class LoggedTable(VirtualTable):
-    """Rows are names, in the order in which they were first logged."""
+    """A row for each logged name, in the order in which they were first logged."""
 
     DEFAULT_CSS = "LoggedTable { height: 1fr; min-height: 4; }"
 
@@ -472,7 +472,7 @@ class LoggedTable(VirtualTable):
 
     @property
     def selected(self) -> LoggedSeries | None:
-        """The one under the cursor."""
+        """The series under the cursor."""
         row = self.current_row
         return self._logged[row] if row is not None and row < len(self._logged) else None
 

@@ -29,13 +29,13 @@ Floats = NDArray[np.float32]
 REDUCTIONS: tuple[Reduction, ...] = ("mean_abs", "mean", "max_abs")
 REDUCTION_NAMES = {"mean_abs": "mean |x|", "mean": "mean x", "max_abs": "max |x|"}
 ENTRY_NAMES = {"mean_abs": "|x|", "mean": "x", "max_abs": "|x|"}
-"""Names of the value of a cell that is one entry."""
+"""Names of the values of cells that hold a single entry."""
 MAX_ENLARGEMENT = 8
 """Terminal cells across, and half cells down, for one entry at most."""
 COLOR_STEPS = 33
 SHADES = " .:-=+*#%@"
 CAPTION_ROWS = 2
-"""Title and scale of a heat map."""
+"""Rows for the title and the scale of a heat map."""
 MIN_SPAN = 2
 """Rows and columns of the smallest window."""
 ZOOM = 2.0
@@ -111,7 +111,7 @@ class HeatMapView(LineView):
 
     @property
     def support(self) -> PixelSupport | None:
-        """What the terminal supports of real pixels, where they are wanted."""
+        """The terminal's support for real pixels; None where they are not wanted."""
         return cast("PictureContext", self.app).pixels
 
     def on_mount(self) -> None:
@@ -235,7 +235,8 @@ class HeatMapView(LineView):
     def _shades(
         self, values: Floats, filled: NDArray[np.bool_], low: float, high: float
     ) -> list[Row]:
-        """Characters by size, for terminals without colours of their own; `!` is not finite."""
+        """Characters by magnitude, for terminals without known colours; `!` marks values that are
+        not finite."""
         if values.shape[0] % 2:
             values, filled = np.vstack([values, values[-1:]]), np.vstack([filled, filled[-1:]])
         pairs = np.stack([values[0::2], values[1::2]])
@@ -305,7 +306,7 @@ def _colors(palette: Palette, diverging: bool) -> Pixels:
 
 
 def filled_cells(heat: HeatMap) -> Floats:
-    """1 where there is a cell: nothing fills the rest of the last line."""
+    """(rows, columns): 1 for cells that hold entries, 0 for the rest of the last line."""
     flags = np.ones((heat.rows, heat.columns), np.float32)
     if heat.lines:
         flags.reshape(-1)[-(-(heat.column_to - heat.column_from) // heat.block_columns) :] = 0
@@ -313,7 +314,7 @@ def filled_cells(heat: HeatMap) -> Floats:
 
 
 def color_range(cells: Floats, reduction: Reduction) -> tuple[float, float]:
-    """The values of the first and the last colour: around 0 for signed values."""
+    """The values of the first and the last colour; symmetric around 0 for signed values."""
     finite = cells[np.isfinite(cells)]
     if not finite.size:
         return 0.0, 0.0
@@ -345,7 +346,7 @@ def _rgb(style: Style) -> tuple[int, int, int]:
 
 
 def background_of(palette: Palette) -> tuple[int, int, int]:
-    """Red, green and blue."""
+    """(red, green, blue) of the background."""
     style = palette.text
     color = style.bgcolor.get_truecolor() if style.bgcolor is not None else None
     return (color.red, color.green, color.blue) if color is not None else (0, 0, 0)

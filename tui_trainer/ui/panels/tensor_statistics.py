@@ -1,5 +1,5 @@
 """The statistics of a tensor in the inspector: numbers, histogram, what the last phase changed, and
-the recorded course of a parameter."""
+the recorded history of a parameter."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class StatisticsReading:
     """`step 12, after backward`"""
     statistics: TensorStatistics
     phase: Phase | Literal[""] = ""
-    """The phase that had ended last."""
+    """The last phase that had ended at that moment."""
     before: BeforePhase | None = None
-    """The same tensor before that phase."""
+    """The moments of the tensor before `phase`."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ RECORDED = {
     ),
     "gradient": ((schema.GRAD_NORM, "‖g‖"),),
 }
-"""What is recorded of each kind of tensor, and its label."""
+"""(table, label) of the quantities that are recorded for each kind of tensor."""
 
 
 def recorded_columns(snapshot: Snapshot, ref: TensorRef) -> list[RecordedColumn]:
@@ -83,7 +83,7 @@ def recorded_columns(snapshot: Snapshot, ref: TensorRef) -> list[RecordedColumn]
 
 MIN_FOR_SPARKS = 3
 COUNTS = {"zeros": "zeros", "nan/inf": "not_finite"}
-"""Statistics that are numbers of entries, by their labels."""
+"""Fields of `TensorStatistics` that count entries, by their labels."""
 
 
 class StatisticsView(BuiltLines):
@@ -98,7 +98,7 @@ class StatisticsView(BuiltLines):
         self.history: Sequence[StatisticsReading] = ()
         self.recorded: Sequence[RecordedColumn] = ()
         self.log_scale = False
-        """Whether the histogram is of the logarithms of absolute values."""
+        """Whether the histogram shows log10 |x|."""
 
     def show(
         self,
@@ -107,7 +107,7 @@ class StatisticsView(BuiltLines):
         history: Sequence[StatisticsReading] = (),
         recorded: Sequence[RecordedColumn] = (),
     ) -> None:
-        """Show a tensor; `history`: its readings while it was on the screen, the last one last."""
+        """Show a tensor; `history`: its readings while it was on the screen, oldest first."""
         self.tensor, self.statistics, self.history = tensor, statistics, history
         self.recorded = recorded
         self._build()
@@ -139,7 +139,7 @@ class StatisticsView(BuiltLines):
         rows += self._histogram(statistics, width)
         rows += [title_line(self, width, "Quantiles", (), self._sampled(statistics))]
         rows += self._quantiles(statistics)
-        rows += self._course(width)
+        rows += self._history_rows(width)
         rows += [title_line(self, width, "Largest and smallest")]
         rows += self._extremes(statistics)
         return rows
@@ -195,14 +195,14 @@ class StatisticsView(BuiltLines):
         return self.styled([(f"{name:<6}", "dim"), (before, "dim"), (f"  {change}", "text")])
 
     def _since_last(self, width: int) -> list[Row]:
-        """What has changed since the reading before."""
+        """What has changed since the previous reading."""
         before, now = self.history[-2].statistics, self.history[-1].statistics
         rows = [title_line(self, width, "Since", right=self.history[-2].at)]
         names = ("mean", "std", "norm")
         return rows + [self._change(n, getattr(before, n), getattr(now, n)) for n in names]
 
-    def _course(self, width: int) -> list[Row]:
-        """What the run has recorded; of other tensors the norm at all readings."""
+    def _history_rows(self, width: int) -> list[Row]:
+        """The quantities that the run records; for other tensors the norms of all readings."""
         if self.recorded:
             first = min(each.series.first_step or 0 for each in self.recorded)
             last = max(each.series.last_step or 0 for each in self.recorded)
@@ -220,8 +220,8 @@ class StatisticsView(BuiltLines):
         return [*rows, self._line("norm", line, values[-1], width - 17, "text")]
 
     def _recorded(self, recorded: RecordedColumn, start: int, stop: int, room: int) -> list[Row]:
-        """The highest value in each part of the run, held until the next one, and the newest; below
-        it the healthy band where that is outside."""
+        """The highest value in each part of the run as a sparkline, and the newest value; below it
+        what is unhealthy about the newest value, if anything."""
         cells = min(room, stop - start)
         window = recorded.series.window([recorded.column], start, stop, cells)
         line = sparklines(window.high.T, window.nonfinite.T, self.glyphs, hold=True)[0]
@@ -300,8 +300,8 @@ def _changes(before: TensorMoments, now: TensorStatistics) -> list[tuple[str, fl
 
 
 def bars(histogram: Histogram, width: int, height: int, sparks: str) -> list[str]:
-    """A histogram as `height` lines of `width` characters, from the top; a bin with any entry
-    shows."""
+    """A histogram as `height` lines of `width` characters, from the top; every bin with an entry is
+    visible."""
     counts = np.array(histogram.counts, np.float64)
     bins = np.minimum(np.arange(width) * len(counts) // width, len(counts) - 1)
     most = counts.max(initial=0.0)

@@ -1,4 +1,4 @@
-"""Why the optimizer moves a weight as it does: the terms of its update, in the inspector."""
+"""The terms of the optimizer's update of a weight or tensor, in the inspector."""
 
 from __future__ import annotations
 

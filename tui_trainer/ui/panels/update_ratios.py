@@ -32,7 +32,7 @@ from tui_trainer.ui.widgets.lines import Row
 from tui_trainer.ui.widgets.related import related_curves
 
 MAX_CHARTED = 200
-"""Parameters that the chart of the update ratios reads; of more, every n-th."""
+"""Most parameters of a table that the chart reads; of more, it reads every n-th."""
 MIN_HEIGHT_FOR_MOVERS = 9
 MOVERS_SHARE = 0.4
 """Share of the panel's height for the list of parameters."""
@@ -40,7 +40,7 @@ RATIO_WIDTH = 9
 
 
 def chart_steps(panel: Panel) -> tuple[int, int]:
-    """The window of steps of the loss."""
+    """The window of steps that the loss panel shows by default."""
     table, info = panel.snapshot.history.table(schema.STEP), panel.snapshot.info
     last_step = (table.last_step or 0) if table is not None else 0
     return step_window(last_step, None, info.total_steps if info else None, panel.slow_link)
@@ -84,7 +84,7 @@ class UpdatesPanel(Panel):
         return [title, *rows, *self._list(movers, size.width, list_height)]
 
     def _movers(self, tables: Sequence[SeriesReader]) -> list[tuple[float, str]]:
-        """(newest ratio, parameter): what is not finite first, then the largest."""
+        """(newest update ratio, parameter): ratios that are not finite first, then the largest."""
         found: list[tuple[float, str]] = []
         for table in tables:
             row, _ = newest_row(self.snapshot, table)

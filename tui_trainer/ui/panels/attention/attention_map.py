@@ -23,11 +23,11 @@ from tui_trainer.ui.panels.tensor import HeatMapView, at_most, colored
 from tui_trainer.ui.widgets.lines import Row
 
 LABEL_WIDTH = 8
-"""Cells for the tokens next to the map, at most."""
+"""Most cells for the tokens next to the map."""
 CAPTION_ROWS = 2
-"""Title, and the tokens of the keys."""
+"""Rows for the title and for the tokens of the keys."""
 MAX_CELL = 8
-"""Characters across, and half as many down, for one query and key at most."""
+"""Most characters across for one key; a query gets at most half as many down."""
 
 
 class AttentionMapView(HeatMapView):
@@ -52,14 +52,14 @@ class AttentionMapView(HeatMapView):
 
     @property
     def _cell(self) -> Size:
-        """The dots of a character: half blocks, or pixels."""
+        """Size of a character in dots, which are half blocks or pixels."""
         if not self.in_pixels or self.support is None:
             return Size(1, 2)
         return Size(self.support.cell_width, self.support.cell_height)
 
     @property
     def _gutter(self) -> int:
-        """Cells to the left of the map: a mark, and the tokens."""
+        """Width of the margin to the left of the map, in cells: a mark, and the tokens."""
         labels = self.found.labels if self.found is not None else ()
         longest = max((cell_len(visible(label)) for label in labels), default=0)
         return 2 + (min(LABEL_WIDTH, max(longest, 2)) if longest else 0)
@@ -91,8 +91,8 @@ class AttentionMapView(HeatMapView):
         ]
 
     def _enlargement(self, heat: HeatMap, width: int, height: int) -> tuple[int, int]:
-        """Dots for one query down and for one key across: about square, and whole characters where
-        there is room for them, to be next to the tokens."""
+        """(dots down for one query, dots across for one key): about square, and whole characters
+        where there is room, so that they align with the tokens."""
         cell = self._cell
         across = min(max(1, width // heat.columns), MAX_CELL * cell.width)
         down = min(max(1, height // heat.rows), MAX_CELL // 2 * cell.height)

@@ -71,7 +71,7 @@ class AttentionHeadsTable(VirtualTable):
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self._chosen = -1
-        """The head that the cursor was put on."""
+        """The head to which `show_attention` last moved the cursor."""
         self.header_height = 1
         self.found: AttentionExamination | None = None
         self.columns = tuple(

@@ -79,8 +79,8 @@ class InputView(ExaminationView):
         return 1 + len(self._text_rows(found, floats(found.row.weights), width)[0])
 
     def _text(self, found: AttentionExamination, weights: Floats, size: Size) -> list[Row]:
-        """The tokens, each on a ground as strong as its weight; the query is marked. Of a longer
-        text those rows that end with the query's."""
+        """The tokens, each on a background as strong as its weight, with the query marked. A text
+        that does not fit is cut to the rows that end with the query's."""
         rows, of_query = self._text_rows(found, weights, size.width)
         room = size.height - 1
         first = max(0, min(of_query + 1, len(rows)) - room)
@@ -93,7 +93,7 @@ class InputView(ExaminationView):
     def _text_rows(
         self, found: AttentionExamination, weights: Floats, columns: int
     ) -> tuple[list[Row], int]:
-        """The rows of the text, and which of them has the query."""
+        """The rows of the text, and the index of the row with the query."""
         largest = float(weights.max(initial=0.0)) or 1.0
         assert found.row is not None
         masked = np.isnan(floats(found.row.scores))
@@ -157,7 +157,7 @@ class InputView(ExaminationView):
     def _patches(self, cells: Floats, side: int, query: int) -> Pixels:
         """(rows · side, columns · side, 3)"""
         levels = np.array([color.get_truecolor() for color in self._levels], np.uint8)
-        shares = 0.1 + 0.9 * np.clip(cells, 0, 1)  # the grid shows where there is no weight
+        shares = 0.1 + 0.9 * np.clip(cells, 0, 1)  # patches without weight stay visible
         places = np.rint(shares * (len(levels) - 1)).astype(int)
         pixels: Pixels = levels[places].repeat(side, 0).repeat(side, 1)
         return self._mark(pixels, query, side, cells.shape[1])

@@ -52,11 +52,11 @@ COLUMNS = (
     ("norm", "k", "‖Wk‖", 7),
     ("norm", "v", "‖Wv‖", 7),
 )
-"""Statistic, part, title, width."""
+"""(statistic, part, title, width in cells)"""
 
 
 class LayersTable(VirtualTable):
-    """Layers by statistics."""
+    """A row for each attention layer, a column for each statistic."""
 
     lessons = ("qkv",)
 
@@ -154,7 +154,7 @@ class TrendChart(Panel):
         if size.height < MIN_HEIGHT:
             return []
         snapshot, info = self.snapshot, self.snapshot.info
-        step_table = snapshot.history.table(schema.STEP)  # the same window as that of the loss
+        step_table = snapshot.history.table(schema.STEP)  # the same window as the loss chart
         last_step = (step_table.last_step or 0) if step_table is not None else 0
         total_steps = info.total_steps if info else None
         steps = step_window(last_step, None, total_steps, self.slow_link)

@@ -36,7 +36,7 @@ class QueryTable(VirtualTable):
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self._chosen = -1
-        """The query that the cursor was put on."""
+        """The query to which `show_attention` last moved the cursor."""
         self.header_height = 1
         self.found: AttentionExamination | None = None
         self._keys: list[KeyRow] = []
@@ -132,7 +132,7 @@ EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
 def fine_bar(share: float, glyphs: Glyphs) -> str:
-    """From the left, of `BAR_WIDTH` cells at most, in eighths of a cell where these exist."""
+    """A bar of at most `BAR_WIDTH` cells, in eighths of a cell unless `glyphs` are ASCII."""
     if glyphs.ascii:
         return bar(share, glyphs.bar, BAR_WIDTH)
     whole, rest = divmod(round(min(share, 1.0) * BAR_WIDTH * 8), 8) if share > 0 else (0, 0)

@@ -22,11 +22,11 @@ from tui_trainer.ui.widgets.lines import Row, ScrollingLines, Span
 from tui_trainer.ui.widgets.table import Cell, CellValue, TableColumn, VirtualTable
 
 EFFECT_WIDTH = 9
-"""Cells of a bar to either side."""
+"""Cells of a bar on either side of the axis."""
 
 
 class ResidualTable(VirtualTable):
-    """Rows are what was added to the stream, in order."""
+    """A row for each contribution to the stream, in order."""
 
     lessons = ("residual-stream",)
 
@@ -38,7 +38,7 @@ class ResidualTable(VirtualTable):
         self.columns = self._columns(20)
 
     def _columns(self, width: int) -> tuple[TableColumn, ...]:
-        """`width`: of the names."""
+        """`width`: cells for the names."""
         return (
             TableColumn("name", "what was added", width, self._what, left=True),
             TableColumn("norm", "norm", 8, lambda row: self._figure(row, "norm")),
@@ -110,17 +110,17 @@ class ResidualTable(VirtualTable):
         if found is not None and stream is not None:
             figures = [
                 ("norm", number(stream.norm, 0), self.palette.text),
-                ("its sum within", f"{stream.difference:.0e}", self.palette.good),
+                ("sum within", f"{stream.difference:.0e}", self.palette.good),
             ]
             if not stream.no_logit:
                 off = f"{stream.logit_difference:.0e}"
                 figures.insert(1, ("logit", signed(stream.logit, 8, 3).strip(), self.palette.text))
-                figures.append(("that of the logit", off, self.palette.good))
+                figures.append(("logit within", off, self.palette.good))
         return [title_line(self, width, "Residual stream", figures)]
 
 
 class ResidualNotes(ScrollingLines, can_focus=False):
-    """Where the stream is, whose logit it is, and what is special."""
+    """Where the stream is read, whose logit is shown, and notes."""
 
     lessons = ("residual-stream",)
 

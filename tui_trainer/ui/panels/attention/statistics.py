@@ -65,7 +65,7 @@ class Statistic:
         return STATISTICS[self.table].index(self.column(part))
 
     def location(self, snapshot: Snapshot, layer: AttentionInfo) -> LayerLocation | None:
-        """Where a layer's values are: in the table of the optimizer that trains it."""
+        """The location of a layer's values, in the table of the optimizer that trains the layer."""
         return location_of(snapshot.history, self.table, layer.layer)
 
     def curves(self, layer: AttentionInfo, location: LayerLocation) -> list[ChartCurve]:
@@ -210,14 +210,14 @@ class LayerValues:
     `RunInfo.attention`."""
 
     values: NDArray[np.float32]
-    """(layers, statistics); nan where nothing was measured, too."""
+    """(layers, statistics); also nan where nothing was measured."""
     measured: NDArray[np.bool_]
     """(layers,)"""
     provisional: NDArray[np.bool_]
     """(layers,): whether the values are those of an unfinished step."""
 
     def cell(self, layer: AttentionInfo, row: int, statistic: Statistic, part: str) -> Cell | None:
-        """The value of one layer as a table shows it; None before the first."""
+        """The table cell with the value of one layer; None before the first measurement."""
         if row >= len(self.measured) or not self.measured[row]:
             return None
         value = float(self.values[row, statistic.index(part)])
@@ -230,8 +230,7 @@ class LayerValues:
 
 
 class LayerValuesReader:
-    """Reads the newest values from the tables of one name. Which layers a table has is looked up
-    once."""
+    """Reads the newest values from all tables of one name; caches which layers each table has."""
 
     def __init__(self, table: str) -> None:
         self.table = table

@@ -29,7 +29,7 @@ from tui_trainer.ui.widgets.table import NOT_COMPARABLE, Cell, RowIds, TableColu
 VALUE_WIDTH = 9
 MAX_TREND_WIDTH, MIN_TREND_WIDTH = 40, 6
 READABLE_TREND_WIDTH = 16
-"""Cells of a trend below which summary columns give way to it."""
+"""Width of a trend, in cells, below which summary columns are dropped to make room."""
 MIN_NAME_WIDTH = 8
 SUMMARY = (("growth", ""), ("cos", "qk"), ("max_logit", ""), ("entropy", ""), ("grad_cos", "qk"))
 """(statistic, part) shown next to the chosen statistic where there is room."""
@@ -38,7 +38,7 @@ MODEL_ORDER = "order"
 
 
 class StatisticTable(VirtualTable):
-    """Rows are attention layers: the values and trends of one statistic, and some of others."""
+    """A row for each attention layer: the values and trends of one statistic, and a summary."""
 
     lessons = ("qkv", "residual-stream")
 
@@ -104,7 +104,8 @@ class StatisticTable(VirtualTable):
         return self._matching[1]
 
     def value(self, statistic: Statistic, row: int, part: str) -> float | None:
-        """The newest value of a layer; None before the first, and where it has no meaning."""
+        """The newest value of a layer; None before the first measurement, and where the statistic
+        has no meaning."""
         cell = self.value_cell(statistic, part, row)
         return cell.value if cell is not None and isinstance(cell.value, float) else None
 
@@ -179,7 +180,7 @@ class StatisticTable(VirtualTable):
             self._draw_trends(series, trends)
 
     def _draw_trends(self, series: SeriesReader, trends: Sequence[tuple[int, str, int]]) -> None:
-        """`trends`: row, part and column."""
+        """`trends`: (row, part, column) of each trend in the table `series`."""
         start, stop = series.first_step or 0, (series.last_step or 0) + 1
         buckets = min(self._trend_width, series.rows)  # no gaps between rare measurements
         if not buckets:
@@ -193,7 +194,7 @@ class StatisticTable(VirtualTable):
         return layer_label(self._layers[row])
 
     def value_cell(self, statistic: Statistic, part: str, row: int) -> Cell | None:
-        """The newest value of a layer as it is shown; None before the first."""
+        """The table cell with the newest value of a layer; None before the first measurement."""
         values = self._values.get(statistic.table)
         cell = values.cell(self._layers[row], row, statistic, part) if values else None
         summary = statistic is not self.statistic

@@ -30,7 +30,7 @@ from tui_trainer.ui.widgets.lines import LineView, Row
 
 
 class PlotView(LineView):
-    """A title, some lines of text, and a plot with axes of its own."""
+    """A title, some lines of text, and a plot with its own axes."""
 
     def __init__(self, state: GraphState, *, id: str | None = None) -> None:
         super().__init__(id=id)

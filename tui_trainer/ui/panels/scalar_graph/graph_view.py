@@ -33,7 +33,7 @@ SIGNS = {"neg": "-"}
 
 @dataclass(frozen=True)
 class Geometry:
-    """Cells of the columns and rows of a graph."""
+    """Where the columns and rows of a graph lie, in cells."""
 
     left: tuple[int, ...]
     """First cell of each column of nodes."""
@@ -232,7 +232,7 @@ class GraphView(ScrollingLines, can_focus=False):
 
 
 def joined_spans(characters: Sequence[str], styles: Sequence[str]) -> list[tuple[str, str]]:
-    """Neighbours of one style in one span."""
+    """Join neighbouring characters of the same style into one span."""
     spans: list[tuple[str, str]] = []
     for character, style in zip(characters, styles, strict=True):
         if spans and spans[-1][1] == style:
@@ -353,8 +353,8 @@ class NodeTable(VirtualTable):
         self._values: set[int] = set()
         self._language = ""
 
-    def _head(self) -> None:
-        """The columns, with headings in the language of the learner."""
+    def _build_columns(self) -> None:
+        """Build the columns, with headings in the user's language."""
         self._language, say = self.state.language, self.state.say
         self.columns = (
             TableColumn("name", say("node"), 6, self._name_of, left=True),
@@ -371,7 +371,7 @@ class NodeTable(VirtualTable):
     def show(self) -> None:
         """Draw the state again."""
         if self._language != self.state.language:
-            self._head()
+            self._build_columns()
         self._gradients = self.state.known_gradients()
         self._values = self.state.known_values()
         self.set_order(np.arange(len(self.state.graph.nodes)))

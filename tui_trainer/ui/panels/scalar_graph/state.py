@@ -12,23 +12,23 @@ from tui_trainer.learn.scalar.torch_process import TorchGradients
 from tui_trainer.learn.scalar.translation import say, translated
 
 AGREE = 1e-9
-"""Gradients that differ by less than this share are equal but for rounding."""
+"""Largest relative difference of gradients that counts as rounding."""
 
 
 @dataclass
 class GraphState:
-    """What the panels show."""
+    """State of the scalar graph, which its panels draw."""
 
     graph: ScalarGraph
     h: float = DEFAULT_H
     position: int = 0
     """How many of the steps have been made."""
     selected: int = 0
-    """Index of a node."""
+    """Index of the selected node."""
     autograd: TorchGradients | None = None
     """None while PyTorch has not answered."""
     no_torch: bool = False
-    """PyTorch gave no answer."""
+    """Whether PyTorch gave no answer."""
     language: str = LANGUAGES[0]
     steps: list[GraphStep] = field(default_factory=list)
 
@@ -36,7 +36,7 @@ class GraphState:
         self.set_graph(self.graph)
 
     def set_graph(self, graph: ScalarGraph) -> None:
-        """Another expression, or other values."""
+        """Show another expression, or other values of its inputs."""
         self.graph = graph
         self.steps = steps_of(graph)
         self.position = min(self.position, len(self.steps))
@@ -44,11 +44,11 @@ class GraphState:
         self.autograd = None
 
     def say(self, template: str, **values: object) -> str:
-        """A text in the language of the learner."""
+        """A text in the user's language, made from a template."""
         return self.translated(say(template, **values))
 
     def translated(self, text: str) -> str:
-        """A text of the graph in the language of the learner."""
+        """A text of the graph in the user's language."""
         return translated(text, self.language)
 
     @property
@@ -90,7 +90,7 @@ class GraphState:
         return self.say("backward {number} of {count}", number=number, count=count)
 
     def agreement(self) -> str:
-        """Whether PyTorch's gradients are those on screen."""
+        """Whether PyTorch's gradients equal those on the screen, in words."""
         if self.autograd is None:
             return self.say("no PyTorch") if self.no_torch else self.say("asking PyTorch")
         pairs = zip(self.autograd.gradients, self.graph.gradients, strict=True)
@@ -102,7 +102,7 @@ class GraphState:
 
 
 def _difference(theirs: float | None, ours: float | None) -> float:
-    """Relative to the larger one; 0 where both are missing or the same infinity or nan."""
+    """Relative difference of two gradients; 0 when both are missing, nan, or the same infinity."""
     a, b = theirs or 0.0, ours or 0.0
     if a == b or (math.isnan(a) and math.isnan(b)):
         return 0.0
