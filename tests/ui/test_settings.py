@@ -50,7 +50,7 @@ async def test_settings_are_shown_changed_and_undone() -> None:
             app.post_message(events.Key(key, key if len(key) == 1 else None))
         await until(pilot, lambda: session.sent[-1] == Branch((SettingChange("lr", 1.0),)), "lr=1")
         await pilot.press("ctrl+u", "ctrl+o")
-        await until(pilot, lambda: "type the change that it is about" in text_of(app), "why not")
+        await until(pilot, lambda: "type a change first" in text_of(app), "why not")
         await pilot.press("ctrl+z")
         await frame(pilot)
         assert session.sent[-1] == UndoSettings()

@@ -46,10 +46,10 @@ if TYPE_CHECKING:
 
 FIRST_MESSAGE_S = 30.0
 MIN_TICKS_PER_SECOND = 4.0
-"""How often to check whether a frame is due, at least."""
+"""Lowest rate at which the app checks whether a frame is due."""
 DUE_TOLERANCE_S = 0.002
 FIND_RELATED_S, REFRESH_RELATED_S = 20.0, 2.0
-"""How often to look for other runs of the same tree, and to read on in those that train."""
+"""Intervals at which to look for other runs of the same tree, and to read those that train."""
 STATUS_MESSAGE_S = 4.0
 """How long the answer to a command stays in the header."""
 
@@ -59,8 +59,8 @@ class TuiTrainerApp(App[int]):
 
     TITLE = "tui-trainer"
     HOME_MODE: ClassVar[ScreenMode] = "dashboard"
-    """The screen to which the others return; with one of its own an app offers only that and the
-    help."""
+    """The screen to which the others return. An app with another home than the dashboard offers
+    only its home and the help."""
 
     CSS_PATH = Path(__file__).with_name("app.tcss")
     ENABLE_COMMAND_PALETTE = True
@@ -127,11 +127,11 @@ class TuiTrainerApp(App[int]):
         """`slow_link`: send the terminal few bytes. `asks_background`: ask the terminal whether its
         background is light, and use the light theme there. `ends_with_app`: the run trains inside
         this process, so leaving ends it. `lesson`: the page that the screen `learn` opens.
-        `message`: shown for a while at first. `demo`: the guided run to introduce. `pixels`: draw
-        pictures with them.
-        `frames_per_second` overrides that of the link, for tests.
+        `message`: shown for a while after the start. `demo`: the guided run to introduce. `pixels`:
+        how the terminal draws pictures with real pixels; None: with characters.
+        `frames_per_second` overrides the rate of the link, for tests.
         """
-        # Textual's own constructor asks for the driver's class.
+        # Set first: Textual's constructor calls `get_driver_class`.
         self._asks_background = (
             asks_background and os.environ.get("TERM", "") not in theme.NO_QUERIES
         )
@@ -186,8 +186,8 @@ class TuiTrainerApp(App[int]):
             # Textual has taken the name from $TEXTUAL_THEME before the theme was registered.
             self.set_reactive(App.theme, "textual-dark")
         self.theme = theme_name
-        self._theme_to_remember = False
-        """Whether a change of the theme is one that the user made."""
+        self._remembers_theme = False
+        """Whether to save the theme when it changes: only changes by the user are saved."""
 
     # ------------------------------------------------------------ start and end
 
@@ -200,7 +200,7 @@ class TuiTrainerApp(App[int]):
         self._event_loop = asyncio.get_running_loop()
         if self._asks_background and not self.is_headless:
             self.write_to_terminal(textual_hacks.BACKGROUND_QUERY)
-        self._theme_to_remember = not self.is_headless
+        self._remembers_theme = not self.is_headless
         self.frame_scheduler.input_received(self._now())
         ticks_per_second = max(self.link.frames_per_second, MIN_TICKS_PER_SECOND)
         self.set_interval(1 / ticks_per_second, self._tick)
@@ -212,7 +212,7 @@ class TuiTrainerApp(App[int]):
             self.guided_runs.introduce(find_demo(self._demo))
 
     def _load_others(self) -> None:
-        """The first paint is done, which a thread that imports would have delayed."""
+        """Import the other screens after the first paint, which a thread that imports delays."""
         self.run_worker(self._load_rest, thread=True, group="load")
 
     def _load_rest(self) -> None:
@@ -226,8 +226,8 @@ class TuiTrainerApp(App[int]):
             self.notify(self._message, timeout=FIRST_MESSAGE_S, markup=False)
         gc.enable()  # the command line disables it until the first paint
         if not self.is_headless:
-            # Modules and widgets live until the end. Without this every full collection would
-            # traverse them, and hold up a frame for 40 ms.
+            # Modules and widgets live until the app ends. Unless frozen, they are traversed by
+            # every full collection, which delays a frame by 40 ms.
             gc.freeze()
 
     def attach(self, session: Session) -> None:
@@ -292,12 +292,12 @@ class TuiTrainerApp(App[int]):
         for screen in self.screen_stack:
             if isinstance(screen, RunScreen | SnapshotDialog) and screen.is_mounted:
                 screen.show(snapshot)
-        self._go_to_culprit(before.status.stopped_at)
+        self._select_stopped_parameter(before.status.stopped_at)
         self.leaving.drawn()
         self.guided_runs.drawn()
 
-    def _go_to_culprit(self, before: BreakpointStop | None) -> None:
-        """Put the cursor on the parameter of a breakpoint that has just been reached."""
+    def _select_stopped_parameter(self, before: BreakpointStop | None) -> None:
+        """Put the cursor on the parameter at which a breakpoint has just stopped the run."""
         stop = self.snapshot.status.stopped_at
         if stop is None or stop == before or not stop.parameter:
             return
@@ -310,7 +310,7 @@ class TuiTrainerApp(App[int]):
         self._drawn_version = -1
 
     def redraw(self) -> None:
-        """Draw the same snapshot again, after a change that is not the run's."""
+        """Draw the current snapshot again, after a change in the app."""
         self.draw(self.snapshot)
 
     def _seconds_until_due(self) -> float:
@@ -329,7 +329,7 @@ class TuiTrainerApp(App[int]):
             self.schedule(self._wake)
 
     def schedule(self, callback: Callable[..., object], *arguments: object) -> None:
-        """Call on the event loop, from any thread, without waiting for it."""
+        """Call `callback` on the event loop, from any thread, without waiting for the call."""
         loop = self._event_loop
         if loop is not None and not loop.is_closed():
             loop.call_soon_threadsafe(self.call_next, callback, *arguments)
@@ -385,7 +385,7 @@ class TuiTrainerApp(App[int]):
 
     @property
     def cure_label(self) -> str:
-        """What the key of a guided run does now."""
+        """The label of the key `C`, which depends on the stage of the guided run."""
         return self.guided_runs.label()
 
     def action_cure(self) -> None:
@@ -443,8 +443,8 @@ class TuiTrainerApp(App[int]):
         answered: Callable[[Inspected], None],
         replaced: Callable[[], None] = lambda: None,
     ) -> None:
-        """Request an inspection; `answered` is called on the event loop, or `replaced` where
-        another request replaces this one."""
+        """Request an inspection. Calls `answered` on the event loop, or `replaced` when another
+        request replaces this one."""
         self.run_commands.inspect(request, answered, replaced)
 
     def write_to_terminal(self, data: str) -> None:
@@ -501,27 +501,27 @@ class TuiTrainerApp(App[int]):
 
     def _use_light_theme(self) -> None:
         if self.theme == theme.DARK.name:
-            self._theme_to_remember = False
+            self._remembers_theme = False
             self.theme = theme.LIGHT.name
             self.call_later(self._remember_from_now_on)
 
     def _remember_from_now_on(self) -> None:
-        self._theme_to_remember = not self.is_headless
+        self._remembers_theme = not self.is_headless
 
     def _update_palette(self) -> None:
         self.palette = theme.palette(self.theme_variables, self.native_ansi_color)
-        if self._theme_to_remember:
+        if self._remembers_theme:
             theme.remember_theme(self.theme)
         self.redraw()
 
 
 def _ask_for_pixels() -> tuple[PixelSupport | None, str]:
-    """What the terminal can draw, or None and the reason."""
+    """The terminal's support for pixels, or None and the reason why it has none."""
     from tui_trainer.ui.terminal_images import HINT, ask_terminal
 
     support = ask_terminal()
     if support.placeholders and Console(force_terminal=True).color_system != "truecolor":
-        support = replace(support, kitty=False)  # a picture's number is a colour of 24 bits
+        support = replace(support, kitty=False)  # the image id is a 24-bit colour
     return (support, "") if support.in_app else (None, f"No pixels: {support.missing}. {HINT}")
 
 

@@ -1,7 +1,7 @@
 """The command palette: every action by name, with what it does.
 
-It is made from the bindings of the screen in front, so an action that has a key is listed by
-itself; commands without a key are listed here.
+The bindings of the screen in front are listed automatically; commands without a key are defined
+here.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ COMMANDS_WITHOUT_KEY: tuple[tuple[str, str, Action], ...] = (
     ("Stop the run", "Finish the current step, then end", actions.Stop()),
     ("Stop with a checkpoint", "Finish the step, write a checkpoint, end", actions.Stop(True)),
 )
-"""Name, help and message of each."""
+"""(name, help, action sent to the run)"""
 
 THEME, PAGE, DEMO = "Theme ", "Learn: ", "Demo: "
-"""How the names of commands begin that are shown only when they are searched for."""
+"""Prefixes of the names of commands that only a search shows."""
 
 PaletteCommand = tuple[str, str, Callable[[], object]]
-"""Name, help, and what it calls."""
+"""(name, help, callback)"""
 
 
 class ActionProvider(Provider):
@@ -41,7 +41,7 @@ class ActionProvider(Provider):
         return app_context(self.screen)
 
     def commands(self) -> Iterator[PaletteCommand]:
-        """Everything that can be done now."""
+        """All commands that are available now."""
         yield from self._bound_actions()
         context = self._context
         for entry in SCREENS:
@@ -65,7 +65,7 @@ class ActionProvider(Provider):
 
     def _bound_actions(self) -> Iterator[PaletteCommand]:
         known: set[str] = set()
-        # Those of the screen, which control the run, come before those of the focused widget.
+        # Bindings of the screen, which control the run, come before those of the focused widget.
         bindings = sorted(
             self.screen.active_bindings.values(), key=lambda active: active.node is not self.screen
         )

@@ -33,7 +33,7 @@ from tui_trainer.ui.widgets.tabs import TabLine
 REFRESH_INTERVAL_S = 1.0
 """How often live runs are read again."""
 SEARCH_INTERVAL_S = 10.0
-"""How often the first difference of live runs is looked for, while there is none."""
+"""How often live runs are searched for their first difference, until one is found."""
 
 
 class CompareScreen(FoldingScreen):
@@ -73,12 +73,12 @@ class CompareScreen(FoldingScreen):
         self.divergence: Sequence[Divergence] = ()
         self.by_time = False
         self.reading = 0
-        """Jobs of the thread that are not done."""
+        """Number of jobs that the reader thread has not finished."""
         self._thread = ReaderThread(
             "tui-trainer comparison", lambda: self.context.schedule(self._failed)
         )
         self._measured = frozenset(SERIES)
-        """The series that any run has."""
+        """Series that at least one run has measured."""
 
     def compose(self) -> ComposeResult:
         yield TooSmall(*MIN_SIZE)
@@ -105,7 +105,7 @@ class CompareScreen(FoldingScreen):
             self.set_interval(SEARCH_INTERVAL_S, self._search)
 
     def show(self, snapshot: Snapshot) -> None:
-        """Draw the runs; the snapshot, that of a single run, is empty here."""
+        """Draw the runs. `snapshot`, which is of a single run, is not used."""
         for chart in self.query(OverlayChart):
             chart.update_rows()
         self.query_one(Legend).update_rows()
@@ -133,12 +133,12 @@ class CompareScreen(FoldingScreen):
 
     def _refresh_live_runs(self) -> None:
         if not self.reading and any(run.run.live for run in self.runs):
-            self._load(self._load_on)
+            self._load(self._load_live_runs)
 
     def _read_series(self, chart: OverlayChart, buckets: int, by_time: bool) -> None:
         self._load(partial(self._load_series, chart, buckets, by_time))
 
-    def _load_on(self) -> None:
+    def _load_live_runs(self) -> None:
         for run in self.runs:
             if run.run.live:
                 run.refresh()
@@ -156,7 +156,7 @@ class CompareScreen(FoldingScreen):
         self.query_one(DifferencesTable).show_values(values)
         if refreshed:
             for chart in self.query(OverlayChart):
-                chart.outdate()
+                chart.invalidate()
         if values.measured != self._measured:
             self._measured = values.measured
             self.show_panels()
@@ -167,7 +167,7 @@ class CompareScreen(FoldingScreen):
         chart.show_series(found)
 
     def _failed(self) -> None:
-        """After an error in a job: what is drawn is asked for again with the next key or step."""
+        """Called after an error in a job, whose result is requested again with the next draw."""
         self.reading -= 1
 
     def on_unmount(self) -> None:
@@ -176,7 +176,7 @@ class CompareScreen(FoldingScreen):
     # ------------------------------------------------------------ the first difference
 
     def _search(self) -> None:
-        """Look for the first difference on a thread, unless it is known."""
+        """Look for the first differences on a thread, unless all are known."""
         if any(line.found.first is None for line in self.divergence) or not self.divergence:
             self.run_worker(self._find, thread=True, exclusive=True, group="divergence")
 
@@ -232,7 +232,7 @@ class CompareApp(TuiTrainerApp):
 
     HOME_MODE = "compare"
     OWN_SCREENS = (("Comparing", CompareScreen),)
-    """Title and class, for the help: screens that are not in `SCREENS`."""
+    """(title, class) of screens that are not in `SCREENS`, for the help."""
 
     def __init__(self, runs: Sequence[ComparedRun], tolerance: float = 0.0, **options: Any) -> None:
         super().__init__(None, start_mode=self.HOME_MODE, **options)

@@ -44,9 +44,9 @@ from tui_trainer.ui.widgets.tabs import TabLine
 
 PANELS = ("graph", "nodes", "sweep", "descent")
 TALL = 50
-"""Rows from which the graph is drawn with more space between its rows."""
+"""Height of the terminal, in rows, from which the rows of the graph are further apart."""
 GRAPH_SHARE = (3, 7)
-"""The graph has at most this share of the rows."""
+"""Largest share of the rows for the graph: (numerator, denominator)."""
 MIN_STEP_LIST = 6
 """Rows that must be left below the table for the list of steps."""
 
@@ -60,7 +60,7 @@ class GraphPrompt(ModalScreen[str | None]):
     ]  # fmt: skip
 
     def __init__(self, question: str, value: str, check: Callable[[str], str], keys: str) -> None:
-        """`check` returns what is wrong with a text, or ""; `keys` says what keys do."""
+        """`check` returns an error message, or ""; `keys` explains the keys."""
         super().__init__()
         self._question, self._value, self._check, self._keys = question, value, check, keys
 
@@ -119,7 +119,7 @@ class GraphScreen(FoldingScreen):
         Binding("w", "write", "SVG", show=False, id="graph.svg",
                 tooltip="Write the graph as an SVG picture"),
         Binding("up", "select(-1)", "Select", show=False, id="graph.up",
-                tooltip="Select the node before"),
+                tooltip="Select the previous node"),
         Binding("down", "select(1)", "Select", show=False, id="graph.down",
                 tooltip="Select the next node"),
         Binding("left", "tab(-1)", "Tab", show=False, id="graph.tab_left",
@@ -157,7 +157,7 @@ class GraphScreen(FoldingScreen):
         self.torch.close()
 
     def show(self, snapshot: Snapshot) -> None:
-        """Draw the graph; the snapshot, that of a run, is empty here."""
+        """Draw the graph. `snapshot` is not used, since this app shows no run."""
         self._translate()
         self.query_one(GraphTitle).update_rows()
         self.query_one(GraphView).show()
@@ -172,7 +172,7 @@ class GraphScreen(FoldingScreen):
         self.show(self.context.snapshot)
 
     def _translate(self) -> None:
-        """Take the language of the learner, which may have changed on another screen."""
+        """Switch to the user's language, which may have changed on another screen."""
         if self.state.language == self.context.language and self._is_translated:
             return
         self._is_translated = True
@@ -213,7 +213,7 @@ class GraphScreen(FoldingScreen):
             self.query_one(NodeTable).focus()
 
     def _share_height(self) -> None:
-        """Give the graph and the table what they need, and the list of steps what is left."""
+        """Give the graph and the table the rows that they need, and the list of steps the rest."""
         graph, nodes = self.query_one(GraphView), self.query_one(NodeTable)
         steps = self.query_one(StepList)
         steps.display = False
@@ -400,7 +400,7 @@ class GraphScreen(FoldingScreen):
         self.app.push_screen(GraphPrompt(question, value, check, keys), then)
 
     def _wrong(self, attempt: Callable[[str], object], text: str) -> str:
-        """What is wrong with a text, with its hint."""
+        """The error that `attempt` raises for a text, with its hint; "" for none."""
         try:
             attempt(text)
         except GraphError as error:

@@ -35,11 +35,11 @@ from tui_trainer.ui.screens.dialogs import SnapshotDialog
 from tui_trainer.ui.widgets.lines import Row
 
 Stage = Literal["ready", "watch", "paused", "back", "cured", "ended", "without"]
-"""Where a guided run is: before its first step, on its way to the breakpoint, at or behind it,
+"""Where a guided run is: before its first step, on its way to the breakpoint, at or past it,
 rewound and paused, cured, over; `without`: it trains without the fault from the start."""
 MAX_ROWS = 4
 CURED_PACE = 20.0
-"""Steps per second of a run that was cured: fast enough not to wait long for its end."""
+"""Steps per second after the cure: fast enough not to wait long for the end."""
 
 
 def stage_of(snapshot: Snapshot, demo: Demo, cured: bool) -> Stage:
@@ -98,7 +98,7 @@ def guidance(
 
 
 def _pause(snapshot: Snapshot, demo: Demo, text: dict[str, str]) -> Iterator[str]:
-    """Where it has paused, and what names the fault."""
+    """Where the run has paused, and whether a finding names the fault already."""
     stopped = snapshot.status.stopped_at
     if stopped is not None and demo.breakpoint.startswith("finding"):
         yield text["demo_paused_finding"].format(rule=demo.rule)
@@ -208,7 +208,7 @@ class DemoDialog(SnapshotDialog):
         super().__init__()
         self.demo = demo
         self._wanted = False
-        """Whether enter was pressed before it was known which run is meant."""
+        """Whether enter was pressed before the run was ready."""
 
     def compose(self) -> ComposeResult:
         language = app_context(self).language
@@ -221,7 +221,7 @@ class DemoDialog(SnapshotDialog):
             yield Static("", id="demo-keys")
 
     def show(self, snapshot: Snapshot) -> None:
-        """Say whether the run is ready, and start it if that was asked for."""
+        """Show whether the run is ready, and start it if enter was pressed."""
         text = words(app_context(self).language)
         ready = snapshot.status.state == "paused"
         waiting = snapshot.status.waiting_for or snapshot.status.state
@@ -234,7 +234,7 @@ class DemoDialog(SnapshotDialog):
             self.dismiss()
 
     def action_start(self) -> None:
-        """Start the training as soon as it is known which run is meant."""
+        """Start the training as soon as the run is ready."""
         self._wanted = True
         self.show(app_context(self).snapshot)
 
@@ -255,8 +255,8 @@ class GuidedRuns:
     # ------------------------------------------------------------ starting
 
     def start(self, name: str, introduced: bool = False) -> None:
-        """Start a guided run here, or in place of the run that is open, once that is left.
-        `introduced`: the user has read what it shows."""
+        """Start a guided run in this app, or in a new one once the user has left the open run.
+        `introduced`: the user has read what the guided run shows."""
         demo = find_demo(name)
         if self.context.session is None and self.context.on_launch is not None:
             request = LaunchRequest(SCRIPT, demo=name, paused=not introduced)
@@ -291,7 +291,7 @@ class GuidedRuns:
         self.app.call_after_refresh(self.context.redraw)
 
     def _options(self) -> list[str]:
-        """What the next command is given of this one's options."""
+        """Options of this command that the next one repeats."""
         options = ["--ascii"] * self.context.glyphs.ascii + ["--slow-link"] * self.context.link.slow
         info = self.context.snapshot.info
         if info is not None and info.directory:
@@ -303,8 +303,8 @@ class GuidedRuns:
     # ------------------------------------------------------------ the cure
 
     def offers_cure(self) -> bool | None:
-        """Whether the key of the cure does something now: None while it does not yet, False where
-        no guided run is open."""
+        """Whether the cure key works now: None (shown, but disabled) while it does not yet, False
+        (hidden) when no guided run is open."""
         snapshot = self.context.snapshot
         found = demo_of(snapshot.info)
         if found is None or snapshot.link.state == "replay":
@@ -355,7 +355,7 @@ class GuidedRuns:
             self.show_curves()
 
     def show_curves(self) -> None:
-        """Leave for the comparison of this run with the other one, which is trained first."""
+        """Leave the app, train the counterpart of this run, and compare both."""
         info = self.context.snapshot.info
         found = demo_of(info)
         if info is None or found is None:

@@ -41,8 +41,8 @@ class NextStep:
 
 
 def next_steps(info: RunInfo, replayed: bool) -> list[NextStep]:
-    """What can be done with the recording of an ended run on this machine; nothing where it is not
-    here. Reads the disk."""
+    """The commands for the recording of an ended run; none when the recording is on another
+    machine. Reads the disk."""
     directory = info.directory
     if not directory or not Path(directory).is_dir():
         return []
@@ -72,7 +72,8 @@ def next_steps(info: RunInfo, replayed: bool) -> list[NextStep]:
 
 
 def _without_name(command: Sequence[str], name: str) -> tuple[str, ...]:
-    """A command without `--name NAME`, which two runs cannot share. A later one is the script's."""
+    """A command without `--name NAME`, since two runs cannot share a name. Only the first one is
+    removed: a second belongs to the script."""
     for place, word in enumerate(command):
         if word == f"--name={name}":
             return (*command[:place], *command[place + 1 :])
@@ -190,7 +191,7 @@ class Leaving:
     # ------------------------------------------------------------ after the end
 
     def ask_next(self) -> None:
-        """Offer what can be done with a run that has ended; what is chosen is run on leaving."""
+        """Offer commands for a run that has ended; the chosen one runs after the app has closed."""
         info = self._context.snapshot.info
         if info is not None and not isinstance(self._app.screen, ModalScreen):
             self._app.run_worker(partial(self._find_next_steps, info), thread=True)

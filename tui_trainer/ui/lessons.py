@@ -1,4 +1,4 @@
-"""Which pages of `tui-trainer learn` are about what is on a screen."""
+"""The pages of `tui-trainer learn` that explain what a screen shows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OF_SCREEN: dict[str, tuple[str, ...]] = {
     "graph": ("scalar-tensor", "gradient", "forward-backward"),
     "compare": ("forward-backward", "updates"),
 }
-"""Pages by the mode of a screen. Widgets name theirs themselves, in `LineView.lessons`."""
+"""Pages by the mode of a screen. Widgets name their own pages in `LineView.lessons`."""
 OF_ANY_SCREEN = ("forward-backward",)
 
 

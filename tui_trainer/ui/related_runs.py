@@ -1,6 +1,6 @@
-"""The other runs of the tree of the run on the screen: the one that it continues, its branches,
-and those of the same run. They are found and read on a thread of their own, so that the event loop
-never waits for a disk."""
+"""The other runs of the tree of the run on the screen: the run that it continues, and the branches
+of both. They are found and read on a separate thread, so that the event loop never waits for a
+disk."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tui_trainer.runs.registry import list_runs
 from tui_trainer.ui.reader_thread import ReaderThread
 
 MAX_RELATED = 4
-"""Other runs on the charts of one: more cannot be distinguished."""
+"""Most other runs in a chart: more cannot be distinguished."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class RelatedRecording:
     """The recording of a run of the same tree. Raises StoreError where it cannot be opened."""
 
     def __init__(self, run: RunEntry) -> None:
-        # Few runs have relatives: the first paint does not wait for SQLite.
+        # Imported here, since few runs have relatives: the first paint does not wait for SQLite.
         from tui_trainer.runs.recording import open_history
 
         self.run = run
@@ -54,7 +54,7 @@ class RelatedRecording:
         return RelatedCurve(series.window([index], *steps, buckets), series.newest(column))
 
     def refresh(self) -> bool:
-        """Read what has been recorded since; returns whether that is anything."""
+        """Read what the run has recorded since the last read; returns whether it has new steps."""
         before = self._history.last_step
         self.run = inspect_run(self.run.directory) or self.run
         self._history.refresh()
@@ -65,8 +65,8 @@ class RelatedRecording:
 
 
 def find_related(info: RunInfo) -> list[RunEntry]:
-    """The run that this one continues, then its branches and those of the same run, the newest
-    first; none where its directory is on another machine."""
+    """The run that this one continues, then the branches of both, newest first; none when the
+    directory is on another machine."""
     directory = Path(info.directory) if info.directory else None
     reported = read_state(directory) if directory is not None else None
     if directory is None or reported is None or reported.started_at != info.started_at:
@@ -97,15 +97,15 @@ def open_related(
         run = by_directory.pop(entry.directory, None)
         try:
             opened.append(run or RelatedRecording(entry))
-        except unreadable():
+        except read_errors():
             continue
     for left in by_directory.values():
         left.close()
     return tuple(opened)
 
 
-def unreadable() -> tuple[type[Exception], ...]:
-    """What reading a recording raises."""
+def read_errors() -> tuple[type[Exception], ...]:
+    """The exceptions that reading a recording raises."""
     from tui_trainer.store.schema import READ_ERRORS, StoreError
 
     return (StoreError, OSError, *READ_ERRORS)
@@ -114,7 +114,7 @@ def unreadable() -> tuple[type[Exception], ...]:
 CurveKey = tuple[str, str, int]
 """(table, column, buckets)"""
 MAX_CURVES = 512
-"""Curves of a run that are kept: more than are on any screen."""
+"""Curves that are kept of a run: more than any screen shows."""
 
 
 @dataclass
@@ -123,20 +123,20 @@ class CachedCurve:
 
     curve: RelatedCurve
     steps: tuple[int, int]
-    """The steps that it was read for."""
+    """(first step, end) that the curve was read for."""
     outdated: bool = False
     """Whether the run has recorded more since."""
 
 
 class CachedRun:
-    """Implements `client.api.RelatedRun` with what has been read so far. What is missing or
-    outdated is read, and drawn later."""
+    """Implements `client.api.RelatedRun` with the curves read so far. Missing and outdated curves
+    are read on the thread and drawn later."""
 
     def __init__(self, run: RunEntry, read: Callable[[], None]) -> None:
-        """`read` is called where `wanted` has become longer."""
+        """`read` is called when `wanted` has grown."""
         self.run = run
         self.wanted: dict[CurveKey, tuple[int, int]] = {}
-        """Curves to read, and for which steps."""
+        """Curves to read, with their steps."""
         self._read = read
         self._curves: dict[CurveKey, CachedCurve] = {}
 
@@ -147,8 +147,8 @@ class CachedRun:
     def window(
         self, table: str, column: str, steps: tuple[int, int], buckets: int
     ) -> Window | None:
-        """A column in equal buckets of steps; None where the run does not have it, or until it has
-        been read. Where it has been read for other steps, those are shown until then."""
+        """A column in equal buckets of steps; None when the run has no such column, or until it has
+        been read. Until then, a window that was read for other steps is moved to `steps`."""
         key = (table, column, buckets)
         known = self._curves.get(key)
         if known is None or known.outdated or known.steps != steps:
@@ -160,20 +160,20 @@ class CachedRun:
 
     def newest(self, table: str, column: str) -> float | None:
         """The newest value of a column that has been read."""
-        # Backwards: curves of a former width are not read any more.
+        # From the end: curves of an earlier width are not refreshed any more.
         curves = reversed(self._curves.items())
         return next((c.curve.newest for key, c in curves if key[:2] == (table, column)), None)
 
     def keep(self, curves: Mapping[CurveKey, CachedCurve]) -> None:
-        """Show these from now on."""
+        """Cache these curves in place of earlier ones with the same keys."""
         for key, curve in curves.items():
             self._curves.pop(key, None)  # to the end
             self._curves[key] = curve
         for key in list(self._curves)[:-MAX_CURVES]:
             del self._curves[key]
 
-    def outdate(self) -> None:
-        """The run has recorded more: read again what is drawn."""
+    def invalidate(self) -> None:
+        """Read the curves again when they are drawn next, since the run has recorded more."""
         for curve in self._curves.values():
             curve.outdated = True
 
@@ -213,7 +213,7 @@ class RelatedRuns:
         self.runs: tuple[CachedRun, ...] = ()
         self._schedule, self._changed = schedule, changed
         self._info: RunInfo | None = None
-        """Description of the run whose relatives they are."""
+        """Description of the run on the screen."""
         self._reading = False
         self._refreshing = False
         self._thread = ReaderThread(
@@ -242,20 +242,20 @@ class RelatedRuns:
             self._thread.put(partial(self._load_runs, self._info))
 
     def refresh(self) -> None:
-        """Read on in those that train."""
+        """Read the new steps of the runs that still train."""
         if not self._refreshing and any(each.run.live for each in self.runs):
             self._refreshing = True
-            self._thread.put(self._load_on)
+            self._thread.put(self._load_live_runs)
 
     def close(self) -> None:
-        """Close them, and end the thread."""
+        """Close the recordings, and end the thread."""
         self.runs = ()
         self._thread.close(self._load_nothing)
 
     # ------------------------------------------------------------ on the event loop
 
     def _read(self) -> None:
-        """Read what the charts want, once all of them have been drawn."""
+        """Read the curves that the charts want, once all charts have been drawn."""
         if not self._reading:
             self._reading = True
             self._schedule(self._read_wanted)
@@ -280,7 +280,7 @@ class RelatedRuns:
             self._changed()
 
     def _failed(self) -> None:
-        """After an error in a job: what is drawn and what is live is asked for again."""
+        """Called after an error in a job; drawn curves and live runs are requested again later."""
         self._reading = self._refreshing = False
 
     def _refreshed(self, entries: Mapping[Path, RunEntry]) -> None:
@@ -288,7 +288,7 @@ class RelatedRuns:
         for each in self.runs:
             if each.run.directory in entries:
                 each.run = entries[each.run.directory]
-                each.outdate()
+                each.invalidate()
         if entries:
             self._changed()
 
@@ -304,13 +304,13 @@ class RelatedRuns:
         self._recordings = open_related(find_related(info), self._recordings)
         self._schedule(self._found, info, [each.run for each in self._recordings])
 
-    def _load_on(self) -> None:
+    def _load_live_runs(self) -> None:
         changed = {}
         for each in self._recordings:
             try:
                 if each.run.live and each.refresh():
                     changed[each.run.directory] = each.run
-            except unreadable():
+            except read_errors():
                 continue
         self._schedule(self._refreshed, changed)
 
@@ -325,7 +325,7 @@ class RelatedRuns:
             for (table, column, buckets), steps in keys.items():
                 curve = RelatedCurve(None, None)
                 if recording is not None:
-                    with suppress(*unreadable()):
+                    with suppress(*read_errors()):
                         curve = recording.curve(table, column, steps, buckets)
                 curves[table, column, buckets] = CachedCurve(curve, steps)
             found.append((run, curves))

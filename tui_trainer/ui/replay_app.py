@@ -32,7 +32,7 @@ MARK_STYLES: dict[MarkKind, str] = {
     "mark": "accent",
     "nonfinite": "error",
 }
-"""What is marked on the track; of two marks in one cell the later one here is shown."""
+"""Styles of the marks on the track. Of two marks in one cell, the one listed later is shown."""
 MIN_WIDTH_FOR_TIME = 70
 
 
@@ -54,7 +54,7 @@ class TransportLine(Panel):
         self._track = (0, 1)
         """First cell of the track, and its number of cells."""
         self._marks: dict[int, MarkKind] = {}
-        """Cell of the track to what happened there."""
+        """The mark in each cell of the track that has one."""
         self._marks_of: tuple[int, int] | None = None
         """(last step, cells) that the marks were looked up for."""
         self._dragging = False
@@ -114,7 +114,7 @@ class TransportLine(Panel):
         return self.styled(spans)
 
     def _find_marks(self, cells: int) -> dict[int, MarkKind]:
-        """Looked up again when the recording has grown or the track has another length."""
+        """The marks of the track; found again when the recording or the size has changed."""
         replay = self.replay
         if self._marks_of != (replay.last_step, cells):
             self._marks_of = (replay.last_step, cells)
@@ -181,7 +181,7 @@ KINDS = {"clip": "clip event", "nonfinite": "non-finite value", "mark": "mark", 
 TRANSPORT_BINDINGS = (
     Binding("left", "seek_by(-1)", "Step back", show=False, priority=True, id="replay.back",
             tooltip="One step back in time"),
-    Binding("right", "seek_by(1)", "Step on", show=False, priority=True, id="replay.on",
+    Binding("right", "seek_by(1)", "Step forward", show=False, priority=True, id="replay.on",
             tooltip="One step forward in time"),
     Binding("shift+left", "seek_by(-10)", "10 back", show=False, priority=True,
             id="replay.back_10", tooltip="Ten steps back"),
@@ -196,19 +196,19 @@ TRANSPORT_BINDINGS = (
     Binding("greater_than_sign,full_stop", "faster(1)", "Faster", key_display=">", show=False,
             id="replay.faster", tooltip="Play at twice the speed (up to 64×)"),
     Binding("c", "jump('clip')", "Clip", id="replay.clip", tooltip="To the next clip event"),
-    Binding("C", "jump('clip', True)", "Clip before", show=False, id="replay.clip_before",
-            tooltip="To the clip event before"),
+    Binding("C", "jump('clip', True)", "Previous clip", show=False, id="replay.clip_before",
+            tooltip="To the previous clip event"),
     Binding("i", "jump('nonfinite')", "nan/inf", id="replay.nonfinite",
             tooltip="To the next non-finite value"),
-    Binding("I", "jump('nonfinite', True)", "nan/inf before", show=False,
-            id="replay.nonfinite_before", tooltip="To the non-finite value before"),
+    Binding("I", "jump('nonfinite', True)", "Previous nan/inf", show=False,
+            id="replay.nonfinite_before", tooltip="To the previous non-finite value"),
     Binding("z", "jump('spike')", "Spike", id="replay.spike",
             tooltip="To the worst spike of the loss; again: to the next worst, ten in all"),
     Binding("Z", "jump('spike', True)", "Worse spike", show=False, id="replay.spike_before",
             tooltip="Back to the spike that was worse"),
     Binding("b", "jump('mark')", "Mark", id="replay.mark", tooltip="To the next note of a user"),
-    Binding("B", "jump('mark', True)", "Mark before", show=False, id="replay.mark_before",
-            tooltip="To the note before"),
+    Binding("B", "jump('mark', True)", "Previous mark", show=False, id="replay.mark_before",
+            tooltip="To the previous note of a user"),
     Binding("ctrl+left", "of_screen('left')", "Screen's left", show=False, id="replay.screen_left",
             tooltip="What the left arrow does on this screen over a live run"),
     Binding("ctrl+right", "of_screen('right')", "Screen's right", show=False,

@@ -32,8 +32,8 @@ class RunCommands:
         refused: Callable[[], None],
         redraw: Callable[[], None],
     ) -> None:
-        """`accepted` shows the message of an answer, `refused` is called where a command was
-        refused, `redraw` draws what the run is now."""
+        """`accepted` shows the message of an answer, `refused` is called when a command was
+        refused, `redraw` draws the current snapshot."""
         self._app = app
         self._accepted, self._refused, self._redraw = accepted, refused, redraw
 
@@ -56,8 +56,8 @@ class RunCommands:
         answered: Callable[[Inspected], None],
         replaced: Callable[[], None] = lambda: None,
     ) -> None:
-        """Request an inspection; `answered` is called on the event loop, or `replaced` where
-        another request replaces this one."""
+        """Request an inspection. Calls `answered` on the event loop, or `replaced` when another
+        request replaces this one."""
         session, rank = self._context.session, self._context.inspected_rank
         if session is None:
             return
@@ -89,8 +89,8 @@ class RunCommands:
             self._app.notify(text, title="command refused", severity="warning", markup=False)
         elif ack.message and not isinstance(action, SHOWN_BY_STATE):
             self._accepted(ack.message)
-        # Not ack.status: the session delivers it in order with the others, and drawn from here it
-        # could replace a newer one.
+        # `ack.status` is not drawn from here, where it could replace a newer status: the session
+        # delivers it in order.
         self._redraw()
 
     def notify_control_taken(self, before: Snapshot, new: Snapshot) -> None:

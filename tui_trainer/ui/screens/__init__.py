@@ -1,4 +1,4 @@
-"""The screens with their keys, and what they may ask of the app. A screen's module is imported
+"""The screens with their keys, and the app's interface for them. A screen's module is imported
 after the first paint, or when the screen is first shown."""
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ScreenMode = Literal[
     "compare",
     "graph",
 ]
-"""The name of a screen: for Textual a mode, except of those that are opened over others."""
+"""Names of screens: modes of the Textual app, except screens that open over another one."""
 
 
 @dataclass(frozen=True)
@@ -130,11 +130,11 @@ FURTHER_SCREENS = (
         "Who updates which parameters, and the memory by kind: G in the inspector",
     ),
 )
-"""Screens that are opened from others, over them."""
+"""Screens that open over another screen."""
 
 
 class LeavingContext(Protocol):
-    """Leaving the app, as far as its screens know it."""
+    """The part of `ui.leaving.Leaving` that screens use."""
 
     def leave_for(self, command: tuple[str, ...] | None) -> None:
         """Leave, and run another command of `tui-trainer` then; None: stay."""
@@ -143,11 +143,11 @@ class LeavingContext(Protocol):
         """Leave for another command, once the user has chosen what happens to the open run."""
 
     def ask_next(self) -> None:
-        """Offer what can be done with a run that has ended."""
+        """Offer commands for a run that has ended."""
 
 
 class AppContext(DrawingContext, Protocol):
-    """The app, as far as its screens know it."""
+    """The part of the app that its screens use."""
 
     session: Session | None
     snapshot: Snapshot
@@ -179,8 +179,8 @@ class AppContext(DrawingContext, Protocol):
         answered: Callable[[Inspected], None],
         replaced: Callable[[], None] = lambda: None,
     ) -> None:
-        """Request an inspection; `answered` is called on the event loop, or `replaced` where
-        another request replaces this one."""
+        """Request an inspection. Calls `answered` on the event loop, or `replaced` when another
+        request replaces this one."""
 
     def show_tensor(self, tensor: TensorRef) -> None:
         """Open a tensor in the inspector."""
@@ -197,7 +197,7 @@ class AppContext(DrawingContext, Protocol):
 
     @property
     def cure_label(self) -> str:
-        """What the key of a guided run does now."""
+        """The label of the key `C`, which depends on the stage of the guided run."""
 
     def attach(self, session: Session) -> None:
         """Show the run of another session."""
@@ -207,7 +207,7 @@ class AppContext(DrawingContext, Protocol):
         """Leaves the app."""
 
     def schedule(self, callback: Callable[..., object], *arguments: object) -> None:
-        """Call on the event loop, from any thread, without waiting for it."""
+        """Call `callback` on the event loop, from any thread, without waiting for the call."""
 
     def redraw(self) -> None:
         """Draw the same snapshot again."""

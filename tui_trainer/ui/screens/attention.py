@@ -44,7 +44,8 @@ FIXED_ROWS = 6
 
 
 class AttentionScreen(DetailScreen):
-    """Its `topics` are measured only while it is shown, because they are expensive."""
+    """Tables, heads and charts of the attention layers. The tables in `topics` are expensive and
+    measured only while the screen is shown."""
 
     topics = frozenset({schema.ATTENTION_HEADS, schema.ATTENTION_SPECTRUM, schema.ATTENTION_HEALTH})
 
@@ -82,7 +83,7 @@ class AttentionScreen(DetailScreen):
         super().__init__()
         self._chosen = 0
         self._log_scale: bool | None = None
-        """Whether all charts are logarithmic; None: each as suits its values."""
+        """Whether all charts are logarithmic; None: each chart as suits its values."""
         self._layout_key: tuple[int, Size] | None = None
         """The number of layers and the size that the screen was laid out for."""
 

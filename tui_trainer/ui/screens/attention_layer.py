@@ -51,20 +51,21 @@ SKIPPED = "the batch of the next step is being kept"
 
 @dataclass(frozen=True)
 class _SentAttentionRequest:
-    """What a request was about."""
+    """A request that was sent, and the moment that it was sent for."""
 
     request: ExamineAttention
     moment: tuple[int, Phase | Literal[""], bool, int]
-    """Step, phase, whether the run was paused, and the last edit."""
+    """(step, phase, whether the run was paused, id of the last edit)"""
     rank: int
 
 
 TEXT_SHARE = 40
-"""Percent of the rows for a text above the table."""
+"""Largest share of the rows, in percent, for a text above the table."""
 
 
 class AttentionLayerScreen(DetailScreen):
-    """Opened by enter on a layer of the attention screen; escape returns to it."""
+    """The examination of one layer. Enter on a layer of the attention screen opens it; escape
+    returns."""
 
     CSS = """
     AttentionLayerScreen Caption { margin: 0 1; }
@@ -130,10 +131,10 @@ class AttentionLayerScreen(DetailScreen):
         self.chosen_layer = layer
         self.head = head
         self.query_position: int | None = None
-        """None: the last position."""
+        """None: the last position of the sequence."""
         self.sample = 0
         self.found: AttentionExamination | None = None
-        """What is on the screen."""
+        """The examination on the screen."""
         self.viewport = Viewport()
         self.viewport.reduction = "max_abs"
         self._tab = 0
@@ -182,7 +183,7 @@ class AttentionLayerScreen(DetailScreen):
         )  # fmt: skip
 
     def _read(self, snapshot: Snapshot) -> None:
-        """Ask for the layer where the screen does not show it as it is now."""
+        """Request the layer, unless the screen shows its present state."""
         status = snapshot.status
         if status.ended or snapshot.link.state != "live" or not self.requests.in_front:
             return
@@ -201,7 +202,7 @@ class AttentionLayerScreen(DetailScreen):
         self._asked = wanted
 
     def _given_up(self) -> None:
-        """Ask again when this screen is in front."""
+        """Send the request, which another one has replaced, again when this screen is in front."""
         self._asked = None
 
     def _answered(self, answer: Inspected) -> None:
@@ -273,7 +274,7 @@ class AttentionLayerScreen(DetailScreen):
         return spans, f"{self.requests.read_at}, read in {milliseconds(self.requests.took_ms, 0)}"
 
     def _how(self) -> list[Span]:
-        """What was compared with what, and what is special."""
+        """The deviation from what the examination was checked against, and the first note."""
         found = self.found
         if found is None or found.missing:
             return []
@@ -315,7 +316,7 @@ class AttentionLayerScreen(DetailScreen):
         self.call_after_refresh(self._fit_text)
 
     def _fit_text(self) -> None:
-        """Above the query's table a short text takes no more rows than it has."""
+        """Give a short text above the query's table only the rows that it needs."""
         view = self.query_one(InputView)
         needed = view.text_height(view.view_size.width)
         most = self.query_one("#beside").size.height * TEXT_SHARE // 100
@@ -396,7 +397,7 @@ class AttentionLayerScreen(DetailScreen):
         self.dismiss()
 
     def on_virtual_table_activated(self, event: VirtualTable.Activated) -> None:
-        """Enter on a key makes it the query, enter on a head chooses that."""
+        """Make a key the query, or choose a head."""
         if isinstance(event.table, QueryTable):
             self._go_to(event.row)
         elif isinstance(event.table, AttentionHeadsTable):
@@ -409,12 +410,12 @@ class AttentionLayerScreen(DetailScreen):
         self.call_after_refresh(self._show)
 
     def on_heat_map_view_resized(self) -> None:
-        """Ask for as many cells as there is room for now."""
+        """Request as many cells as fit now."""
         self._show()
 
 
 def _around(part: tuple[int, int], place: int, size: int) -> tuple[int, int]:
-    """A part of the same length around a place."""
+    """A range as long as `part`, around `place` and within 0..size."""
     span = part[1] - part[0]
     first = min(max(0, place - span // 2), size - span)
     return first, first + span

@@ -28,7 +28,7 @@ from tui_trainer.ui.widgets.table import VirtualTable
 MIN_WIDTH_BESIDE, MIN_HEIGHT_BELOW = 118, 30
 """Size from which the details are shown next to the graph, or else below it."""
 MIN_WIDTH_WIDE = 160
-"""Width from which more of it is left to the details."""
+"""Width from which the details are wider."""
 READING = "running the forward pass of this step again …"
 NO_GRAPH = "no graph was read yet"
 
@@ -106,7 +106,7 @@ class AutogradScreen(DetailScreen):
         result = answer.result
         live = isinstance(result, AutogradGraph) and result.source == "live"
         early = (answer.message == NOT_CAPTURED or live) and status.state == "running"
-        if early and self.requests.may_retry():  # the batch is kept from the first request on
+        if early and self.requests.may_retry():  # a run keeps its batches from the first request on
             self._ask()
             return
         self.graph = self.requests.result(answer, AutogradGraph)
@@ -184,7 +184,7 @@ class AutogradScreen(DetailScreen):
         self.table.rebuild()
 
     def action_read(self) -> None:
-        """Ask again, also while the run runs."""
+        """Read the graph again, even while the run is running."""
         status = self.context.snapshot.status
         if not status.ended and not self.requests.pending:
             self.requests.retries = 0

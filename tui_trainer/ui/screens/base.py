@@ -43,7 +43,7 @@ CONTROL_BINDINGS = (
     Binding("E", "settings", "Edit settings", key_display="E", show=False, id="run.settings",
             tooltip="Change the learning rate or another setting while it trains, or undo that"),
     Binding("comma", "step_back", "One step back", key_display=",", show=False, id="run.back",
-            tooltip="Go back to the end of the step before, where snapshots are kept"),
+            tooltip="Go back to the end of the previous step, where snapshots are kept"),
     Binding("T", "timeline", "Timeline", key_display="T", show=False, id="run.timeline",
             tooltip="Snapshots, checkpoints and changes of settings: go to any step"),
     Binding("X", "experiments", "Experiments", key_display="X", show=False, id="run.experiments",
@@ -52,7 +52,7 @@ CONTROL_BINDINGS = (
     Binding("t", "throttle", "Throttle", id="run.throttle",
             tooltip="Limit the steps per second, to watch them"),
     Binding("ctrl+t", "take_control", "Take control", show=False, id="run.take_control",
-            tooltip="Control the run from this screen; the viewer that did so only watches"),
+            tooltip="Control the run from this screen; the viewer in control so far only watches"),
     Binding("a", "mark", "Annotate", show=False, id="run.mark",
             tooltip="Add a note at this step: in the log, on the charts, in the replay"),
 )  # fmt: skip
@@ -62,7 +62,7 @@ RANK_BINDING = Binding(
 )  # fmt: skip
 """The binding of the screens that inspect tensors."""
 MAX_STEPS = 10**15
-"""Larger numbers of steps are cut to this, which fits the message."""
+"""Largest number of steps that is sent; it fits the message."""
 NOT_IN_REPLAY = (
     "phase",
     "mark",
@@ -83,15 +83,15 @@ class RunScreen(Screen[Any]):
     topics: frozenset[str] = frozenset()
     """On-request tables that the run measures while the screen is shown."""
     wanted = ""
-    """What to select once the screen is mounted."""
+    """Name to select once the screen is mounted."""
 
     def __init__(self) -> None:
         super().__init__()
         self._styled_for = self._style_conditions()
-        """What its styles followed when another screen came to the front."""
+        """`_style_conditions` when another screen came to the front."""
         if self.context.link.cell_updates:
             textual_hacks.use_cell_compositor(self)
-        # As Textual sets them once the screen is mounted, and then finds all styles once more.
+        # Textual would set these classes once the screen is mounted, and compute all styles again.
         width, height = self.app.size
         for breakpoints, cells in (
             (self.app.HORIZONTAL_BREAKPOINTS, width),
@@ -118,13 +118,13 @@ class RunScreen(Screen[Any]):
         self.context.screen_resumed(self)
 
     def on_screen_suspend(self) -> None:
-        """Note what the styles follow, which may change while another screen is in front."""
+        """Note what the styles depend on, which may change while another screen is in front."""
         self._styled_for = self._style_conditions()
 
     def _style_conditions(self) -> tuple[object, ...]:
-        """What the style sheet depends on besides the widgets of this screen: the app's classes,
-        which name the theme, and whether the terminal has the focus. Textual finds the styles of
-        a screen that comes to the front once more in any case, a sixth of the time of a switch."""
+        """What styles depend on besides the widgets of this screen: the app's classes, which name
+        the theme, and whether the terminal has the focus. Textual would compute the styles of every
+        screen that comes to the front again, which takes a sixth of the time of a switch."""
         return (self.app.classes, self.app.app_focus)
 
 
@@ -255,7 +255,7 @@ class DetailScreen(ControlScreen):
         yield KeyLine()
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """A run of one process has no other rank."""
+        """Hide the key for the next rank in a run of one process."""
         if action == "rank":
             return len(self._ranks()) > 1
         return super().check_action(action, parameters)

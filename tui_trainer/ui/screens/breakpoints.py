@@ -39,7 +39,7 @@ class ConditionSuggester(Suggester):
 
 
 def columns_of(info: RunInfo | None) -> dict[str, list[str]]:
-    """What a condition can name within quotes, by table: the columns, or the attention layers."""
+    """The names that a condition can quote, by table: columns, or attention layers."""
     if info is None:
         return {}
     layers = [each.layer for each in info.attention]
@@ -51,7 +51,7 @@ def columns_of(info: RunInfo | None) -> dict[str, list[str]]:
 
 
 class BreakpointList(OptionList):
-    """One line a breakpoint; the keys change the one under the cursor."""
+    """A line for each breakpoint; the keys change the breakpoint under the cursor."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("space", "change('enabled')", "On/off", id="breakpoints.toggle",
@@ -78,7 +78,7 @@ class BreakpointList(OptionList):
         return self.breakpoints[self.highlighted]
 
     def set_breakpoints(self, breakpoints: tuple[Breakpoint, ...], stopped_at: int | None) -> None:
-        """Show others; the cursor stays on its breakpoint."""
+        """Show `breakpoints`; the cursor stays on its breakpoint."""
         current = self.current
         self.breakpoints = breakpoints
         self.set_options([Option(self._line(each, stopped_at)) for each in breakpoints])

@@ -66,7 +66,7 @@ class DashboardScreen(FoldingScreen, ControlScreen):
         Binding("left", "tab(-1)", "Tab", show=False, id="dashboard.tab_left",
                 tooltip="Show the previous panel; where all are shown: one step back, if paused"),
         Binding("right", "tab(1)", "Tab", show=False, id="dashboard.tab_right",
-                tooltip="Show the next panel; where all are shown: one step on, if paused"),
+                tooltip="Show the next panel; where all are shown: one step forward, if paused"),
         Binding("escape", "clear_filter", "Clear", id="dashboard.clear", show=False,
                 tooltip="Clear the filter"),
     ]  # fmt: skip
@@ -74,8 +74,8 @@ class DashboardScreen(FoldingScreen, ControlScreen):
     def __init__(self) -> None:
         super().__init__()
         self._lacks = (False, False)
-        """Whether the run has no attention layers, and whether it never clips, as far as is known:
-        a script is taken to have none, and not to clip, until they are seen."""
+        """(run has no attention layers, run does not clip), as far as known: for a script both are
+        assumed until a layer, or a clipping, is seen."""
         self._has_clipped = False
         self._panels: list[Panel | GradientsPanel | LayersTable] = []
 
@@ -141,7 +141,7 @@ class DashboardScreen(FoldingScreen, ControlScreen):
     # ------------------------------------------------------------ layout
 
     def show_panels(self) -> None:
-        """Panels that this run has nothing for give way to those of updates and learning rate."""
+        """Show updates and learning rate in place of panels for which this run has no data."""
         no_attention, no_clipping = self._lacks
         self.query_one(ClippingPanel).clips = not no_clipping
         self.set_class(no_attention, "-no-attention")

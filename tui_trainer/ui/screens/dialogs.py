@@ -145,7 +145,7 @@ class QuitDialog(ModalScreen[QuitChoice | None]):
 MAX_MATCHES = 200
 """Tensors that the dialog lists at a time."""
 MAX_NAME_WIDTH = 52
-"""Cells of names beyond which what follows them is not aligned."""
+"""Most cells of the column of names; what follows a longer name is not aligned."""
 
 
 class TensorDialog(ModalScreen[TensorRef | None]):
@@ -195,7 +195,7 @@ class TensorDialog(ModalScreen[TensorRef | None]):
         self._list(event.value)
 
     def on_input_submitted(self) -> None:
-        """Choose the first that matches."""
+        """Choose the highlighted tensor."""
         highlighted = self.query_one(OptionList).highlighted
         if self._matches:
             self.dismiss(self._matches[highlighted or 0].ref)

@@ -60,7 +60,8 @@ MARKER_SPACING = 24
 """Dot columns between two markers of a curve."""
 STYLES = ("loss", "accent")
 SHORT_NAMES = {"learning rate": "lr", "gradient": "lr ×", "random": "‖w‖ ×", "snapshots": ""}
-"""Names of the quantities along the axis; the last runs from 0, the first snapshot, to 1."""
+"""Short names of the quantities on the x axis. `snapshots` runs from 0, the first snapshot, to 1,
+the second."""
 
 
 class CurvesChart(LineView):
@@ -130,7 +131,8 @@ class CurvesChart(LineView):
 def _resampled(
     curve: Curve, columns: int, longest: int
 ) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
-    """One loss for each dot column, nan beyond its end; the points are equally far apart."""
+    """One loss for each dot column, (columns,), with the points of the curve equally spaced; nan
+    beyond its end."""
     loss = np.array(curve.loss, np.float64)
     place = np.linspace(0, max(1, longest - 1), columns)
     values = np.interp(place, np.arange(len(loss)), loss, right=np.nan)
@@ -138,7 +140,7 @@ def _resampled(
 
 
 class ExperimentsDialog(SnapshotDialog):
-    """Makes an experiment from where the run is, and shows its curves."""
+    """Makes an experiment from the current step of the run, and shows its curves."""
 
     CSS = """
     ExperimentsDialog .dialog {
@@ -167,12 +169,12 @@ class ExperimentsDialog(SnapshotDialog):
         self._at_once = bool(changes)
         self.requests = InspectionRequests(self)
         self._asked: Experiment | None = None
-        """What is estimated or under way."""
+        """The experiment that is being estimated or made."""
         self._at_work = False
         self._attempts = 0
-        """Further ones, where a running script has not kept the batch of its step yet."""
+        """Attempts left while a running script has not kept the batch of its step yet."""
         self._confirmed: Experiment | None = None
-        """What takes much, and is started by the next enter."""
+        """A costly experiment, which the next enter starts."""
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog"):
@@ -196,7 +198,7 @@ class ExperimentsDialog(SnapshotDialog):
         self.set_class(self.size.height >= 44, "-large")
 
     def show(self, snapshot: Snapshot) -> None:
-        """Nothing of it is shown."""
+        """Do nothing: the dialog shows nothing of the snapshot."""
 
     def _suggest_snapshots(self, answer: Inspected) -> None:
         if not isinstance(answer.result, Timeline):
@@ -236,7 +238,7 @@ class ExperimentsDialog(SnapshotDialog):
     # ------------------------------------------------------------ running
 
     def _begin(self) -> None:
-        """Ask what it takes, and then make it."""
+        """Ask the run what the experiment costs, and then make it."""
         if self._at_work:
             return
         try:
@@ -304,7 +306,7 @@ class ExperimentsDialog(SnapshotDialog):
 
 
 def _experiment(kind: int, text: str) -> Experiment:
-    """Raises ConfigurationError."""
+    """The experiment that `text` describes. Raises ConfigurationError."""
     words = text.split()
     if kind == 0:
         if not words:

@@ -33,7 +33,7 @@ SCREEN_OF_TABLE: dict[str, ScreenMode] = {
 
 
 class FindingsTable(VirtualTable):
-    """One row a finding; effects are below their cause."""
+    """A row for each finding; effects are listed below their cause."""
 
     DEFAULT_CSS = "FindingsTable { height: 4; margin: 0 1; }"
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -54,8 +54,8 @@ class FindingsTable(VirtualTable):
         )  # fmt: skip
 
     def set_findings(self, findings: Sequence[Finding]) -> None:
-        """Show other findings; the cursor stays on its finding, unless a cause of it was found
-        meanwhile: then it goes there."""
+        """Show `findings`. The cursor stays on its finding, or moves to the finding's cause when
+        the cause is new."""
         row = self.current_row
         before = self.findings[row] if row is not None and row < len(self.findings) else None
         self.findings = findings
@@ -160,7 +160,7 @@ class FindingsScreen(DetailScreen):
         self._show_selected()
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Going back to a finding needs a run that can be rewound."""
+        """Offer to go back to a finding only in a run that can be rewound."""
         if action == "break_before":
             return super().check_action("step_back", ()) if self._findings else False
         return super().check_action(action, parameters)
@@ -227,7 +227,7 @@ class FindingsScreen(DetailScreen):
         evidence = self._charted(finding)
         mode = SCREEN_OF_TABLE.get(evidence.table if evidence else "", "dashboard")
         self.context.action_go(mode)
-        # A parameter, or a layer with one of its statistics.
+        # `column` names a layer and one of its statistics.
         wanted = evidence.column if evidence is not None and mode == "attention" else ""
         if wanted or finding.parameters:
             self.app.call_later(self._select, wanted or finding.parameters[0])

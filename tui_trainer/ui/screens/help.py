@@ -51,16 +51,16 @@ class KeyGroup:
 
 IN_REPLAY = {
     "run.pause": "Play the recording, or pause",
-    "run.step": "One step on",
-    "run.steps": "A number of steps on",
+    "run.step": "One step forward",
+    "run.steps": "A number of steps forward",
     "run.epoch": "To the end of the epoch",
 }
-"""What the keys that control a run do over a recording."""
+"""What the keys that control a run do in a replay."""
 
 
 def key_groups(app: App[Any], first: str = "") -> tuple[KeyGroup, ...]:
-    """The keys of the app, of each screen, and of tables, forms and dialogs; those of the screen
-    `first` before all others. Over a recording only those that do something there."""
+    """The keys of the app, of each screen, and of tables, forms and dialogs, with those of the
+    screen `first` before all others. In a replay, only keys that have an effect there."""
     app_bindings = list(Binding.make_bindings(type(app).BINDINGS))
     replay = [binding for binding in app_bindings if (binding.id or "").startswith("replay.")]
     everywhere = [binding for binding in app_bindings if binding not in replay]
@@ -96,7 +96,7 @@ def key_groups(app: App[Any], first: str = "") -> tuple[KeyGroup, ...]:
 
 
 def _palette_binding(app: App[Any]) -> Binding:
-    """Textual's own binding has no tooltip."""
+    """The key of the command palette with a tooltip, which Textual's own binding lacks."""
     return Binding(
         app.COMMAND_PALETTE_BINDING,
         "command_palette",
@@ -189,7 +189,7 @@ def sign_entries(glyphs: Glyphs) -> Entries:
 
 
 COLUMN_WIDTH = 66
-"""Cells in which a text is easy to read."""
+"""Width of a column, in cells, that makes texts easy to read."""
 COLUMN_GAP = 3
 MAX_COLUMNS = 3
 MAX_NAME_WIDTH = 20
@@ -212,7 +212,7 @@ class HelpBlock:
 def help_blocks(
     groups: Sequence[KeyGroup], glyphs: Glyphs, info: RunInfo | None = None
 ) -> list[HelpBlock]:
-    """All of the help, keys first; `info` is that of the run whose cadences are listed."""
+    """All blocks of the help, keys first; `info` describes the run whose cadences are listed."""
     keys = [
         HelpBlock(group.title, tuple((" ".join(key.keys), key.help) for key in group.keys))
         for group in groups
@@ -231,7 +231,7 @@ THIS_SCREEN = "This screen"
 
 
 def in_language(block: HelpBlock, language: str) -> HelpBlock:
-    """A block with its texts in another language, as far as they are known in it."""
+    """A block with its texts in another language, as far as they are translated."""
     texts = help_texts(language)
     if not texts:
         return block
@@ -248,7 +248,7 @@ def in_language(block: HelpBlock, language: str) -> HelpBlock:
 
 
 def lesson_block(lessons: Sequence[str], language: str) -> HelpBlock:
-    """The pages about what was on the screen; key `l` opens the first."""
+    """The pages about the screen that the help was opened from; key `l` opens the first."""
     known = titles(language)
     entries = [("l" if not number else "", known[name]) for number, name in enumerate(lessons)]
     return HelpBlock("Learn about this", entries or [("l", "the list of pages")])
@@ -263,7 +263,7 @@ class HelpView(ScrollingLines):
         self._layout: list[list[Span]] = []
 
     def show_blocks(self, blocks: Sequence[HelpBlock]) -> None:
-        """Show some blocks."""
+        """Show `blocks` in place of the blocks before."""
         self._blocks = blocks
         self.lines_changed()
 
@@ -323,7 +323,7 @@ def _columns(blocks: Sequence[list[list[Span]]], count: int) -> list[list[list[S
 
 
 class HelpScreen(DetailScreen):
-    """Made from the bindings when it is shown, so it lists what the keys really do."""
+    """The help. It is made from the bindings when it is shown, so it lists what the keys do."""
 
     CSS = """
     HelpScreen HelpView { height: 1fr; margin: 0 0 0 1; }
@@ -334,7 +334,7 @@ class HelpScreen(DetailScreen):
         Binding("l", "lesson", "Learn about this", id="help.lesson",
                 tooltip="The page about the panel or the screen that the help was opened from"),
         Binding("escape", "back", "Back", id="help.back",
-                tooltip="Clear the filter, or return to the screen before"),
+                tooltip="Clear the filter, or return to the previous screen"),
         *CONTROL_BINDINGS,
     ]  # fmt: skip
 
@@ -342,7 +342,7 @@ class HelpScreen(DetailScreen):
         super().__init__()
         self._cadences: tuple[tuple[str, str], ...] = ()
         self._opened: tuple[str, tuple[str, ...], str] = ("", (), "")
-        """The screen whose keys come first, its pages, and the language."""
+        """(screen whose keys come first, its pages, language)"""
 
     def body(self) -> Iterable[Widget]:
         yield HelpView()
@@ -407,7 +407,7 @@ class HelpScreen(DetailScreen):
         self.query_one(HelpView).focus()
 
     def action_back(self) -> None:
-        """Clear the filter; without one, return to the dashboard."""
+        """Clear the filter; without one, return to the screen that the help was opened from."""
         search = self.query_one(SearchInput)
         if search.value:
             search.value = ""

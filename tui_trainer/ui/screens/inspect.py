@@ -149,13 +149,13 @@ class InspectScreen(DetailScreen):
         super().__init__()
         self.viewport = Viewport()
         self.summary: TensorSummary | None = None
-        """What is on the screen."""
+        """The tensor on the screen."""
         self.explanation: UpdateExplanation | None = None
         self._index: tuple[int, ...] | None = None
         """The entry whose update is explained; None: the whole tensor."""
         self._unexplained = ("", "")
         self._explained_for: tuple[object, ...] | None = None
-        """Request and moment that the explanation is of."""
+        """(request, moment) of the explanation."""
         self._history: deque[StatisticsReading] = deque(maxlen=READINGS_KEPT)
         """Readings of this tensor while it is on the screen."""
         self.gradient_check: GradientCheck | None = None
@@ -217,13 +217,13 @@ class InspectScreen(DetailScreen):
             self.viewport.reset()
 
     def _read(self, snapshot: Snapshot) -> None:
-        """Ask for the tensor where the screen does not show it as it is now."""
+        """Request the tensor, unless the screen shows its present state."""
         status = snapshot.status
         closed = status.ended or snapshot.link.state not in ("live", "replay")
         if self._ref is None or closed or self._saving or not self.requests.in_front:
             return
         if not isinstance(self.requests.pending, Summarize | None):
-            return  # its answer comes first, and then the tensor
+            return  # the tensor is requested after the answer to it
         paused = status.state == "paused"
         visible = self.heat_map.view_size.height > 0
         window = self.viewport.window(self.heat_map.pixels) if visible else None
@@ -243,7 +243,7 @@ class InspectScreen(DetailScreen):
         self._asked = wanted
 
     def _summary_given_up(self) -> None:
-        """Ask again when this screen is in front."""
+        """Send the request, which another one has replaced, again when this screen is in front."""
         self._asked = None
 
     def _summarized(self, answer: Inspected) -> None:
@@ -262,7 +262,7 @@ class InspectScreen(DetailScreen):
         self._explain()
 
     def _explain(self) -> None:
-        """Ask for the update, after the summary of the same moment."""
+        """Request the update, after the summary of the same moment."""
         if self._ref is None or self._asked is None or not self.has_class("-update"):
             return
         if self._ref.kind in ("buffer", "input", "output"):
@@ -366,7 +366,7 @@ class InspectScreen(DetailScreen):
         self._with_list(listed, modules)
 
     def _with_list(self, use: Callable[[TensorList], object], modules: bool = False) -> None:
-        """Call `use` with the tensors that there are now."""
+        """Call `use` with a new list of the run's tensors."""
 
         def listed(answer: Inspected) -> None:
             if isinstance(answer.result, TensorList):
@@ -411,7 +411,7 @@ class InspectScreen(DetailScreen):
         self._show()
 
     def action_reduction(self) -> None:
-        """The next way to make one cell of a block."""
+        """Reduce blocks of entries to cells in the next way."""
         place = REDUCTIONS.index(self.viewport.reduction)
         self.viewport.reduction = REDUCTIONS[(place + 1) % len(REDUCTIONS)]
         self._show()
@@ -457,7 +457,7 @@ class InspectScreen(DetailScreen):
         self._show()
 
     def action_save(self) -> None:
-        """Write the tensor to a file; meanwhile nothing else is asked of the run."""
+        """Write the tensor to a file, and send no other request meanwhile."""
 
         def finished() -> None:
             self._saving = False
@@ -494,7 +494,7 @@ class InspectScreen(DetailScreen):
         self.app.push_screen(TextPrompt("Index of the entry (* for the whole tensor)"), chosen)
 
     def action_scroll(self, direction: int) -> None:
-        """By a page, in each view next to the heat map that has more than fits."""
+        """Scroll all views next to the heat map by a page."""
         for view in self.query(BuiltLines):
             view.scroll_relative(y=direction * view.size.height, animate=False)
 
@@ -510,17 +510,17 @@ class InspectScreen(DetailScreen):
         self.set_class(event.size.width >= MIN_WIDTH_FOR_ALL, "-all")
 
     def on_heat_map_view_resized(self) -> None:
-        """Ask for as many cells as there is room for now."""
+        """Request as many cells as fit now."""
         self._show()
 
 
 @dataclass(frozen=True)
 class _SentTensorRequest:
-    """What a request was about."""
+    """A request that was sent, and the moment that it was sent for."""
 
     tensor: TensorRef
     moment: tuple[int, Phase | Literal[""], bool, int]
-    """Step, phase, whether the run was paused, and the last edit."""
+    """(step, phase, whether the run was paused, id of the last edit)"""
     window: HeatMapWindow | None
 
 

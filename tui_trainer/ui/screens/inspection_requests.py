@@ -1,5 +1,5 @@
-"""The requests of a screen to inspect the run: the one that waits for its answer, and what is known
-of the last answer."""
+"""The requests of a screen to inspect the run: the pending request, and the refusal, moment and
+duration of the last answer."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ T = TypeVar("T")
 NOT_RECORDED = "a recording holds what was measured, not the weights"
 MIN_INTERVAL_S = 1.0
 COST_SHARE = 0.05
-"""While the run runs, it is asked again after `MIN_INTERVAL_S`, or later, so that the answers take
-at most this share of the time."""
+"""Largest share of the time of a running run that answers take: the next request waits for
+`MIN_INTERVAL_S`, and longer after a slow answer."""
 MAX_RETRIES = 5
 
 
@@ -35,22 +35,22 @@ class Moment(NamedTuple):
     phase: Phase | Literal[""]
     rank: int
     edit: int
-    """The last edit."""
+    """Id of the last edit; -1 for none (see `last_edit`)."""
 
 
 class InspectionRequests:
-    """Sends the requests of one screen. Only the answer to the newest is used."""
+    """Sends the requests of one screen. Only the answer to the newest request is used."""
 
     def __init__(self, screen: Screen[Any]) -> None:
         self._screen = screen
         self.pending: InspectionRequest | None = None
-        """Sent, and not answered yet."""
+        """The request that is not answered yet."""
         self.asked_at: Moment | None = None
-        """When the last request was sent that was not given up."""
+        """The moment of the last request that was not given up."""
         self.refusal = ("", "")
         """Message and hint of the last answer, where the run refused."""
         self.read_at, self.took_ms = "", 0.0
-        """The step and phase that the last result belongs to, and the time that it took."""
+        """The step and phase that the last result belongs to, and how long it took."""
         self.due_at = 0.0
         """When to ask again while the run runs, on the monotonic clock."""
         self.retries = 0
@@ -63,8 +63,8 @@ class InspectionRequests:
         answered: Callable[[Inspected], None],
         given_up: Callable[[], None] = _ignore,
     ) -> None:
-        """Send a request. `given_up` is called instead of `answered` where the next request of this
-        screen, or one of another screen, replaces it."""
+        """Send a request. Calls `given_up` instead of `answered` when the next request of this
+        screen, or of another screen, replaces it."""
         self.give_up()
         self._number += 1
         number = self._number
@@ -88,26 +88,26 @@ class InspectionRequests:
 
     @property
     def in_front(self) -> bool:
-        """False where another screen that inspects is in front: the run has time for one request,
-        and this screen asks again when it is drawn in front."""
+        """False while another screen that inspects is in front: a run answers only the newest
+        request, so this screen sends its own when it is in front again."""
         front = self._screen.app.screen
         other = getattr(front, "requests", None)
         return front is self._screen or not isinstance(other, InspectionRequests)
 
     def give_up(self) -> None:
-        """No longer wait for an answer."""
+        """Stop waiting for the answer to the pending request."""
         if self.pending is not None:
             self.pending = self.asked_at = None
             self._given_up()
 
     def forget(self) -> None:
-        """What is still to come, and the last answer, are about something else."""
+        """Discard the pending request and the last answer: the screen shows another tensor now."""
         self.pending = self.asked_at = None
         self._number += 1
         self.refusal, self.read_at, self.took_ms = ("", ""), "", 0.0
 
     def result(self, answer: Inspected, kind: type[T]) -> T | None:
-        """The result of an answer; None, and the refusal is kept, where the run refused."""
+        """The result of an answer. Returns None and sets `refusal` when the run refused."""
         self.due_at = time.monotonic() + max(MIN_INTERVAL_S, answer.took_ms / 1e3 / COST_SHARE)
         if isinstance(answer.result, kind):
             self.refusal = ("", "")
@@ -118,17 +118,17 @@ class InspectionRequests:
 
     @property
     def may_ask_again(self) -> bool:
-        """Whether to ask now for what a running run has changed meanwhile."""
+        """Whether a running run may be read again now."""
         return self.pending is None and time.monotonic() >= self.due_at
 
     def may_retry(self) -> bool:
-        """Whether to send a request again that the run was not ready for."""
+        """Count a retry of a request that the run was not ready for; False after the last one."""
         self.retries += 1
         return self.retries <= MAX_RETRIES
 
     def unavailable(self, snapshot: Snapshot, recorded: bool = False) -> tuple[str, str]:
-        """Why the run cannot answer, and what to do; empty where it can. `recorded`: a replay
-        answers, too."""
+        """(reason why the run cannot answer, hint), empty when it can. `recorded`: a replay can
+        answer as well."""
         if self.refusal[0]:
             return self.refusal
         link = snapshot.link
@@ -142,14 +142,14 @@ class InspectionRequests:
 
 
 def last_edit(snapshot: Snapshot) -> int:
-    """The number of the last notice of an edit. Tensors and settings may change with it within a
-    step, as when a script is rewound."""
+    """The id of the last notice of an edit; -1 for none. An edit may change tensors and settings
+    within a step, as when a script is rewound."""
     newest_first = reversed(snapshot.events)
     edits = (each.id for each in newest_first if isinstance(each, Notice) and each.kind == "edit")
     return next(edits, -1)
 
 
 def ending(snapshot: Snapshot) -> str:
-    """That a run has ended, and how."""
+    """A clause that says how the run has ended."""
     state = snapshot.status.state
     return f"the run has {'been stopped' if state == 'stopped' else state}"

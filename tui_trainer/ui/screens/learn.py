@@ -46,7 +46,7 @@ from tui_trainer.ui.widgets.table import Cell, TableColumn, VirtualTable
 FIRST_SEED = 1
 RELEASE_AFTER_S = 60.0
 MAX_TEXT_WIDTH = 84
-"""Cells in which a text is easy to read."""
+"""Line length, in cells, that makes texts easy to read."""
 MIN_WIDTH_BESIDE = 140
 """Width from which the list is next to the page."""
 MARKS: dict[PageState, tuple[str, str]] = {
@@ -63,7 +63,7 @@ ENTRIES = (*PAGES, HEADING, *(demo.name for demo in DEMOS))
 
 
 class PageList(VirtualTable):
-    """The pages and the guided runs, with how far the learner is."""
+    """The pages and the guided runs, with the user's progress."""
 
     DEFAULT_CSS = "PageList { margin: 0 1; }"
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -82,7 +82,7 @@ class PageList(VirtualTable):
         self.set_order(np.arange(len(ENTRIES)))
 
     def _number(self, row: int) -> Cell:
-        """A page has a number; a guided run a sign that it is something to start."""
+        """The number of a page, or the sign of a guided run."""
         if row < len(PAGES):
             return Cell(str(row + 1), "dim")
         return Cell(self.glyphs.current if ENTRIES[row] else "", "accent")
@@ -96,7 +96,7 @@ class PageList(VirtualTable):
         return Cell(self.titles.get(ENTRIES[row], ""), "text" if ENTRIES[row] else "title")
 
     def move_cursor(self, index: int) -> None:
-        """Pass over the heading."""
+        """Move the cursor, but skip the heading."""
         if 0 <= index < len(ENTRIES) and ENTRIES[index] == HEADING:
             index += 1 if index > self.cursor else -1
         super().move_cursor(index)
@@ -161,11 +161,11 @@ class LearnScreen(RunScreen):
                 tooltip="Measure again with another seed: what stays is a law"),
         Binding("n,right", "turn(1)", "Next", id="learn.next", tooltip="The next page"),
         Binding("N,left", "turn(-1)", "Previous", id="learn.previous", show=False,
-                tooltip="The page before"),
+                tooltip="The previous page"),
         Binding("l", "language", "English/français", id="learn.language",
                 tooltip="Read the pages in the other language; it is remembered"),
         Binding("escape", "back", "Back", id="learn.back",
-                tooltip="To the list of pages, or to the screen before"),
+                tooltip="To the list of pages, or to the previous screen"),
     ]  # fmt: skip
 
     class Measured(Message):
@@ -186,13 +186,13 @@ class LearnScreen(RunScreen):
         self._revealed = False
         self._opened_from_help = False
         self._measured: dict[str, list[PageMeasurement]] = {}
-        """What was measured for each page: the newest two, the older first."""
+        """The newest two measurements of each page, oldest first."""
         self._failure: dict[str, MeasurementError] = {}
-        """Why a page has no numbers."""
+        """The error of each page whose measurement failed."""
         self._measurement: tuple[str, int] | None = None
-        """The measurement in progress and its seed."""
+        """(page, seed) of the measurement in progress."""
         self._wanted: tuple[str, int] | None = None
-        """The measurement to run after it."""
+        """(page, seed) of the measurement to run next."""
         self._release_timer: Timer | None = None
 
     # ------------------------------------------------------------ layout
@@ -242,7 +242,7 @@ class LearnScreen(RunScreen):
 
     @property
     def _reading(self) -> bool:
-        """Whether the page has the keys, and not the list."""
+        """Whether the keys act on the page and not on the list."""
         return self.has_class("-reading")
 
     def on_descendant_focus(self) -> None:
@@ -250,7 +250,7 @@ class LearnScreen(RunScreen):
         self.call_after_refresh(self._show_keys)
 
     def show(self, snapshot: Snapshot) -> None:
-        """Open a page that was asked for on another screen; nothing of the run is shown here."""
+        """Open a page that another screen has requested; nothing of the run is shown here."""
         self._open_wanted()
 
     def _open_wanted(self) -> None:
@@ -263,7 +263,7 @@ class LearnScreen(RunScreen):
 
     @property
     def measuring(self) -> bool:
-        """Whether a measurement is in progress, for those who take pictures of pages."""
+        """Whether a measurement is in progress; `screenshots/make.py` waits for its end."""
         return self._measurement is not None
 
     @property
@@ -272,8 +272,8 @@ class LearnScreen(RunScreen):
         return self._progress.shown_language
 
     def open_page(self, name: str) -> None:
-        """Read a page, whose numbers are measured unless they are known, or what a guided run
-        shows."""
+        """Open a page, whose numbers are measured unless they are known, or the introduction of a
+        guided run."""
         pages = self.query_one(PageList)
         pages.move_cursor(ENTRIES.index(name))
         self.add_class("-reading")
@@ -283,7 +283,7 @@ class LearnScreen(RunScreen):
         self.query_one(PageView).focus()
 
     def _preview(self, row: int) -> None:
-        """Show a page next to the list, which keeps the keys."""
+        """Show a page next to the list, which keeps the focus."""
         if ENTRIES[row] != HEADING:
             self._show_page(ENTRIES[row])
 
@@ -363,7 +363,7 @@ class LearnScreen(RunScreen):
         self.query_one(PageView).show_text(shown, numbers)
 
     def _show_demo(self, demo: Demo) -> None:
-        """What a guided run shows, and that enter starts it."""
+        """Show the introduction of a guided run, which enter starts."""
         text, about = words(self.language), demo_texts(self.language)[demo.name]
         self.query_one("#page-title", Caption).update(
             [(self.context.glyphs.current, "accent"), (about.title, "title")]
@@ -376,7 +376,7 @@ class LearnScreen(RunScreen):
         self.query_one(PageView).show_text(shown, Numbers(self.language, {}))
 
     def _page_state(self, page: Page, numbers: Numbers) -> tuple[str, str, str]:
-        """What is known of the numbers of a page, its style, and a hint."""
+        """(state of the numbers of a page, style, hint)"""
         name, text = page.name, words(self.language)
         if self._measurement is not None and self._measurement[0] == name:
             return text["measuring"], "warning", ""
@@ -418,7 +418,7 @@ class LearnScreen(RunScreen):
             self.post_message(self.Measured(name, result))
 
     def on_learn_screen_measured(self, message: LearnScreen.Measured) -> None:
-        """Show the values, and measure the page that was asked for meanwhile."""
+        """Show the values, and measure the page that was requested meanwhile."""
         name, result = message.page, message.result
         self._measurement = None
         if isinstance(result, PageMeasurement):
@@ -433,7 +433,7 @@ class LearnScreen(RunScreen):
     # ------------------------------------------------------------ actions
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Keys of a page are offered while one is shown."""
+        """Offer the keys of a page, or of a guided run, while one is shown."""
         if action == "turn":
             return self._reading
         if action in ("again", "answer"):
@@ -454,12 +454,12 @@ class LearnScreen(RunScreen):
             self.action_answer()
 
     def action_try(self) -> None:
-        """Run the command that the page proposes in place of this app, and then this page again."""
+        """Leave the app to run the command that the page proposes, and return to the page."""
         if self._page is not None and command_to_try(self._page):
             self.context.leaving.leave_run_for(("learn", self._page.name, "--try"))
 
     def action_start(self) -> None:
-        """Start the guided run that was read about."""
+        """Start the guided run on the screen."""
         if self._demo is not None:
             self.context.start_demo(self._demo.name, introduced=True)
 

@@ -220,5 +220,5 @@ class LogScreen(DetailScreen):
         self._show_state(self.context.snapshot)
 
     def on_log_view_follow_changed(self) -> None:
-        """The view began or stopped to follow."""
+        """Show whether the view follows new lines."""
         self._show_state(self.context.snapshot)

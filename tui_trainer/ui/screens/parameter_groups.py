@@ -1,4 +1,5 @@
-"""Who updates which parameters, and what holds the memory: the groups of all optimizers."""
+"""The parameter groups of all optimizers: which group updates which parameters, and the memory of
+each kind of tensor."""
 
 from __future__ import annotations
 
@@ -27,12 +28,12 @@ from tui_trainer.ui.widgets.table import VirtualTable
 
 MIN_WIDTH_BESIDE, MIN_WIDTH_FOR_WIDE_GROUPS = 112, 160
 ROWS_KEPT = 12
-"""Rows for all but the groups, where these are above the parameters."""
+"""Rows that the groups leave for everything else when they are above the parameters."""
 READING = "running the forward and backward pass of this step again …"
 
 
 class ParameterGroupsScreen(DetailScreen):
-    """Opened from the inspector; escape returns to it."""
+    """Parameter groups and memory. The inspector opens the screen; escape returns to it."""
 
     CSS = """
     ParameterGroupsScreen #moment { margin: 0 1; }
@@ -56,7 +57,7 @@ class ParameterGroupsScreen(DetailScreen):
     def __init__(self) -> None:
         super().__init__()
         self.use: ParameterUse | None = None
-        """What is on the screen."""
+        """The groups and the memory on the screen."""
         self.requests = InspectionRequests(self)
 
     def body(self) -> Iterable[Widget]:
@@ -91,7 +92,7 @@ class ParameterGroupsScreen(DetailScreen):
         use = self.use = self.requests.result(answer, ParameterUse)
         running = self.context.snapshot.status.state == "running"
         if use is not None and use.waits_for_batch and running and self.requests.may_retry():
-            self._ask()  # the batch is kept from the first request on
+            self._ask()  # a run keeps its batches from the first request on
         self._draw(self.context.snapshot)
 
     # ------------------------------------------------------------ drawing
@@ -119,8 +120,8 @@ class ParameterGroupsScreen(DetailScreen):
         return unavailable if unavailable[0] else placeholder_message(snapshot, READING)
 
     def _lay_out(self) -> None:
-        """Side by side where both fit; else the groups take what they need, if the table keeps
-        some rows."""
+        """Put groups and table side by side where both fit; else give the groups the rows that they
+        need, but leave some to the table."""
         beside = self.app.size.width >= MIN_WIDTH_BESIDE
         self.set_class(beside, "-beside")
         self.set_class(self.app.size.width >= MIN_WIDTH_FOR_WIDE_GROUPS, "-wide")
@@ -129,7 +130,7 @@ class ParameterGroupsScreen(DetailScreen):
         view.styles.height = None if beside else min(max(1, view.line_count()), room)
 
     def on_groups_view_rebuilt(self) -> None:
-        """The width of the groups has changed, and with it the number of lines they need."""
+        """Lay out again, since the groups may need another number of rows."""
         self._lay_out()
 
     # ------------------------------------------------------------ actions

@@ -93,7 +93,7 @@ class ParametersScreen(DetailScreen):
         super().__init__()
         self.values = ParameterValues()
         self._log_scale: bool | None = None
-        """Whether all charts are logarithmic; None: each as suits its values."""
+        """Whether all charts are logarithmic; None: each chart as suits its values."""
         self._sorted_at = 0.0
         self._wanted = ""
         """Name of the parameter to put the cursor on."""

@@ -29,19 +29,19 @@ from tui_trainer.ui.widgets.table import Cell, TableColumn, VirtualTable
 ONE_PROCESS = "this run trains in one process"
 HINT = "tui-trainer run --nproc 4 train.py, or torchrun, trains in several"
 WIDE, WIDEST = 90, 170
-"""Cells from which the lag, and the phases with the memory, are shown."""
+"""Widths from which the lag, and from which phases and memory, are shown."""
 ENDED_BADLY = ("killed", "crashed", "lost")
 MAX_CHARTED = 64
-"""Processes whose values a chart reads; of more, every n-th."""
+"""Most processes whose values a chart reads; of more, it reads every n-th."""
 MIN_HEIGHT_FOR_CHARTS, MIN_CHART_WIDTH = 18, 60
-"""Rows that the table and the remarks leave, and cells for each chart."""
+"""Fewest rows that the table and the remarks must leave for charts, and fewest cells per chart."""
 SHOWN_MS = 1.0
-"""Times between phases have a column where one process at least has this much."""
+"""A time between phases has a column when it is at least this long in any process."""
 STATE_STYLES = {**dict.fromkeys(ENDED_BADLY, "error"), "waiting": "warning"}
 
 
 class RanksTable(VirtualTable):
-    """One row a process."""
+    """A row for each process."""
 
     DEFAULT_CSS = "RanksTable { height: 1; max-height: 70%; margin: 0 1; }"
 
@@ -56,7 +56,8 @@ class RanksTable(VirtualTable):
         self.update_rows()
 
     def visible_columns(self, width: int) -> tuple[list[TableColumn], list[int]]:
-        """What stands out always, the times of the phases where there is room for all."""
+        """Name, step, loss, norm, time, state and remarks; the lag, and the times of all phases,
+        where they fit."""
         named = max((len(rank.name) for rank in self.ranks), default=6)
         columns = [
             TableColumn("name", "", min(16, named), lambda row: self.ranks[row].name, left=True),
@@ -91,7 +92,7 @@ class RanksTable(VirtualTable):
         return TableColumn(name, title, width, cell, formatting.milliseconds)
 
     def _checked(self, name: str) -> Callable[[int], Cell]:
-        """A value that should be finite, and like that of the others."""
+        """Cells of a value that should be finite and similar in all processes."""
 
         def cell(row: int) -> Cell:
             rank = self.ranks[row]
@@ -111,7 +112,7 @@ class RanksTable(VirtualTable):
         return values.get("host_bytes") if device is None else device
 
     def _state(self, row: int) -> Cell:
-        """The phase that it has passed last, or how it ended."""
+        """The last phase that the process has passed, or how the process ended."""
         rank = self.ranks[row]
         at = rank.at
         if rank.process.state != "running" or at is None or not at.phase:
@@ -175,7 +176,8 @@ class RanksChart(Panel):
         """Title and chart."""
         tables = [table for table in self.snapshot.history.tables_named(schema.RANKS) if table.rows]
         chosen = [table for table in tables if table.table.rank == self._selected]
-        # Of very many processes some, always with the selected one: every table is read.
+        # Every table has to be read, so only some of many processes are drawn, and the selected
+        # one.
         tables = [*tables[:: -(-len(tables) // MAX_CHARTED) or 1], *chosen]
         last_step = max((table.last_step or 0 for table in tables), default=0)
         info = self.snapshot.info
@@ -284,7 +286,7 @@ class RanksScreen(DetailScreen):
         self._show_charts(self.context.snapshot, self.query_one(RanksTable).ranks)
 
     def _show_charts(self, snapshot: Snapshot, ranks: Sequence[RankSummary]) -> None:
-        """The charts have what the table and the remarks leave, if that is enough for them."""
+        """Draw the charts in the rows that the table and the remarks leave, if these are enough."""
         table, remarks = self.query_one(RanksTable), self.query_one(RemarksView)
         cut = sum(len(rank.remarks) for rank in table.cut_remarks())
         shown = bool(ranks) and self.size.height - len(ranks) - 2 * cut >= MIN_HEIGHT_FOR_CHARTS

@@ -63,7 +63,7 @@ class SamplesScreen(DetailScreen):
     def __init__(self) -> None:
         super().__init__()
         self._back = 0
-        """How many samples before the newest the shown one is."""
+        """How many samples the shown one is behind the newest."""
         self._wrong_first = False
 
     def body(self) -> Iterable[Widget]:
@@ -97,7 +97,7 @@ class SamplesScreen(DetailScreen):
         self.show_keys()
 
     def _show_logged(self, snapshot: Snapshot) -> None:
-        """The chart of the name under the cursor."""
+        """Draw the chart of the logged series under the cursor."""
         chosen = self.query_one(LoggedTable).selected
         if chosen is not None:
             total = snapshot.info.total_steps if snapshot.info else None
@@ -183,7 +183,7 @@ def _pick(samples: tuple[SampleT, ...], back: int) -> SampleT | None:
 
 
 def _no_samples(snapshot: Snapshot) -> tuple[str, ...]:
-    """Text and topic for a run without samples."""
+    """(message, quantity) for `placeholder_message` in a run without samples."""
     if snapshot.info is not None and snapshot.info.is_script:
         text = "a script has no samples; tui_trainer.log(name=value) in it shows its values here"
         return (text, "samples")

@@ -26,8 +26,8 @@ GRAPH_ENDINGS = (".svg", ".dot", ".json")
 
 
 def save_tensor(screen: DetailScreen, ref: TensorRef, finished: Callable[[], object]) -> None:
-    """Ask for a file and write the tensor to it; `finished` is called where no further answer of
-    the run is needed."""
+    """Ask for a file and write the tensor to it; calls `finished` once no further answer of the run
+    is needed."""
     session, rank = screen.context.session, screen.context.inspected_rank
     assert session is not None
 
@@ -71,7 +71,8 @@ def _ask_where(
     write: Callable[[Path], str],
     finished: Callable[[], object] = lambda: None,
 ) -> None:
-    """`write` is called on a thread, with a path that does not exist."""
+    """Ask for a path and call `write` with it on a thread. The path does not exist yet; `write`
+    returns the name of what it wrote."""
     app = screen.app
 
     def notify(message: str, failed: bool = True) -> None:

@@ -18,8 +18,8 @@ from tui_trainer.ui.widgets.lines import Row, Span
 
 
 class ScreenTabs(Panel):
-    """The screens with their keys, the one in front highlighted; a click switches. The findings
-    have their number, in the colour of the worst."""
+    """The screens with their keys, the one in front highlighted; a click switches. The tab of the
+    findings has their number, in the colour of the worst."""
 
     DEFAULT_CSS = "ScreenTabs { height: 1; }"
 
@@ -64,8 +64,8 @@ class ScreenTabs(Panel):
         return [self.styled(spans)]
 
     def _offered(self, entry: ScreenEntry) -> bool:
-        """The help is in the line of keys, and the pages to learn from are behind it; the graph has
-        its key in the inspector; a run of one process has no use for the ranks."""
+        """Whether a screen has a tab. The help, the pages and the autograd graph have keys
+        elsewhere, and a tab only while they are in front; a run of one process has no ranks."""
         if entry.mode in ("help", "learn", "autograd"):
             return self.app.current_mode == entry.mode
         if entry.mode == "ranks" and self.app.current_mode != "ranks":

@@ -37,19 +37,19 @@ EXAMPLES = "such as lr=3e-4, lr[1]=1e-3, betas=0.9,0.95, clip=off, freeze=blocks
 IN_THE_PAST = (
     "step {:,} is in the past of this run, which has been at step {:,}: ctrl+b starts a branch"
 )
-NOTHING_TYPED = "type the change that it is about, for example lr=3e-4"
+NOTHING_TYPED = "type a change first, for example lr=3e-4"
 LATER = "the settings are read at the next step boundary"
 
 
 class SettingsTable(OptionList):
-    """One line a setting; enter edits it."""
+    """A line for each setting; enter edits it."""
 
     def __init__(self) -> None:
         super().__init__(compact=True, markup=False)
         self.settings: tuple[Setting, ...] = ()
 
     def set_settings(self, settings: tuple[Setting, ...]) -> None:
-        """Show these; the cursor stays on its line."""
+        """Show `settings`; the cursor stays on its line."""
         line = self.highlighted
         self.settings = settings
         names = max((len(each.name) for each in settings), default=0)
@@ -95,7 +95,7 @@ class SettingsDialog(SnapshotDialog):
         super().__init__()
         self.requests = InspectionRequests(self)
         self._seen: int | None = None
-        """Id of the latest change of settings that is shown."""
+        """Id of the latest change of the settings that are shown."""
 
     def compose(self) -> ComposeResult:
         names = [f"{name}=" for name in NAMES]
@@ -119,7 +119,7 @@ class SettingsDialog(SnapshotDialog):
         self.query_one(Input).focus()
 
     def show(self, snapshot: Snapshot) -> None:
-        """Read the settings again where they have changed."""
+        """Read the settings again when they have changed."""
         edits = [e.id for e in snapshot.events if isinstance(e, Notice) and e.kind == "edit"]
         latest = edits[-1] if edits else -1
         if latest != self._seen:
@@ -171,8 +171,8 @@ class SettingsDialog(SnapshotDialog):
         self._once_typed(self._branch)
 
     def _once_typed(self, act: Callable[[str], None]) -> None:
-        """Call it with the text of the input, after the keys that were pressed before: they wait in
-        the queue of the input, which a binding with priority overtakes."""
+        """Call `act` with the text of the input, after all keys pressed so far: these wait in the
+        queue of the input, which a binding with priority overtakes."""
         entry = self.query_one(Input)
         entry.call_later(lambda: act(entry.value))
 
@@ -211,7 +211,7 @@ class SettingsDialog(SnapshotDialog):
             event.input.value = ""
 
     def _parsed(self, text: str) -> tuple[SettingChange, ...]:
-        """The changes that were typed; none, and what is wrong with them on the screen."""
+        """The changes that were typed. When they are not valid, shows why and returns ()."""
         if not text.strip():
             return ()
         try:

@@ -1,7 +1,8 @@
-"""What `tui-trainer` alone opens: a form to choose a task or a script and change its options.
+"""The screen of `tui-trainer` without arguments: a form to choose a task or a script and its
+options.
 
 The ui may not import the tasks, so the command line passes their definitions in: a
-`TaskDefinition` satisfies `TaskForm`. What the form returns is plain values, too.
+`TaskDefinition` satisfies `TaskForm`. The form returns plain values as well.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from tui_trainer.ui.widgets.key_line import KeyLine
 
 SCRIPT_SUMMARY = "any PyTorch script, unmodified, under the same tracer"
 COMMON = ("data", "steps", "epochs", "batch_size", "learning_rate", "optimizer", "device", "seed")
-"""Options that are changed most and always visible; the others are in groups."""
+"""Options that are changed most often. They are always visible; all others are in groups."""
 
 
 class TaskForm(ConfigurableTask, Protocol):
@@ -46,7 +47,7 @@ class TaskForm(ConfigurableTask, Protocol):
 
 @dataclass(frozen=True)
 class Launcher:
-    """The `on_launch` of an app that opens with the start screen: the tasks, and what starts them.
+    """The `on_launch` of an app that opens with the start screen: the tasks, and how to start them.
 
     run_app(None, start_mode="start", on_launch=Launcher(tuple(definitions), start))
     """
@@ -206,7 +207,7 @@ def task_rows(task: TaskForm, preset: str, *, expanded: bool) -> list[Widget]:
             collapsed=not expanded,
             collapsed_symbol="▸",
             expanded_symbol="▾",
-            # As Textual sets it once the group is mounted, and all its rows with it.
+            # Textual would set this class only after mounting the group and all its rows.
             classes="" if expanded else "-collapsed",
         )
         for name, options in grouped_options(task).items()
@@ -227,7 +228,7 @@ def script_rows() -> list[Widget]:
 
 
 class StartScreen(RunScreen):
-    """The form. What was typed is kept when a start fails or another task is looked at."""
+    """The form. It keeps what was typed when a start fails or another task is chosen."""
 
     CSS = """
     StartScreen #title, StartScreen #learn { height: 1; padding: 0 1; color: $text-muted; }
@@ -404,7 +405,7 @@ class StartScreen(RunScreen):
                 self._use_preset(value)
             case "data":
                 self._follow_data()
-        self._show_error(None)  # that of an earlier start may no longer hold
+        self._show_error(None)  # an error of an earlier start may no longer hold
 
     def _use_preset(self, preset: str) -> None:
         self._remember()
@@ -430,7 +431,7 @@ class StartScreen(RunScreen):
     # ------------------------------------------------------------ actions
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Keys that expand and collapse are those of a group's title."""
+        """Offer the keys that expand and collapse only on the title of a group."""
         if action == "expand":
             return self.focused is not None and isinstance(self.focused.parent, Collapsible)
         return True
@@ -542,4 +543,4 @@ class StartScreen(RunScreen):
         self.query_one("#help", Static).update("starting …" if starting else "")
 
     def show(self, snapshot: Snapshot) -> None:
-        """No run is shown here."""
+        """Do nothing: the form shows no run."""

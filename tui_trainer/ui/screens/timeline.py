@@ -1,5 +1,5 @@
-"""The dialog of the timeline: what is kept of earlier steps, and going to any of them. Its key, as
-those of all commands to the run, is bound in `base.py`."""
+"""The dialog of the timeline, which lists snapshots, checkpoints and edits, and goes to any step.
+Its key is one of `CONTROL_BINDINGS` in `base.py`."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ SCRIPT = (
 
 
 class TimelineList(OptionList):
-    """One line a step that something is known of, the newest first."""
+    """A line for each step with a snapshot, a checkpoint or an edit, newest first."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("left", "move(-1)", "Step back", id="timeline.left", tooltip="One step back"),
-        Binding("right", "move(1)", "Step on", id="timeline.right", tooltip="One step on"),
+        Binding("right", "move(1)", "Step", id="timeline.right", tooltip="One step forward"),
     ]
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class TimelineList(OptionList):
         self.steps: list[int] = []
 
     def set_timeline(self, timeline: Timeline) -> None:
-        """Show it; the cursor is on the step where the run is."""
+        """Show `timeline`, with the cursor on the current step of the run."""
         by_step: dict[int, list[str]] = {timeline.now: [], timeline.newest: []}
         for place in timeline.places:
             by_step.setdefault(place.step, []).append(place.text or place.kind)
@@ -67,7 +67,7 @@ class TimelineList(OptionList):
         self.highlighted = self.steps.index(timeline.now)
 
     def action_move(self, steps: int) -> None:
-        """Go one step back, or one on."""
+        """Go one step back or forward."""
         app_context(self).command(Back() if steps < 0 else Step(1))
 
 
@@ -89,9 +89,9 @@ class TimelineDialog(SnapshotDialog):
         self.requests = InspectionRequests(self)
         self._timeline: Timeline | None = None
         self._confirmed: int | None = None
-        """The step to which the next enter goes although that takes long."""
+        """A step that takes long to reach, to which the next enter goes."""
         self._seen: tuple[int, str, int | None] | None = None
-        """Step, state and newest step of what is shown."""
+        """(step, state, newest step) of the run when the timeline was last read."""
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog"):
@@ -109,7 +109,7 @@ class TimelineDialog(SnapshotDialog):
         self.query_one(TimelineList).focus()
 
     def show(self, snapshot: Snapshot) -> None:
-        """Read the timeline again where the run has moved."""
+        """Read the timeline again when the run has moved."""
         status = snapshot.status
         now = (status.step, status.state, status.ahead)
         if now != self._seen:
@@ -130,7 +130,7 @@ class TimelineDialog(SnapshotDialog):
         self._say_facts()
 
     def _say_facts(self) -> None:
-        """What is kept, and what going to the step under the cursor takes."""
+        """Show what is kept, and the cost of going to the step under the cursor."""
         timeline = self._timeline
         if timeline is None:
             return
@@ -166,7 +166,7 @@ class TimelineDialog(SnapshotDialog):
         self._say_facts()
 
     def _go(self, step: int) -> None:
-        """Go to a step; where that takes long, at the second enter."""
+        """Go to a step; one that takes long to reach needs a second enter."""
         timeline = self._timeline
         repeated = _repeated(timeline, step) if timeline is not None else None
         long = timeline is not None and (_seconds(timeline, repeated or 0) or 0) > LONG_S
@@ -207,7 +207,7 @@ class TimelineDialog(SnapshotDialog):
 
 
 def _repeated(timeline: Timeline, step: int) -> int | None:
-    """The steps that are repeated on the way to `step`; None where nothing is kept before it."""
+    """Number of steps repeated on the way to `step`; None when no earlier state is kept."""
     kept = [p.step for p in timeline.places if p.kind != "edit" and p.step <= step]
     return step - max(kept) if kept else None
 
