@@ -19,13 +19,8 @@ from tui_trainer.cli.commands.common import (
     require_single_run,
     result_of,
 )
-from tui_trainer.cli.commands.inspect import (
-    ask_for_pixels,
-    heat_lines,
-    picture_lines,
-    window_of_pixels,
-)
 from tui_trainer.cli.errors import UsageError
+from tui_trainer.cli.heat_map import ask_for_pixels, heat_lines, picture_lines, window_of_pixels
 from tui_trainer.cli.table import new_table, table_lines
 from tui_trainer.client.answers.attention import (
     KeyRow,
@@ -53,7 +48,7 @@ if TYPE_CHECKING:
     from tui_trainer.ui.terminal_images import PixelSupport
 
 ROWS, COLUMNS = 32, 64
-"""Most cells of the map."""
+"""Most rows and columns of the map, in cells."""
 TOP = 12
 NOT_NEGATIVE = validators.Number(gte=0)
 
@@ -111,7 +106,7 @@ def attention(
     with cli_errors():
         found = require_single_run(run, runs_dir)
         with RunClient.connect(found, "tui-trainer attention", rank=rank) as client:
-            # It keeps its batches from the first request on.
+            # A run keeps its batches only from the first request on.
             answer = inspect_running(client, request, _not_captured)
         examination = result_of(answer, AttentionExamination)
     if json:
