@@ -18,7 +18,7 @@ from tui_trainer.tasks.definition import TaskDefinition
 
 RUNNING = Group("Run", sort_key=100)
 SHOWING = Group("Display", sort_key=101)
-"""Both after the groups of a task's own configuration."""
+"""Groups in the help, after those of a task's own configuration."""
 
 Options = TypeVar("Options")
 """RunOptions, CheckOptions or StartOptions."""
@@ -107,8 +107,8 @@ class RunOptions:
     ranks_over: Annotated[
         str | None,
         _flag(
-            "with ranks on several machines: how those on other machines than rank 0's reach it, "
-            "through ssh without a password",
+            "with ranks on several machines: the address of rank 0's machine, which the ranks on "
+            "the others reach through ssh without a password",
             RUNNING,
             metavar="ssh://\\[USER@]HOST\\[:PORT]",
         ),
@@ -234,7 +234,8 @@ class RunOptions:
 
     @property
     def measuring_budget(self) -> float:
-        """The budget in force. JSON lines have every quantity at every step, so it is 0 there."""
+        """The budget in force: by default 0 with --json, which prints every quantity at every
+        step."""
         if self.budget is not None:
             return self.budget
         return 0.0 if self.json else DEFAULT_BUDGET
@@ -287,7 +288,7 @@ class StartOptions:
 
 PRESET = Group("Preset", sort_key=0)
 ALIASES = {"learning_rate": "--lr"}
-"""A second flag of an option, as other programs call it."""
+"""A second flag for an option, under the name that other programs use."""
 _METAVARS = {"int": "N", "float": "X", "str": "TEXT"}
 Start = Callable[[TaskDefinition, str | None, dict[str, Scalar], Options], int]
 """(task, preset, overrides, options) → exit status."""
@@ -299,8 +300,8 @@ def task_command(
     """The function behind `tui-trainer <task>`, with one keyword for every option of the task,
     except those that `kind` has itself.
 
-    Values are passed on as typed: `config.resolve` converts and checks them, as it does for the
-    start screen, so that both report the same error.
+    Values are passed on as typed by the user: `config.training.resolve` converts and checks them,
+    as it does for the start screen, so that both report the same error.
     """
 
     plain: Any = kind()

@@ -124,7 +124,7 @@ def prepare(
     stem: str = "",
 ) -> RunSpec:
     """Create the run directory and write the spec; on CommandError nothing is left behind. `stem`:
-    how the name of the run begins; "": as that of the script, or the task."""
+    beginning of the run's name; by default the name of the script, or the task."""
     check_options(options)
     _check_breakpoints(options, script, bool(launcher))
     _check_text(script)
@@ -182,7 +182,7 @@ def _changes(options: RunOptions, script: Script | None) -> tuple[str, ...]:
 
 
 def _snapshot_bytes(options: RunOptions) -> int:
-    """Raises UsageError."""
+    """The memory limit of --snapshots in bytes. Raises UsageError."""
     try:
         return parse_size(options.snapshots) if options.snapshots else 0
     except ConfigurationError as error:
@@ -259,13 +259,13 @@ def discard_refused(spec: RunSpec) -> None:
 GIT_TIMEOUT_S = 2.0
 """Limit of each of the two calls, so that a slow file system does not delay the start of a run."""
 _GIT_READ_ONLY = {"GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0"}
-"""Without the first, `git status` refreshes the index."""
+"""Without GIT_OPTIONAL_LOCKS=0, `git status` would refresh the index."""
 
 
 def find_source(directory: str, timeout_s: float = GIT_TIMEOUT_S) -> SourceInfo | None:
-    """The commit, the branch and the state of the working tree that `directory` is in.
+    """The commit, the branch and the state of the working tree that contains `directory`.
 
-    Asked before the run begins, so that git is never a child of the training process.
+    Called before the run begins, so that git is never a child of the training process.
     None outside a working tree, before the first commit, and when git is missing or too slow.
     `dirty` is None when only the second call was too slow.
     """
@@ -279,7 +279,7 @@ def find_source(directory: str, timeout_s: float = GIT_TIMEOUT_S) -> SourceInfo 
 
 
 def _git(directory: str, timeout_s: float, *arguments: str) -> str | None:
-    """What git prints; None when it fails, is missing or takes too long."""
+    """The output of git; None when git fails, is missing or takes too long."""
     try:
         done = subprocess.run(
             ["git", "-c", "core.fsmonitor=false", *arguments],

@@ -1,5 +1,5 @@
-"""What `tui-trainer show` knows of one run, read from the live run or from its recording, and its
-text of a dozen lines."""
+"""Summarizes one run for `tui-trainer show`, from the live run or from its recording, and writes
+the summary as a dozen lines of text."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class SummaryCurve:
     steps: tuple[int, ...] = ()
     """The first step of each bucket."""
     low: tuple[float | None, ...] = ()
-    """None where only values that are not finite were measured."""
+    """Lowest value of each bucket; None where no measured value is finite."""
     high: tuple[float | None, ...] = ()
     last: float | None = None
 
@@ -69,9 +69,9 @@ class LoggedValue:
 
     step: int
     value: float | None
-    """None where it is not finite, or beyond float32."""
+    """None for a value that is not finite, or beyond float32."""
     text: str | None = None
-    """Then `nan`, `inf`, `-inf` or the reason."""
+    """If `value` is None: `nan`, `inf`, `-inf` or the reason why there is no value."""
 
 
 @dataclass(frozen=True)
@@ -98,14 +98,14 @@ class OptimizerSummary:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What is known of a run now. Numbers that are not finite are None."""
+    """The present state of a run. Numbers that are not finite are None."""
 
     run: RunOverview
     loss_curve: SummaryCurve = SummaryCurve()
-    """Losses of the first optimizer, and so is the curve of the norm."""
+    """Losses at the steps of the first optimizer, as in `grad_norm_curve`."""
     grad_norm_curve: SummaryCurve = SummaryCurve()
     grad_norm_preclip: float | None = None
-    """Norm of the last step of any optimizer; so are the loss, the rate and the times."""
+    """Norm at the last step of any optimizer, as are the loss, the learning rate and the times."""
     learning_rate: float | None = None
     optimizers: tuple[OptimizerSummary, ...] = ()
     """The optimizers that have stepped, in the order of their first step."""
@@ -118,19 +118,20 @@ class RunSummary:
     """Number of elements of all trainable parameters."""
     viewers: tuple[str, ...] = ()
     recording: str = ""
-    """What is wrong with recording to disk; "" while nothing is."""
+    """Problem with recording to disk; "" for none."""
     findings: tuple[Finding, ...] = ()
-    """What the rules found, worst first, effects after their cause."""
+    """Findings of the rules, worst first, effects after their cause."""
     events: tuple[Event, ...] = ()
     """The newest events and changes of settings, oldest first."""
     ranks: tuple[RankSummary, ...] = ()
-    """The processes of a run with several."""
+    """The processes of a run that trains in several."""
     logged: dict[str, LoggedValue] = field(default_factory=dict)
     """The newest value of each name of `tui_trainer.log`."""
 
 
 def summarize_run(run: RunEntry) -> RunSummary:
-    """Ask a live run; read the recording of one that has ended or does not answer."""
+    """The summary of a run: from the run itself while it is live, otherwise, or if it does not
+    answer, from its recording."""
     if not run.live:
         return summarize_recording(run)
     try:
@@ -144,7 +145,7 @@ def summarize_run(run: RunEntry) -> RunSummary:
 
 
 def summarize_recording(run: RunEntry) -> RunSummary:
-    """From the run's recording, or from its status file where that cannot be read."""
+    """The summary from a run's recording, or from its status file if that cannot be read."""
     overview = overview_of(run)
     try:
         replay = ReplaySession(run.directory)
@@ -178,7 +179,7 @@ def summarize_recording(run: RunEntry) -> RunSummary:
 
 
 def summarize_live(run: RunEntry, client: RunClient) -> RunSummary:
-    """Poll a live run for everything new. Raises RunError."""
+    """The summary of a live run, after a poll for everything new. Raises RunError."""
     while client.poll().more:
         pass
     snapshot = client.snapshot
@@ -216,7 +217,8 @@ def _summary(
 
 
 def _overview(run: RunEntry, info: RunInfo, status: Status, loss: float | None) -> RunOverview:
-    """Replaces older values of the status file by those that the run itself reports."""
+    """The overview of a run, with values that the run itself reports in place of those of its
+    status file, which may be older."""
     found = overview_of(run)
     state: EntryState = found.state
     if status.state == "paused":
@@ -242,7 +244,8 @@ def _overview(run: RunEntry, info: RunInfo, status: Status, loss: float | None) 
 
 
 def _last_of(history: History, name: str, step: int) -> SeriesReader | None:
-    """The table of that name, of any optimizer, that has the last row until `step`."""
+    """Of the tables called `name`, one for each optimizer, that with the newest row up to
+    `step`."""
     rows = [
         (found[0], n)
         for n, t in history.tables.items()
@@ -252,7 +255,7 @@ def _last_of(history: History, name: str, step: int) -> SeriesReader | None:
 
 
 def _loss_at(history: History, step: int) -> float | None:
-    """The loss of the last step until `step`."""
+    """The loss of the newest step up to `step`."""
     table = _last_of(history, schema.STEP, step)
     return None if table is None else table.value_at("loss", step)
 
@@ -348,8 +351,8 @@ def _attention(info: RunInfo, history: History, step: int) -> tuple[LayerSummary
 
 
 def _shown_events(events: Sequence[Event], count: int) -> tuple[Event, ...]:
-    """The newest `count` events, and as many changes of settings even where they are older. How
-    often things are measured is left to the log."""
+    """The newest `count` events, and as many changes of settings even where they are older.
+    Notices about cadences are left to the log."""
     events = [each for each in events if not (isinstance(each, Notice) and each.kind == "cadence")]
     edits = [each for each in events if isinstance(each, Notice) and each.kind == "edit"]
     newest = events[-count:]
@@ -492,7 +495,7 @@ def _values(summary: RunSummary, bars: str) -> list[tuple[str, str, str]]:
 
 
 def _optimizer_row(optimizer: OptimizerSummary) -> tuple[str, str, str]:
-    """Its name, loss, and the other values of its last step."""
+    """Name and loss of an optimizer, and the other values of its last step."""
     values = (("grad norm", optimizer.grad_norm_preclip), ("lr", optimizer.learning_rate))
     parts = [f"{name} {number(value, 0)}" for name, value in values if value is not None]
     loss = number(optimizer.loss, 0) if optimizer.loss is not None else MISSING

@@ -228,7 +228,7 @@ def load_app() -> Callable[..., int]:
     """Import the app and return its `run_app`.
 
     The garbage collector is off until the first paint: imports leave hardly any garbage, and
-    looking for it takes an eighth of the time.
+    collections take an eighth of the time.
     """
     gc.disable()
     from tui_trainer.ui.app import run_app
@@ -271,8 +271,8 @@ def _run_next_command() -> None:
 def _run_catching_crash(run: Callable[[], int]) -> str:
     """Run the app and return the traceback of its crash; "" when it left in order.
 
-    Textual prints the traceback to stderr once the terminal is restored. It goes to a file instead,
-    because a screen full of our source code does not help a user who is training.
+    Textual prints the traceback to stderr once the terminal is restored. Here it goes to a file: a
+    screen full of our source code does not help a user who is training.
     """
     printed = io.StringIO()
     try:
@@ -310,7 +310,7 @@ class ExitState:
     hint: str = ""
     pid: int = 0
     refused: bool = False
-    """As `Status.refused`."""
+    """See `Status.refused`."""
     exit_status: int | None = None
     """Exit status of the run process; None while it is running."""
 

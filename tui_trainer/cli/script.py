@@ -38,7 +38,7 @@ class Script:
         return self.target.rpartition(".")[2] if self.module else _path(self.target).stem
 
     def check(self) -> None:
-        """Raise UsageError if it does not exist. Errors in its code are reported by the run."""
+        """Raise UsageError if there is no such program. The run reports errors in its code."""
         if self.module:
             _check_module(self.target)
         else:
@@ -93,7 +93,8 @@ def _flags(options: type[Any]) -> dict[str, bool]:
 
 
 def _not_ours(token: str, rest: Sequence[str], flags: Sequence[str], command: str) -> UsageError:
-    """An unknown option before the script: a misspelt one of ours, or one of the script."""
+    """The error for an unknown option before the script: a misspelt option of ours, or an option of
+    the script."""
     flag, _, given = token.partition("=")
     similar = difflib.get_close_matches(flag, flags, n=1, cutoff=0.75)
     if similar:
@@ -160,7 +161,7 @@ _ANY_PROGRAM = {"torchrun": "--no-python", "accelerate": "--no_python", "deepspe
 """Launchers, and their option to start any program instead of a Python script."""
 _MODULE_OPTIONS = ("-m", "--module")
 _NO_LOCAL_RANK = "--no_local_rank"
-"""Of deepspeed, which otherwise puts `--local_rank=N` right after the program, into our own
+"""Option of deepspeed, which otherwise puts `--local_rank=N` right after the program, into our own
 arguments."""
 _TORCHRUN_MODULES = ("torch.distributed.run", "torch.distributed.launch")
 
@@ -172,7 +173,7 @@ class LauncherCommand:
     script: Script
     command: tuple[str, ...] = ()
     local_rank_option: str = ""
-    """As `RunSpec.local_rank_option`."""
+    """See `RunSpec.local_rank_option`."""
 
 
 def find_launch(script: Script, nproc: int | None) -> LauncherCommand:

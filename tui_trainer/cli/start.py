@@ -186,7 +186,7 @@ def show_lines(spec: RunSpec, kind: Literal["plain", "json"]) -> int:
 
 
 def show_launched_lines(spec: RunSpec, kind: Literal["plain", "json"]) -> int:
-    """The same with several processes: starts their launcher and returns its exit status."""
+    """As `show_lines` for several processes: starts their launcher and returns its exit status."""
     from tui_trainer.runs.launch import run_command
 
     process = subprocess.Popen([*run_command(spec), f"--{kind}"])
@@ -194,7 +194,7 @@ def show_launched_lines(spec: RunSpec, kind: Literal["plain", "json"]) -> int:
         try:
             status = process.wait()
             break
-        except KeyboardInterrupt:  # the launcher has got it too, and ends its processes
+        except KeyboardInterrupt:  # the launcher receives SIGINT too, and ends its processes
             continue
     discard_refused(spec)
     return status if status >= 0 else 128 - status
@@ -261,16 +261,16 @@ def demo_spec(
     chosen: Demo, options: RunOptions, *, cured: bool = False, guided: bool = False, stem: str = ""
 ) -> RunSpec:
     """Create a run of a demo. `guided`: slow enough to be watched, and paused where the fault
-    shows. `stem`: how its name begins; "": as that of the demo. Raises CommandError."""
+    shows. `stem`: beginning of the run's name; by default the demo's. Raises CommandError."""
     script = Script(str(chosen.script), ("--cured",) if cured else ())
-    # Everything is measured at its own rate: the steps are so short that a budget of 1 % would keep
-    # findings from coming before the end.
+    # No budget: the steps are so short that, with a budget of 1 %, measurements would be too rare
+    # for a finding before the end.
     options = replace(options, budget=0.0)
     if chosen.back and guided:
         options = replace(options, snapshots=DEMO_SNAPSHOTS)
     stem = stem or (f"{chosen.name}-cured" if cured else chosen.name)
     spec = prepare(SCRIPT, options, script=script, stem=stem)
-    # Once: after that the learner continues without being stopped again.
+    # Once, so that the learner can then continue without another pause.
     stops = (Breakpoint(1, chosen.breakpoint, once=True),) if guided and not cured else ()
     spec = msgspec.structs.replace(
         spec,
@@ -286,7 +286,8 @@ def demo_spec(
 # ---------------------------------------------------------------- --detach
 
 LISTEN_TIMEOUT_S = 30.0
-"""A run listens before it imports torch, which takes a tenth of this on a slow disk."""
+"""How long a run may take to listen, which it does before it imports torch. On a slow disk it takes
+a tenth of this."""
 
 
 def start_detached(spec: RunSpec) -> int:
@@ -377,7 +378,7 @@ def _print_start(resume_point: ResumePoint) -> None:
 
 
 def _print_schedule_note(before: Mapping[str, Scalar], now: Mapping[str, Scalar]) -> None:
-    """A learning rate that decays towards the end depends on where the end is."""
+    """Print a note if the length has changed and the learning rate depends on it."""
     schedule = now.get("schedule")
     moved = any(before.get(name) != now.get(name) for name in _LENGTH)
     if moved and schedule != "constant":

@@ -1,4 +1,4 @@
-"""What this terminal can show, and how it is restored after the app."""
+"""Determines what this terminal can show, and restores the terminal after the app."""
 
 from __future__ import annotations
 
@@ -85,7 +85,8 @@ def _reset_modes() -> None:
 
 
 def _discard_output() -> None:
-    """Writing to a terminal that is gone would raise while the run has yet to be ended."""
+    """Send output to the null device: writing to a terminal that is gone would raise before the run
+    has been ended."""
     with contextlib.suppress(OSError):
         null = os.open(os.devnull, os.O_WRONLY)
         for descriptor in (1, 2):
@@ -112,11 +113,11 @@ class ScreenCheck:
 
     kind: Literal["screen", "plain", "json"]
     note: str = ""
-    """Why the app is not shown where a user would expect it."""
+    """Why the app is not shown although a user may expect it."""
 
 
 def screen_for(options: RunOptions) -> ScreenCheck:
-    """What the options ask for, or else what the terminal can show."""
+    """The kind of display that the options ask for, or else what the terminal can show."""
     if options.json:
         return ScreenCheck("json")
     if options.plain or not _is_terminal(sys.stdout):

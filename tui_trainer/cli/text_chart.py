@@ -10,8 +10,8 @@ from dataclasses import dataclass
 X_TICKS = 6
 MIN_WIDTH = 30
 LOG_FROM = 50.0
-"""Times the median of the lowest curve, from which a largest value makes the axis logarithmic: on a
-linear one that curve would be a straight line at the bottom."""
+"""The axis is logarithmic if the largest value is more than this many times the median of the
+lowest curve, which would be a straight line at the bottom of a linear axis."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ def _points(curve: TextCurve) -> tuple[list[int], list[float], list[int]]:
         if interrupted:
             gaps.append(len(xs))
             interrupted = False
-        # From the end that is nearer to the point before, so that the line does not go back.
+        # The end that is nearer to the previous point comes first, so that the line does not go
+        # back.
         ends = [low] if low == high else [low, high]
         if ys and abs(ends[-1] - ys[-1]) < abs(ends[0] - ys[-1]):
             ends.reverse()

@@ -1,5 +1,5 @@
 """`tui-trainer autograd RUN`: the autograd graph of a live run's loss, as text or a picture;
-`tui-trainer gradcheck RUN`: a gradient of it, checked against numerical ones."""
+`tui-trainer gradcheck RUN`: a gradient of the loss, checked against numerical ones."""
 
 from __future__ import annotations
 
@@ -144,8 +144,8 @@ def autograd(
 
 
 def ask_for_rerun(client: RunClient, request: InspectionRequest) -> Inspected:
-    """A running run keeps its batch from the first request on: ask again after a step. Raises
-    RunError."""
+    """The answer to a request that repeats the forward pass. A running run keeps its batch only
+    from the first request on, so the request is repeated after a step. Raises RunError."""
     return inspect_running(client, request, _waits_for_batch)
 
 

@@ -93,7 +93,7 @@ def _size(text: str) -> int:
 
 
 def _one_back(status: Status) -> int:
-    """The step before, or from within a step the end of the last one."""
+    """The default target: the previous step, or within a step the end of the last one."""
     return status.step if status.within_step else status.step - 1
 
 
@@ -104,7 +104,7 @@ def _caught_up(client: RunClient) -> Status:
 
 
 def _wait(client: RunClient, step: int) -> Status:
-    """Until the run is paused there. Raises CommandError where it stays where it is."""
+    """Wait until the run is paused at `step`. Raises CommandError if it does not go back."""
     while True:
         update = client.poll()
         status = update.status

@@ -79,7 +79,7 @@ def _start(run: RunEntry, to: int | None, asked: Branch) -> tuple[int, str]:
     with RunClient.connect(run, "tui-trainer branch", read_only=False) as client:
         while client.poll().more:
             pass
-        if to is not None:  # nothing is refused once the run has been rewound
+        if to is not None:  # checked first: no change may be refused once the run is rewound
             check = msgspec.structs.replace(asked, only_check=True)
             _accepted(run, client.command_in_control(check))
             _accepted(run, client.command_in_control(Back(to, confirmed=True)))

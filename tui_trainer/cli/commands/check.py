@@ -36,7 +36,7 @@ class FindingsCollector:
         self.found: dict[int, int] = {}
         """The step at which each finding was first reported, by number."""
         self.faults: list[str] = []
-        """Faults of ours, for which something was not measured or judged."""
+        """Internal faults, because of which something was not measured or checked."""
         self.end = Status()
 
     def take(self, items: Sequence[Item], status: Status) -> None:
@@ -67,8 +67,8 @@ def check_script(script: Script, options: CheckOptions) -> int:
 def check_task(
     task: TaskDefinition, preset: str | None, overrides: dict[str, Scalar], options: CheckOptions
 ) -> int:
-    """As `check_script`. Schedules stay those of a whole training. Raises ConfigurationError and
-    CommandError."""
+    """Check a task as `check_script` checks a script. Schedules are those of a whole training.
+    Raises ConfigurationError and CommandError."""
     configuration = to_flat(resolve(task, preset, overrides))
 
     def spec_in(wanted: RunOptions) -> RunSpec:

@@ -64,8 +64,8 @@ Rank = Annotated[
 def run_and_changes(
     given: Sequence[str], required: bool = False
 ) -> tuple[str | None, list[str], tuple[SettingChange, ...]]:
-    """The run that is named, if any, and the changes of settings such as `lr=3e-4`, as given and
-    parsed. Raises UsageError, also where none is given although they are `required`."""
+    """(name of the run, changes as given, parsed changes) from arguments such as `RUN lr=3e-4`.
+    Raises UsageError, also if changes are `required` and none is given."""
     changes = [each for each in given if "=" in each]
     names = [each for each in given if "=" not in each]
     if len(names) > 1:
@@ -80,8 +80,8 @@ def run_and_changes(
 def inspect_running(
     client: RunClient, request: InspectionRequest, waits: Callable[[Inspected], bool]
 ) -> Inspected:
-    """The answer to a request for something that a running run keeps from the first request on:
-    while the answer `waits` for that, the request is repeated. Raises RunError."""
+    """The answer to a request for something that a running run keeps only from the first request
+    on: the request is repeated while `waits(answer)`, at most ATTEMPTS times. Raises RunError."""
     for _ in range(ATTEMPTS):
         answer = client.inspect(request)
         if not waits(answer) or client.poll(0).status.state != "running":

@@ -31,7 +31,7 @@ from tui_trainer.runs.registry import resolve
 
 MARKERS = "*o+x#@%&"
 MAX_CELL_WIDTH = 32
-"""Options that are longer, such as a command, have a line for each run below the table."""
+"""Longer options, such as a command, are listed below the table, with a line for each run."""
 CHART_BUCKETS = 70
 CHART_WIDTH, CHART_HEIGHT = 78, 12
 

@@ -325,7 +325,7 @@ def _parse(given: tuple[str, ...], undo: bool) -> tuple[str | None, Action | Non
 
 
 def _settings(client: RunClient, run: RunEntry) -> SettingList:
-    """Raises CommandError."""
+    """Read the present settings. Raises CommandError."""
     answer = client.inspect(ReadSettings())
     if not isinstance(answer.result, SettingList):
         raise CommandError(f"{run.name}: {answer.message}", answer.hint)

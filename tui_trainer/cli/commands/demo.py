@@ -31,7 +31,7 @@ from tui_trainer.runs.registry import resolve
 WIDTH = 92
 TIMEOUT_S = 600.0
 SCREENS = {"dashboard": "1", "attention": "2", "parameters": "3", "log": "5", "findings": "8"}
-"""Key of each screen that a demo names."""
+"""Key that opens each screen that a demo names."""
 
 
 def demo(
@@ -46,7 +46,7 @@ def demo(
     against: Annotated[
         str | None,
         Parameter(
-            help="train what RUN, a run of this demo, did not, then show both curves",
+            help="train the counterpart of RUN, a run of this demo, then show both curves",
             metavar="RUN",
             negative=(),
             show_default=False,
@@ -109,7 +109,7 @@ def _object(chosen: Demo) -> dict[str, Any]:
 
 
 def _show(chosen: Demo, cured: bool, options: RunOptions) -> int:
-    """Open the screen to watch; the run pauses where it goes wrong."""
+    """Open the screen to watch; the run pauses where the training goes wrong."""
     from tui_trainer.cli.screen import show_run
 
     options = replace(options, paused=not cured)
@@ -129,8 +129,8 @@ def _show(chosen: Demo, cured: bool, options: RunOptions) -> int:
 def _train_both(
     chosen: Demo, against: str | None, runs_dir: Path | None, plain: bool, json: bool, ascii: bool
 ) -> int:
-    """Train with and without the fault, side by side; then compare. `against`: a run that is one
-    of the two."""
+    """Train with and without the fault at the same time, then compare the two. `against`: a run
+    that is one of the two already."""
     options = RunOptions(plain=True, runs_dir=runs_dir)
     if against is None:
         notify(f"{chosen.name}: training with and without the fault; this takes a few seconds")
@@ -154,7 +154,7 @@ def _train_both(
 
 
 def _with_the_other(chosen: Demo, against: str, options: RunOptions) -> list[RunSpec]:
-    """The run `against` and one that makes the other choice, the fault first. Raises
+    """The run `against` and a new run of its counterpart, the one with the fault first. Raises
     CommandError."""
     with cli_errors():
         entry = resolve(against, options.runs_dir)
@@ -176,7 +176,7 @@ def _with_the_other(chosen: Demo, against: str, options: RunOptions) -> list[Run
 
 
 def _run_to_end(specs: list[RunSpec]) -> None:
-    """All at once, each in a process of its own. Raises CommandError."""
+    """Train all of `specs` at once, each in its own process. Raises CommandError."""
     processes = [
         subprocess.Popen(
             [*run_command(spec), "--plain"],

@@ -1,6 +1,6 @@
 """`tui-trainer doctor`: checks versions, device, terminal, permissions and disk.
 
-Nothing here imports torch, which is examined in a process of its own.
+Nothing here imports torch, which is examined in another process.
 """
 
 from __future__ import annotations

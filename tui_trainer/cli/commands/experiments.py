@@ -1,4 +1,4 @@
-"""`what-if`, `lr-finder` and `landscape`: experiments with a live run, which restore it."""
+"""`what-if`, `lr-finder` and `landscape`: experiments with a live run, which is then restored."""
 
 from __future__ import annotations
 
@@ -139,7 +139,8 @@ def _experiment(
 
 
 def _announce(name: str, cost: ExperimentCost, yes: bool) -> None:
-    """Print what the experiment costs. Raises UsageError if it costs much and is not confirmed."""
+    """Print the cost of an experiment. Raises CommandError if the cost is large and the user does
+    not confirm it."""
     text = f"{name} makes {cost_text(cost)}"
     if not cost.large or yes:
         print(text, file=sys.stderr, flush=True)
@@ -149,8 +150,8 @@ def _announce(name: str, cost: ExperimentCost, yes: bool) -> None:
         raise CommandError("nothing was done")
 
 
-def _places(curve: Curve, x_name: str) -> list[int]:
-    """Where the points are: steps at their numbers, others at their rows in the table."""
+def _chart_positions(curve: Curve, x_name: str) -> list[int]:
+    """Positions of the points on the x axis: step numbers, or else indices of the points."""
     if x_name == "step":
         return [int(x) for x in curve.x]
     return list(range(len(curve.x)))
@@ -158,7 +159,9 @@ def _places(curve: Curve, x_name: str) -> list[int]:
 
 def _lines(result: ExperimentResult) -> list[str]:
     curves = [
-        TextCurve(_places(curve, result.x_name), list(curve.loss), list(curve.loss), marker)
+        TextCurve(
+            _chart_positions(curve, result.x_name), list(curve.loss), list(curve.loss), marker
+        )
         for curve, marker in zip(result.curves, MARKERS, strict=False)
     ]
     names = [f"loss: {curve.name}" for curve in result.curves]

@@ -54,7 +54,7 @@ def explain(
 
 
 def described(rule: type[Rule]) -> dict[str, Any]:
-    """A rule for `--json`; `next` as in its findings."""
+    """A rule as an object for `--json`; `next` is named as in the findings."""
     return {
         "rule": rule.name,
         "level": rule.level,
@@ -73,7 +73,7 @@ def described(rule: type[Rule]) -> dict[str, Any]:
 
 
 def explanation(rule: type[Rule]) -> str:
-    """What a rule tests and what to do about it, as text."""
+    """The explanation of a rule, with its advice and thresholds, as text."""
     parts = [
         f"{rule.name} ({rule.level}): {rule.title}",
         _paragraph("", rule.explanation),

@@ -33,7 +33,7 @@ from tui_trainer.protocol.formatting import short
 
 CHART_WIDTH, CHART_HEIGHT = 78, 12
 CHART_STEPS = 5
-"""Later ones of a rate that is too large would flatten the others."""
+"""Steps on the chart: later steps of a rate that is too large would flatten the other curves."""
 MARKERS = "so+"
 NAMES = ", ".join(example.name for example in EXAMPLES)
 
@@ -212,7 +212,7 @@ def _node_lines(found: ScalarGraph, autograd: TorchGradients | None, h: float) -
 
 
 def _ten_digits(value: float | None) -> str:
-    """Enough digits that the error of a numerical gradient is seen."""
+    """`value` with enough digits to show the error of a numerical gradient."""
     return short(None) if value is None else f"{value:.10g}"
 
 

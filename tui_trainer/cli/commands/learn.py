@@ -106,7 +106,8 @@ def learn(
 
 
 def _try(page: Page | None) -> int:
-    """Run the command that a page proposes, and become the page again."""
+    """Run the command that a page proposes, then replace this process by one that shows the
+    page."""
     command = command_to_try(page) if page is not None else ()
     if page is None or not command:
         name = "the list" if page is None else page.name
@@ -114,7 +115,7 @@ def _try(page: Page | None) -> int:
     if why := why_no_screen():
         raise UsageError("--try needs a terminal", why)
     program = [sys.executable, "-P", "-m", "tui_trainer"]
-    # Ctrl+c is for the command alone. A handler, because an ignored signal would be inherited.
+    # Ctrl+C is for the command alone. A handler, since the command would inherit an ignored signal.
     before = signal.signal(signal.SIGINT, lambda *_: None)
     try:
         subprocess.run([*program, *command], check=False)

@@ -53,7 +53,7 @@ def logs(
 
 
 class LogCopier:
-    """Copies the output of a run to stdout, and remembers how far."""
+    """Copies the output of a run to stdout, from where the last copy ended."""
 
     def __init__(self, run: RunEntry) -> None:
         self._run = run
@@ -78,8 +78,7 @@ class LogCopier:
 
 
 def _log_of(run: RunEntry) -> Path | None:
-    """The log file, or the output from before it was opened, which may say why the run did not
-    start."""
+    """The log file, or else the boot log, which may say why the run did not start."""
     for name in (LOG_FILE, BOOT_LOG):
         path = run.directory / name
         if path.is_file() and path.stat().st_size:

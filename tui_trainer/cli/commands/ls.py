@@ -61,7 +61,8 @@ def ls(
 
 
 class RunOverview(msgspec.Struct, frozen=True, kw_only=True):
-    """A run as `ls --json` prints it. The names are documented in docs/runs.md and stay."""
+    """A run as `ls --json` prints it. The names are documented in docs/runs.md and do not
+    change."""
 
     name: str
     state: EntryState
@@ -119,8 +120,8 @@ def overview_of(run: RunEntry) -> RunOverview:
 
 
 def table(runs: list[RunEntry], now: float) -> Table:
-    """One line for each run under a line of headings, with numbers aligned to the right. The runs
-    that continue another one are below it, indented."""
+    """One line for each run under a line of headings, with numbers aligned to the right. Runs that
+    continue another run are indented below it."""
     found = new_table(HEADINGS, right=NUMBERS)
     for depth, run in as_tree(runs):
         name, state, *rest = _cells(run, now)

@@ -1,7 +1,7 @@
-"""`tui-trainer relay [RUN]`: the far end of an ssh connection.
+"""`tui-trainer relay [RUN]`: the remote end of an ssh connection.
 
-It greets with one line, then copies bytes between its standard streams and the run's socket without
-decoding them. When either side ends, so does it.
+The relay greets with one line, then copies bytes between its standard streams and the run's socket
+without decoding them. It exits when either side closes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LaunchFlag = Annotated[
     Parameter(help="connect a rank of this launch to its run, once it listens", show=False),
 ]
 LAUNCH_S = 50.0
-"""How long rank 0 of a launch may take to create its run. Less than ranks look for it."""
+"""How long rank 0 of a launch may take to create its run; less than `rank_client.FIND_S`."""
 SILENT_S = 180.0
 """A viewer that has sent nothing for this long has disconnected, even if sshd has not noticed.
 Viewers poll every few seconds at least, and reconnect when they wake up."""
@@ -59,8 +59,8 @@ def relay(run: RunName = None, *, launch: LaunchFlag = None, runs_dir: RunsDir =
 
 
 def _relay_rank(launch: str, runs_dir: Path | None) -> int:
-    """Connect a training process on another machine to the run of its launch, which it may have to
-    wait for, and which it may be connected to in silence for days. Raises RunError."""
+    """Connect a training process on another machine to the run of its launch, once that run
+    listens. The connection may be silent for days. Raises RunError."""
     deadline = time.monotonic() + LAUNCH_S
     while True:
         directory = find_run(launch, runs_dir)
@@ -112,7 +112,7 @@ def _greet(greeting: RelayGreeting) -> None:
 def _read_line() -> str:
     line = b""
     while not line.endswith(b"\n"):
-        part = os.read(0, 1)  # not one byte of what follows the line may be taken
+        part = os.read(0, 1)  # no byte after the end of the line may be consumed
         if not part or len(line) > LONGEST_ANSWER:
             raise EOFError
         line += part

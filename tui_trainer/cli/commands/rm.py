@@ -24,7 +24,7 @@ from tui_trainer.runs.security import answers
 
 HEADINGS = ("RUN", "STATE", "STEP", "TIME", "SIZE", "DIRECTORY")
 EXIT_TIMEOUT_S, POLL_EVERY_S = 20.0, 0.1
-"""An ended run stays a few seconds for its viewers, or for a slow disk or reader."""
+"""An ended run waits a few seconds for its viewers, or for a slow disk or reader."""
 
 
 def rm(
@@ -60,7 +60,7 @@ def rm(
 
 
 def _check(run: RunEntry) -> None:
-    """Raise CommandError unless this is certainly a run and certainly over."""
+    """Raise CommandError unless `run` certainly is a run and certainly has ended."""
     try:
         read_spec(run.directory)
     except (OSError, ValueError) as error:

@@ -82,7 +82,7 @@ def _follow(run: RunEntry, console: Console) -> None:
 
 
 def as_json(summary: RunSummary) -> str:
-    """One object. The names are documented in docs/runs.md and stay as they are."""
+    """One object. Its names are documented in docs/runs.md and do not change."""
     fields: dict[str, Any] = msgspec.to_builtins(summary.run)
     fields |= {name: getattr(summary, name) for name in RunSummary.__dataclass_fields__}
     del fields["run"]
