@@ -1,5 +1,6 @@
 """Inputs and outputs of the modules of a model in the current step, found by re-running its forward
-pass. A tensor is read when its module has returned, and not kept: a later module may write into it.
+pass. A tensor is read as soon as its module is called or has returned: a later module may write
+into it.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from tui_trainer.trace.tracer import Tracer
 
 MAX_LISTED = 20_000
 MAX_OF_ONE = 8
-"""Number of inputs or outputs that are listed of one module."""
+"""Most inputs, and most outputs, that are listed for one module."""
 WHOLE = "model"
-"""Name of the model itself where it has none."""
+"""Name of the root module where it has no other."""
 T = TypeVar("T")
 
 
@@ -52,8 +53,8 @@ def list_activations(tracer: Tracer, capture: StepCapture) -> TensorList:
 def with_activation(
     tracer: Tracer, capture: StepCapture, ref: TensorRef, use: Callable[[torch.Tensor], T]
 ) -> tuple[T, str]:
-    """`use(tensor)` of an input or output of a module at its first call, and a note. Raises
-    InspectionError where there is none."""
+    """(`use(tensor)`, note) for an input or output of a module at its first call. Raises
+    InspectionError where there is no such tensor."""
     names = _names(tracer, capture)
     wanted = {key for key, name in names.items() if name == ref.name}
     if not wanted:

@@ -1,7 +1,7 @@
 """The autograd graph of the current step's loss, walked from the loss to its leaves.
 
-If the forward pass can be re-run, loss and backward are re-run too: which module called an
-operation, what it saves and which gradient flows through each edge are known only while they run.
+If the forward pass can be re-run, loss and backward are re-run too: only while they run can it be
+observed which module calls an operation, what it saves and which gradient flows through each edge.
 Otherwise the graph of the step's own loss is read, without touching its saved tensors.
 """
 
@@ -33,16 +33,17 @@ from tui_trainer.trace.torch_private import (
 from tui_trainer.trace.tracer import Tracer
 
 MAX_NODES = 50_000
-"""Nodes of one answer: about 5 MB of a message."""
+"""Most nodes in one answer, a message of about 5 MB."""
 MAX_WAITING, MAX_WAITING_BYTES = 256, 64 << 20
-"""Number of gradients whose norms are computed at once."""
+"""Number and bytes of gradients whose norms are computed at once."""
 OUTSIDE = GraphModule("")
 LIVE_NOTE = "the graph of the loss itself, without gradients and saved bytes: "
 """Begins the note of a graph that is not of a re-run; the reason follows."""
 
 
 def describe_graph(tracer: Tracer, catalog: TensorCatalog, capture: StepCapture) -> AutogradGraph:
-    """Raises InspectionError where there is neither a re-run nor a live loss."""
+    """Describe the graph of a re-run, or else that of the live loss. Raises InspectionError if
+    neither is possible."""
     live = _live_loss(tracer, capture)
     try:
         return _of_rerun(tracer, catalog, capture)
@@ -88,7 +89,8 @@ def _of_rerun(tracer: Tracer, catalog: TensorCatalog, capture: StepCapture) -> A
 
 
 def _of_live(catalog: TensorCatalog, loss: torch.Tensor, why: str) -> AutogradGraph:
-    """Operations belong to the module of a parameter that they use directly."""
+    """Describe the graph of the live loss; operations belong to the module of a parameter that they
+    use directly."""
     walk = _Walk(loss.grad_fn, _leaf_names(catalog))
     paths: dict[str, int] = {"": 0}
 
@@ -108,7 +110,7 @@ def _of_live(catalog: TensorCatalog, loss: torch.Tensor, why: str) -> AutogradGr
 
 
 def _inputs_of_view(node: Any) -> list[Any]:
-    """A linear layer uses the transpose of its weight."""
+    """The inputs of a transpose or cast, through which layers use their weights."""
     if node is not None and node_name(node) in ("T", "Transpose", "ToCopy"):
         return [each for each, _ in node.next_functions]
     return []
@@ -120,7 +122,7 @@ def _leaf_names(catalog: TensorCatalog) -> dict[int, str]:
 
 @contextlib.contextmanager
 def _packing() -> Iterator[list[bool]]:
-    """A list that is not empty once saved tensors are packed by hooks: reading them would run the
+    """Yield a list that is not empty once hooks pack saved tensors. Reading those would run the
     hooks, which compute a checkpointed part again."""
     hooks = torch.autograd.graph.saved_tensors_hooks
     seen: list[bool] = []
@@ -138,13 +140,13 @@ def _packing() -> Iterator[list[bool]]:
 
 
 class _ModuleRanges:
-    """The module that is being called at each sequence number: nodes are numbered as they are
-    created."""
+    """The innermost open module call at each sequence number; nodes are numbered in the order of
+    their creation."""
 
     def __init__(self) -> None:
         self._starts: list[int] = [0]
         self._current: list[int] = [0]
-        """Module from each start on."""
+        """Number of the module from each start on."""
         self._stack: list[int] = [0]
         self._modules: list[torch.nn.Module] = []
         self._numbers: dict[int, int] = {}
@@ -178,7 +180,7 @@ class _ModuleRanges:
 
 
 class _Walk:
-    """The nodes below the node of a loss, each once, found without recursion."""
+    """The nodes of the graph of a loss, each once, found without recursion."""
 
     def __init__(self, root: Any, names: dict[int, str]) -> None:
         self._names = names
@@ -212,8 +214,8 @@ class _Walk:
     # ------------------------------------------------------------ what is saved
 
     def count_saved(self, held: Sequence[torch.Tensor]) -> dict[str, tuple[int, int]]:
-        """Count the bytes that each node saves; returns number and bytes of distinct storages by
-        device. `held`: tensors that exist without the graph too."""
+        """Count the bytes that each node saves; returns device → (number, bytes) of distinct
+        storages. `held`: tensors that exist without the graph, which do not count."""
         known = {_storage_of(each)[0] for each in held if each.layout == torch.strided}
         distinct: dict[tuple[str, int], int] = {}
         attributes: dict[type, list[str]] = {}
@@ -249,7 +251,7 @@ class _Walk:
     # ------------------------------------------------------------ gradients
 
     def measure_gradients(self, loss: torch.Tensor) -> None:
-        """Run backward without adding to any `.grad`, and compute the norms on its way."""
+        """Run backward without adding to any `.grad`, and compute the norms of all gradients."""
         norms = _Norms()
         single = [count == 1 for count in self._users()]
 
@@ -287,7 +289,7 @@ class _Walk:
                 flows.setdefault(number, {})[place] = value
                 before = self._index.get(self._nodes[number].next_functions[place][0])
                 if before is not None and single[before] and math.isnan(self._arrived[before]):
-                    self._arrived[before] = value  # it has come through this edge alone
+                    self._arrived[before] = value  # `before` has no other incoming gradient
         for number, node in enumerate(self._nodes):
             own = flows.get(number, {})
             self._flows[number] = tuple(
@@ -348,7 +350,7 @@ def _storage_of(tensor: torch.Tensor) -> tuple[tuple[str, int], int]:
 
 
 def _result(node: Any) -> tuple[tuple[int, ...], Any]:
-    """Shape and type of what a node computed."""
+    """(shape, dtype) of a node's result; ((), "") if unknown."""
     try:
         return result_of(node)
     except (AttributeError, IndexError, TypeError, RuntimeError):
@@ -356,12 +358,12 @@ def _result(node: Any) -> tuple[tuple[int, ...], Any]:
 
 
 InputIndex = tuple[int, int]
-"""(node, which of its inputs); −1: what arrives at the node."""
+"""(node, index of an input); index −1: the gradient that arrives at the node."""
 
 
 class _Norms:
-    """The 2-norms of many tensors, computed in batches of bounded size: a call of a function costs
-    more than the norm of a small tensor."""
+    """Computes 2-norms of many tensors in batches of bounded size: a function call costs more than
+    the norm of a small tensor."""
 
     def __init__(self) -> None:
         self._waiting: dict[
@@ -390,7 +392,7 @@ class _Norms:
         self._bytes = self._count = 0
 
     def values(self) -> Iterator[tuple[InputIndex, float]]:
-        """All of them on the host, in one copy per device."""
+        """All norms on the host, with one copy per device."""
         self._take()
         by_device: dict[torch.device, list[tuple[torch.Tensor, InputIndex]]] = {}
         for norm, place in self._found:

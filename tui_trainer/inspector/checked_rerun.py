@@ -1,9 +1,9 @@
 """Runs a forward pass again with every operation checked, to name the one that made nan or inf.
 
-A value that is not finite is seen when backward begins, or before the optimizer uses a gradient
-that is not finite. The weights are still those of the step then, so that the same batch and random
-numbers give the same values again. Only on the CPU, where such values are seen in time; what a
-re-run leaves as it was is described in `rerun`.
+A loss that is not finite is noticed when backward begins, and such a gradient before the optimizer
+uses it. The weights are still those of the step then, so that the same batch and random numbers
+give the same values again. This works only on the CPU, where such values are noticed in time.
+`rerun` describes what a re-run restores.
 """
 
 from __future__ import annotations
@@ -33,32 +33,32 @@ from tui_trainer.trace.torch_private import (
 from tui_trainer.trace.tracer import Tracer
 
 MAX_CALLS = 8
-"""Calls of models that are kept between two backward passes."""
+"""Most calls of models that are kept between two backward passes."""
 MAX_NODES = 20_000
-"""Nodes of a graph that are watched."""
+"""Most nodes of a graph that are watched."""
 MASKING = frozenset(
     ("masked_fill", "where", "full", "full_like", "new_full", "fill", "setitem", "triu", "tril")
 )
-"""Operations that are given infinite values on purpose."""
+"""Operations that scripts use to make infinite values on purpose."""
 OWN_PACKAGE = __name__.partition(".")[0]
 OWN_FRAMES = ("_place", "_operation", "_origin", "_follow", "__torch_function__")
-"""Functions of this file that an operation passes through."""
+"""Functions of this file that are on the stack while an operation is examined."""
 
 
 @dataclass(frozen=True)
 class TorchCall:
-    """An operation of the forward pass, and where it was called."""
+    """An operation of the forward pass, and the place from which it was called."""
 
     name: str
     place: str
-    """`file.py:12` in the user's own code; "" where only torch's code calls it."""
+    """`file.py:12` in the user's own code; "" where only PyTorch's code calls it."""
     module: str
     """Path of the innermost module; "" for the root."""
     kind: str
-    """Its class."""
+    """Class of that module."""
 
     def producer(self, name: str = "") -> Producer:
-        """`name`: of the operation of backward that belongs to it."""
+        """This operation as a producer; `name`: that of its operation in backward."""
         return Producer(
             "module" if self.module and not name else "operation",
             self.module,
@@ -77,10 +77,10 @@ class CheckedOperations(TorchFunctionMode):
         super().__init__()
         self._paths = {module: path for path, module in model.named_modules()}
         self._modules: list[torch.nn.Module] = []
-        """Modules whose forward is open."""
+        """Modules whose forward is running."""
         self._origins: dict[int, tuple[torch.Tensor, TorchCall | Literal["outside", "mask"]]] = {}
-        """id → a tensor that is not finite and what made it so. The tensors are kept, so that no
-        other has the same id."""
+        """id → (tensor that is not finite, what made it so). The tensors are kept, so that no other
+        tensor gets the same id."""
         self._nodes: dict[Any, TorchCall] = {}
 
     def __torch_function__(
@@ -134,7 +134,8 @@ class CheckedOperations(TorchFunctionMode):
     # ------------------------------------------------------------ results
 
     def origin_of(self, output: Any) -> TorchCall | None:
-        """What made the output of the model not finite."""
+        """The operation that made the output of the model not finite; None if it is finite or was
+        made so elsewhere."""
         for tensor in outputs_of(output):
             entry = self._origins.get(id(tensor))
             if entry is not None:
@@ -151,8 +152,8 @@ class CheckedOperations(TorchFunctionMode):
     def operation_of_backward(
         self, roots: Sequence[torch.Tensor], model: torch.nn.Module
     ) -> tuple[TorchCall, str] | None:
-        """(operation, its name in backward) where the gradients of `roots` stop being finite, in
-        the order of backward; None where they do not."""
+        """(operation, its name in backward) at which the gradients of `roots` stop being finite;
+        None if they stay finite."""
         found: list[tuple[TorchCall | None, str]] = []
         handles = []
         for node, operation in self._with_operations(roots):
@@ -179,7 +180,7 @@ class CheckedOperations(TorchFunctionMode):
     def _with_operations(
         self, roots: Sequence[torch.Tensor]
     ) -> Iterator[tuple[Any, TorchCall | None]]:
-        """Every node of the graph, with the call in the forward that it belongs to."""
+        """(node, call in the forward pass that it belongs to) for every node of the graph."""
         waiting: list[tuple[Any, TorchCall | None]] = [(each.grad_fn, None) for each in roots]
         seen = {node for node, _ in waiting}
         for node, after in waiting:  # grows
@@ -199,7 +200,7 @@ def _name_of(function: Any) -> str:
 
 
 def _place() -> str:
-    """The line of the user's code that is running."""
+    """`file.py:12`: the line of the user's code that is running; "" for none."""
     for frame in script_frames():
         module = str(frame.f_globals.get("__name__", ""))
         if module == __name__ and frame.f_code.co_name in OWN_FRAMES:
@@ -217,7 +218,7 @@ def _is_wrong(tensor: torch.Tensor) -> bool:
 
 
 def _is_mask(tensor: torch.Tensor) -> bool:
-    """Whether what is not finite in it is -inf, as in a mask that is added to scores."""
+    """Whether all values that are not finite are -inf, as in a mask that is added to scores."""
     return not bool((torch.isnan(tensor) | torch.isposinf(tensor)).any())
 
 
@@ -225,19 +226,19 @@ def _any_wrong(tensors: Sequence[Any]) -> bool:
     return any(isinstance(each, torch.Tensor) and _is_wrong(each) for each in tensors)
 
 
-# ---------------------------------------------------------------- in the course of a training
+# ---------------------------------------------------------------- during a training
 
 
 class SeenCall(NamedTuple):
-    """A call of a model for training, as it is kept at every step: what a `ModelCall` is made
-    from."""
+    """A call of a model for training, kept at every step: the values from which `model_call` makes
+    a `ModelCall`."""
 
     module: weakref.ref[torch.nn.Module]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     versions: list[int]
     random: torch.Tensor
-    """The state of torch's generator before it."""
+    """The state of PyTorch's generator before the call."""
     autocast: bool
     dtype: torch.dtype
     training: bool
@@ -259,13 +260,13 @@ class SeenCall(NamedTuple):
 
 
 class CheckedRerun:
-    """Keeps what the last calls of the models were given until it is known that nothing was wrong.
+    """Keeps the arguments of the models' last calls until loss and gradients have proved finite.
 
-    Used on the training thread. A re-run costs a forward pass, for backward two.
+    Used on the training thread. A re-run takes a forward pass, and a backward pass for gradients.
     """
 
     def __init__(self, tracer: Tracer, reruns: int) -> None:
-        """`reruns`: the most in a run."""
+        """`reruns`: the most re-runs in a run."""
         self._tracer = weakref.ref(tracer)
         self._left = reruns
         self._calls: list[SeenCall] = []
@@ -275,7 +276,7 @@ class CheckedRerun:
     def forward_began(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Nothing is copied but the state of torch's generator."""
+        """Keep the arguments of a call. Only the state of PyTorch's generator is copied."""
         if self._complete or len(self._calls) >= MAX_CALLS:
             self._calls, self._complete = [], False
         if not self._left:
@@ -297,17 +298,17 @@ class CheckedRerun:
         )
 
     def backward_began(self) -> None:
-        """The calls so far belong to this backward; the next one starts over."""
+        """Note that the calls so far belong to this backward; the next call starts over."""
         self._complete = True
 
     def stepped(self) -> None:
-        """The weights are about to change."""
+        """Forget the calls: the weights are about to change."""
         if self._calls:
             self._calls, self._complete = [], False
 
     def origin_of_loss(self) -> Producer | None:
-        """The operation in the forward that made the loss not finite; None where that was not in
-        it."""
+        """The operation of the forward pass that made the loss not finite; None if none of it
+        did."""
         for call in self._taken():
             with contextlib.suppress(Exception), self._checked(call, False) as (model, checks):
                 origin = checks.origin_of(call_again(model, call))
@@ -316,8 +317,8 @@ class CheckedRerun:
         return None
 
     def origin_of_gradients(self) -> Producer | None:
-        """The operation whose backward made the gradients not finite. The gradient of each output
-        of the model is assumed to be 1: which values are multiplied by it is what matters."""
+        """The operation whose backward made the gradients not finite. Backward starts with a
+        gradient of 1 for each output of the model, since only the factors after it matter."""
         for call in reversed(self._taken()):
             with contextlib.suppress(Exception), self._checked(call, True) as (model, checks):
                 outputs = [t for t in outputs_of(call_again(model, call)) if t.grad_fn is not None]

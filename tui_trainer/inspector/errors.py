@@ -1,4 +1,4 @@
-"""The error of every inspection that is not possible."""
+"""The error raised when an inspection is not possible."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Checks a gradient of autograd against finite differences of the loss. Uses the batch and the
-random numbers of the current step, in float64 where the parameters fit into memory twice: the
-modules get copies of their parameters, of which one entry is changed.
+"""Checks a gradient of autograd against finite differences of the loss, with the batch and the
+random numbers of the current step. The modules get copies of their parameters, in float64 if these
+fit into the memory limit, and one entry of a copy is changed at a time.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from tui_trainer.trace.tracer import Tracer
 STEPS = tuple(10.0**-k for k in range(1, 10))
 """Step sizes in float64."""
 COARSE_STEPS = tuple(10.0**-k for k in range(1, 6))
-"""Step sizes below float64, where smaller ones are rounded away."""
+"""Step sizes in narrower types, in which smaller steps are rounded away."""
 MAX_BYTES = 1 << 30
-"""Bytes of the copies in float64, unless the request allows more."""
+"""Memory limit of the copies in float64, unless the request sets another one."""
 MAX_S = 30.0
 """Time after which no further entry is checked."""
 ROUNDINGS = 10
@@ -52,7 +52,7 @@ numbers."""
 def check_gradient(
     tracer: Tracer, catalog: TensorCatalog, capture: StepCapture, request: CheckGradient
 ) -> GradientCheck:
-    """Raises InspectionError where it is not possible."""
+    """Check entries of the gradient of one parameter. Raises InspectionError."""
     parameter = catalog.parameter(request.name)
     call = capture.current()
     stepped = not tracer.gate.within_step
@@ -166,11 +166,11 @@ def _checked(
     """Change one entry by each h, in both directions."""
     autograd = float(gradient[index])
     with torch.no_grad():
-        place = target.detach()  # our copy; no version is counted that a graph would check
+        place = target.detach()  # a copy; autograd does not check the version of `target` here
         value = float(place[index])
 
         def loss_at(moved: float) -> tuple[float, float]:
-            """(the value as its type holds it, the loss there)"""
+            """(value as rounded to the dtype, loss with that value)"""
             place[index] = moved
             loss = evaluate(model, call, wide)
             return float(place[index]), math.nan if loss is None else float(loss)
@@ -196,9 +196,9 @@ def relative_error(a: float, b: float) -> float:
 
 
 def steadiest(steps: list[GradientStep], spacing: float) -> int:
-    """The h whose central difference is probably the best: the change from the next larger h, which
-    shows the curvature, and the rounding of the losses (`spacing` of numbers there) are smallest
-    together. The gradient of autograd does not influence it."""
+    """Index of the h whose central difference is probably the best: the one for which the change
+    from the next larger h, which shows the curvature, plus the rounding error of the losses
+    (`spacing` of numbers near them) is smallest. The gradient of autograd is not used."""
     errors = [
         (abs(after.central - before.central) + ROUNDINGS * spacing / after.h, number)
         for number, (before, after) in enumerate(pairwise(steps), 1)
@@ -210,7 +210,7 @@ def steadiest(steps: list[GradientStep], spacing: float) -> int:
 def _gradients_of_step(
     tracer: Tracer, parameter: torch.Tensor, entries: list[CheckedEntry]
 ) -> tuple[float, ...]:
-    """What `.grad` holds for these entries, without a loss scale."""
+    """The values in `.grad` of these entries, divided by the loss scale."""
     gradient = parameter.grad
     if gradient is None or gradient.is_sparse:
         return ()

@@ -1,4 +1,4 @@
-"""A window of a tensor, reduced to the cells of a heat map where the tensor is."""
+"""Reduces a window of a tensor to the cells of a heat map, on the tensor's device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tui_trainer.protocol.heat_map import MAX_CELLS, HeatMap, HeatMapWindow, Red
 def heat_map(tensor: torch.Tensor, window: HeatMapWindow) -> HeatMap:
     """Reduce a window of a readable tensor. Raises InspectionError for an impossible window.
 
-    Memory: float32 cells, and one part of `part_elements` at a time.
+    Needs memory for the cells, and for one part of `part_elements` elements at a time.
     """
     if not (window.rows > 0 and window.columns > 0 and window.rows * window.columns <= MAX_CELLS):
         raise InspectionError(f"a heat map has from 1 to {MAX_CELLS:,} cells")
@@ -47,7 +47,7 @@ def heat_map(tensor: torch.Tensor, window: HeatMapWindow) -> HeatMap:
 
 
 def _range(first: int, last: int | None, size: int) -> tuple[int, int]:
-    """A range within `size`, of at least one element if there is any."""
+    """The range clipped to `size`, with at least one element if there is any."""
     first = min(max(first, 0), max(size - 1, 0))
     return first, size if last is None else min(max(last, first + 1), size)
 
@@ -68,8 +68,8 @@ def _in_lines(
 
 
 class _MatrixPart:
-    """A part of a tensor as a matrix, the first dimension by all others. Of a tensor whose strides
-    allow no such view only the slices that are asked for are copied."""
+    """A part of a tensor as a matrix, the first dimension by all others. If the strides of the
+    tensor allow no such view, only the requested slices are copied."""
 
     def __init__(
         self, tensor: torch.Tensor, rows: tuple[int, int], columns: tuple[int, int]
@@ -98,11 +98,11 @@ def _reduce_blocks(
     """(R, C) → float32 (⌈R / block_rows⌉, ⌈C / block_columns⌉)."""
     rows, columns, device = matrix.rows, matrix.columns, matrix.tensor.device
     shape = (-(-rows // block_rows), -(-columns // block_columns))
-    # Accumulated in float64 where the device has it: mps does not.
+    # Accumulated in float64, which mps does not have.
     wide = torch.float32 if device.type == "mps" else torch.float64
     out = torch.zeros(shape, dtype=wide, device=device)
     limit = part_elements(matrix.tensor)
-    # Whole blocks across, as many as fit; then whole blocks down, or some rows of one block.
+    # As many whole blocks across as fit; then whole blocks down, or some rows of one block.
     across = max(1, limit // block_columns) * block_columns
     for left in range(0, columns, across):
         right = min(left + across, columns)
@@ -132,8 +132,8 @@ def _add(
     block_columns: int,
     reduction: Reduction,
 ) -> None:
-    """Add a part that begins at (top, left) to the blocks that it belongs to: its rows are of one
-    block, or begin with one."""
+    """Add a part that begins at (top, left) to its blocks. Its rows lie within one block, or begin
+    where a block begins."""
     values = as_real(part)
     if reduction != "mean":
         values = values.abs()
@@ -154,7 +154,7 @@ def _add(
 
 
 def _pieces(length: int, block: int, begun: int) -> list[tuple[int, int, int]]:
-    """(first, length, block) of the whole blocks, and of the rest that is one smaller block."""
+    """(first, length, block) of the whole blocks, and of the rest, which is a smaller block."""
     if begun or length < block:
         return [(0, length, length)]
     whole = length // block * block

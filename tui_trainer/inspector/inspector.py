@@ -55,8 +55,8 @@ PART_BYTES = 4 << 20
 
 
 class Inspector:
-    """Answers requests about the tensors of a traced training. It only reads: no random number is
-    drawn, no graph is recorded, and no tensor is written."""
+    """Answers requests about the tensors of a traced training. Only reads: draws no random number,
+    records no graph, and writes no tensor."""
 
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = weakref.ref(tracer)
@@ -65,13 +65,14 @@ class Inspector:
         tracer.gate.hooks.leaving = self._leaving
         self.capture = StepCapture(tracer)
         self.tokens: Sequence[str] = ()
-        """Texts of the model's tokens, by number; empty where they are not known."""
+        """Texts of the model's tokens, by number; empty if unknown."""
         self.classes: Sequence[str] = ()
         """Names of the classes that the model predicts, by number."""
 
     def answer(self, request: InspectionRequest) -> InspectionResult | TensorCopy:
-        """Raises InspectionError, or whatever torch raises on an unusual tensor."""
-        # With the first request: most runs get none, and their first step need not wait.
+        """Carry out a request. Raises InspectionError, or whatever PyTorch raises for an unusual
+        tensor."""
+        # Imported with the first request: most runs get none, and need not wait for the imports.
         from tui_trainer.inspector.activations import list_activations, with_activation
         from tui_trainer.inspector.attention.examine import examine_attention
         from tui_trainer.inspector.autograd_graph import describe_graph
@@ -123,7 +124,7 @@ class Inspector:
                     raise InspectionError("this run does not support experiments")
 
     def _leaving(self, phase: Phase, step: int) -> None:
-        """The run continues from a boundary, to pause within the step."""
+        """Called when the run continues from a boundary, to pause again within the step."""
         tracer = self._tracer()
         if tracer is not None and (self._phases is not None or tracer.gate.pauses_next):
             self._phase_readings(tracer).read()
@@ -136,7 +137,8 @@ class Inspector:
         return self._phases
 
     def _use(self, tracer: Tracer, catalog: TensorCatalog) -> ParameterUse:
-        """With what the graph of the step's loss holds and reaches, where that can be computed."""
+        """The use of all parameters, with the tensors saved in the loss's graph and the parameters
+        that the graph does not reach, if the graph can be computed."""
         from tui_trainer.inspector.autograd_graph import LIVE_NOTE, describe_graph
         from tui_trainer.inspector.parameter_groups import parameter_use
 
@@ -158,7 +160,8 @@ class Inspector:
         return structs.replace(use, memory=(*use.memory, *saved), unused=tuple(unused[:MAX_NAMES]))
 
     def _explain(self, tracer: Tracer, request: ExplainUpdate) -> UpdateExplanation:
-        """From the first request on, the steps of the latest requested parameter are observed."""
+        """Explain an update. From the first request on, the optimizer's steps are observed for the
+        latest requested parameter."""
         if (
             self._watch is None
             or self._watch.request != request
@@ -191,7 +194,7 @@ def _noted(info: TensorInfo, note: str) -> TensorInfo:
 
 
 class TensorCopy:
-    """The bytes of a tensor on the host, for as long as a viewer fetches them."""
+    """The bytes of a tensor on the host, kept while a viewer fetches them."""
 
     def __init__(self, ref: TensorRef, found: torch.Tensor, note: str = "") -> None:
         tensor = readable(found)

@@ -1,9 +1,9 @@
-"""Records every call of torch between the return of the model and `backward`, so that any loss can
-be computed again. `loss_replay` does without it for the usual losses.
+"""Records every call of PyTorch between the return of the model and `backward`, so that any loss
+can be computed again. `loss_replay` does not need this for the usual losses.
 
-A `TorchFunctionMode` sees the calls, in steps that may be asked about. It is put below every mode
-of the script's own, so that theirs end as they began. What has no gradient (targets from the model
-itself, masks, detached tensors) is kept as it was in the step.
+A `TorchFunctionMode` sees the calls, in steps for which a request is likely. It lies below all
+modes of the script, so that those are left in the order in which they were entered. Tensors without
+a gradient (targets from the model itself, masks, detached tensors) keep their values of the step.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from tui_trainer.trace.torch_private import (
 )
 
 MAX_CALLS = 2_000
-"""Calls of a loss that are recorded."""
+"""Most calls that are recorded for a loss."""
 READING = frozenset(("item", "tolist", "numpy", "__float__", "__int__", "__bool__", "__index__"))
-"""What takes numbers out of tensors: those are kept as they were."""
+"""Functions that read numbers from tensors; a replay uses the numbers of the step."""
 NARROWING: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.Tensor.float: torch.Tensor.double,
     torch.Tensor.half: torch.Tensor.double,
@@ -68,20 +68,20 @@ class Constant:
 
 @dataclass
 class RecordedCall:
-    """One call of torch."""
+    """One call of a PyTorch function."""
 
     function: Callable[..., Any]
     leaves: list[Any]
-    """Its arguments, flattened, with a Slot, ParameterName or Constant for each tensor."""
+    """The flattened arguments, with a Slot, ParameterName or Constant for each tensor."""
     spec: TreeSpec
     gradients: bool
     autocast: tuple[str, bool, torch.dtype]
     results: list[int]
-    """The slots of the tensors in its result."""
+    """Slots of the tensors in the result."""
 
     @property
     def arguments(self) -> list[int]:
-        """The slots among its arguments."""
+        """Slots among the arguments."""
         return [leaf.number for leaf in self.leaves if isinstance(leaf, Slot)]
 
     @property
@@ -98,13 +98,13 @@ class LossRecorder(TorchFunctionMode):
         model: torch.nn.Module,
         listening: Callable[[], bool],
     ) -> None:
-        """`listening()`: whether a call is one of the script's, and not one of ours."""
+        """`listening()`: whether calls on the current thread are to be recorded."""
         super().__init__()
         self._listening = listening
         self.missing = ""
         """Why the loss cannot be computed again."""
         self._unknown = ""
-        """Why not, if the loss depends on a certain tensor."""
+        """Why the loss cannot be computed again if it depends on a tensor of unknown origin."""
         self.read = False
         """Whether numbers were taken out of tensors that the model has computed."""
         self.calls: list[RecordedCall] = []
@@ -112,7 +112,7 @@ class LossRecorder(TorchFunctionMode):
         self._names: dict[int, str] | None = None
         self._slots = {id(tensor): number for number, tensor in enumerate(outputs)}
         self._alive = list(outputs)
-        """So that no other tensor gets the identity of one of them."""
+        """The tensors of the slots, kept so that no other tensor gets the same id."""
 
     @classmethod
     def begin(
@@ -121,8 +121,8 @@ class LossRecorder(TorchFunctionMode):
         model: torch.nn.Module,
         listening: Callable[[], bool],
     ) -> LossRecorder | None:
-        """Record from now on; None where a mode of the script's is active, which would end in the
-        wrong order, and with compiled code, which would be compiled again."""
+        """Record from now on. None if a mode of the script is active, which would be left in the
+        wrong order, or if compiled code exists, which would be compiled again."""
         if function_modes() != 0 or compiled_code_exists():
             return None
         recorder = cls(outputs, model, listening)
@@ -130,8 +130,8 @@ class LossRecorder(TorchFunctionMode):
         return recorder
 
     def end(self, loss: torch.Tensor | None) -> int | None:
-        """See no more calls, and let go of all tensors but the constants; returns the slot of the
-        loss, None if it is none of them."""
+        """Stop recording and release all tensors but the constants; returns the slot of the loss,
+        None if it has none."""
         remove_function_mode(self)
         slot = self._slots.get(id(loss)) if loss is not None else None
         if slot is None:
@@ -147,7 +147,7 @@ class LossRecorder(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        # What observes a loss function has been called already, and has called this.
+        # The tracer's wrapper of a loss function has been called already, and has called this.
         function = getattr(function, "observed_function", function)
         named = kwargs or {}
         begun = None
@@ -169,7 +169,8 @@ class LossRecorder(TorchFunctionMode):
     def _begin(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> RecordedCall | None:
-        """None: it does not depend on the model."""
+        """Begin to record a call; None if it does not depend on the model. Raises
+        InspectionError."""
         leaves, spec = tree_flatten((args, dict(kwargs)))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         parameters = [t for t in tensors if t.requires_grad and self._name_of(t) is not None]
@@ -222,14 +223,14 @@ class LossRecorder(TorchFunctionMode):
 
 
 def _called_by_us() -> bool:
-    """Whether what observes the training has called the method of a tensor."""
+    """Whether code of tui-trainer, not of the script, has called the method of a tensor."""
     frame = sys._getframe(3)
     return str(frame.f_globals.get("__name__", "")).startswith("tui_trainer.")
 
 
 def _needed(calls: list[RecordedCall], slot: int) -> list[RecordedCall]:
-    """The calls that `slot` is computed by; all of them where some write into their arguments,
-    which may be views."""
+    """The calls from which `slot` is computed; all calls if some write into their arguments, which
+    may be views."""
     if any(call.in_place for call in calls):
         return calls
     needed, found = {slot}, []
@@ -247,8 +248,8 @@ def replay(
     model: torch.nn.Module,
     wide: bool,
 ) -> torch.Tensor:
-    """What the recorded calls compute in `slot` from other outputs of the model. `wide`: in
-    float64. Raises InspectionError."""
+    """Repeat the recorded calls with other outputs of the model; returns the tensor in `slot`.
+    `wide`: in float64. Raises InspectionError."""
     values = dict(enumerate(outputs))
     parameters = dict(model.named_parameters())
 

@@ -1,8 +1,8 @@
 """Recomputes the loss of a step from the model's output.
 
-It records the calls of torch's loss functions with their targets, and the simple operations between
-the model's output and them, which are read from the autograd graph: views, casts, slices, means.
-Any other loss is recomputed call by call, from what `loss_recording` has recorded.
+Records the calls of PyTorch's loss functions with their targets. Simple operations between the
+model's output and a loss function (views, casts, slices, means) are read from the autograd graph.
+Any other loss is recomputed call by call from the calls recorded by `loss_recording`.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from tui_trainer.trace.torch_private import (
 )
 
 MAX_CHAIN = 32
-"""Operations between an output of the model and a loss function."""
+"""Most operations between an output of the model and a loss function."""
 MAX_NODES = 256
-"""Nodes between the tensor on which backward is called and the loss functions."""
+"""Most nodes between the tensor on which backward is called and the loss functions."""
 MAX_CALLS = 32
 
 OutputKey = tuple[Any, int]
-"""(node of the graph, which of its outputs): identifies a tensor within a graph."""
+"""(node of the graph, index of its output): identifies a tensor within a graph."""
 TensorOperation = Callable[[torch.Tensor], torch.Tensor]
 """An operation on a tensor that can be repeated."""
 
@@ -84,7 +84,7 @@ class Kept:
 
 @dataclass
 class LossCall:
-    """A call of one of torch's loss functions."""
+    """A call of one of PyTorch's loss functions."""
 
     function: Callable[..., Any]
     args: list[Any]
@@ -92,7 +92,7 @@ class LossCall:
     value: torch.Tensor
     autocast: tuple[tuple[str, bool, torch.dtype], ...]
     key: OutputKey | None
-    """None once backward began."""
+    """Identifies the result; None once backward has begun."""
 
     def recompute(self, outputs: Sequence[torch.Tensor], wide: bool) -> torch.Tensor:
         def filled(value: Any) -> Any:
@@ -117,12 +117,12 @@ class _Recorded:
     slot: int
     """Slot of the tensor on which backward was called."""
     scale: float
-    """Loss scale of a GradScaler in that tensor."""
+    """Loss scale of a GradScaler by which that tensor is multiplied."""
     read: bool
 
 
 class LossReplay:
-    """How one step computes its loss, recorded while it does."""
+    """Recomputes the loss of one step, from the calls recorded during the step."""
 
     def __init__(self) -> None:
         self.value: torch.Tensor | None = None
@@ -132,17 +132,17 @@ class LossReplay:
         self._outputs: list[OutputKey] = []
         self._calls: list[LossCall] = []
         self._direct: Derived | None = None
-        """The loss is an output of the model, or computed from one alone."""
+        """The loss, if it is an output of the model or computed from one output alone."""
         self._terms: list[LossCall] = []
         self._others = False
-        """Whether the loss has terms that none of these calls computed."""
+        """Whether the loss has terms that no recorded loss function computed."""
         self._recorded: _Recorded | None = None
-        """Used where the others do not give the whole loss."""
+        """Used if `_direct` and `_terms` do not give the whole loss."""
 
-    # ------------------------------------------------------------ learning
+    # ------------------------------------------------------------ recording
 
     def forward_ended(self, result: Any) -> None:
-        """The model returned this."""
+        """Note the outputs of the model."""
         self._outputs = [_key(tensor) for tensor in outputs_of(result)]
 
     def called(
@@ -152,7 +152,7 @@ class LossReplay:
         kwargs: Mapping[str, Any],
         result: torch.Tensor,
     ) -> None:
-        """A loss function returned a scalar."""
+        """Note that a loss function was called and returned a scalar."""
         if len(self._calls) >= MAX_CALLS or result.grad_fn is None:
             return
         device = result.device.type
@@ -174,7 +174,7 @@ class LossReplay:
         return self._derived(value)
 
     def _derived(self, tensor: torch.Tensor) -> Derived:
-        """How a tensor was computed from an output. Raises InspectionError."""
+        """The operations by which a tensor was computed from one output. Raises InspectionError."""
         steps: list[TensorOperation] = []
         node, number = _key(tensor)
         for _ in range(MAX_CHAIN):
@@ -194,18 +194,20 @@ class LossReplay:
         )
 
     def backward_began(self, loss: torch.Tensor, value: torch.Tensor) -> None:
-        """Backward is called on `loss`; `value`: it without its graph and scale."""
+        """Find how `loss`, on which backward is called, is computed; `value`: the loss without its
+        graph and loss scale."""
         self.value = value.detach().clone()
         try:
             if loss.grad_fn is not None:
                 self._take(loss)
-        finally:  # a node keeps its graph, and the activations in it
+        finally:  # a node would keep its graph alive, with the activations in it
             self._outputs = []
             for call in self._calls:
                 call.key = None
 
     def recorded(self, recorder: LossRecorder, slot: int | None, loss: torch.Tensor) -> None:
-        """`slot`: of `loss`, on which backward is called. Called after `backward_began`."""
+        """Keep the calls of `recorder` if they are needed; `slot`: that of `loss`. Called after
+        `backward_began`."""
         whole = self._direct is not None or (self._terms and not self._others)
         if whole or self.value is None or loss.dim() != self.value.dim():
             return
@@ -240,13 +242,13 @@ class LossReplay:
             waiting += new
         self._others = self._others or bool(waiting)
 
-    # ------------------------------------------------------------ again
+    # ------------------------------------------------------------ recomputing
 
     def recompute(
         self, output: Any, model: torch.nn.Module, wide: bool = False
     ) -> torch.Tensor | None:
-        """The loss of this output of a re-run of `model`, 0-d; None where it is unknown how it is
-        computed. `wide`: in float64, if the model has computed in it."""
+        """The loss (0-d) for the output of a re-run of `model`; None if its computation is unknown.
+        `wide`: in float64, as the output is."""
         outputs = outputs_of(output)
         if self._recorded is not None:
             loss = replay(self._recorded.calls, outputs, self._recorded.slot, model, wide)
@@ -261,12 +263,13 @@ class LossReplay:
         if factor == 1.0:
             return total
         parts = round(1 / factor)
-        # As scripts that accumulate gradients write it; a product differs in the last place.
+        # Divided, as in scripts that accumulate gradients; a product differs in the last place.
         return total / parts if parts and abs(parts * factor - 1) < 1e-5 else total * factor
 
     @property
     def _factor(self) -> float:
-        """The factor of a single term, as for accumulated gradients."""
+        """The factor by which the script multiplied a single term, as for accumulated
+        gradients."""
         if self.value is None or len(self._terms) != 1 or self._others or self._recorded:
             return 1.0
         before, after = float(self._terms[0].value), float(self.value)
@@ -275,7 +278,7 @@ class LossReplay:
         return after / before
 
     def why_missing(self, returned: bool) -> str:
-        """Why there is no loss of the re-run."""
+        """Why the re-run has no loss. `returned`: whether the model has returned in this step."""
         if not returned:
             return "the model has not been called yet in this step"
         if self.missing:
@@ -308,7 +311,7 @@ class LossReplay:
 
 
 def outputs_of(result: Any) -> list[torch.Tensor]:
-    """The tensors in what a model returned that gradients can flow from."""
+    """The tensors in a model's result through which gradients can flow."""
     found = tensors_of(result) or tensors_in(result)
     if not found and dataclasses.is_dataclass(result) and not isinstance(result, type):
         found = tensors_of(dict(vars(result)))

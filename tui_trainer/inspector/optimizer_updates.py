@@ -2,8 +2,8 @@
 
 Around a step the values of one entry are cloned, which takes about 0.2 ms; those of a whole tensor
 only while the run is paused or stepping. Nothing waits for the device. The observation ends when
-requests stop. The formulas are computed in the order and precision of PyTorch: `w` weight, `g`
-gradient, `η` learning rate, `λ` weight decay, `t` number of the step.
+requests stop. The formulas are computed in the order and precision of PyTorch. Their symbols: `w`
+weight, `g` gradient, `η` learning rate, `λ` weight decay, `t` number of the step.
 """
 
 from __future__ import annotations
@@ -80,12 +80,12 @@ class ExplainedUpdate:
     """The terms of an update, and the weight that it leads to."""
 
     single: bool
-    """Whether it is of a single entry, which is shown with its numbers."""
+    """Whether the update is that of a single entry, which is shown with numbers."""
     terms: list[Term] = field(default_factory=list)
     new: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
     def add(self, name: str, formula: str, values: torch.Tensor, *numbers: object) -> torch.Tensor:
-        """Append a line; `numbers` are its parts, with numbers in place of symbols."""
+        """Append a line; `numbers` are the parts of its formula, with numbers for symbols."""
         shown = "".join(map(self._text, numbers)) if self.single else ""
         self.terms.append(Term(name, formula, values, shown))
         return values
@@ -212,7 +212,7 @@ def formula_of(optimizer: Optimizer) -> Callable[[UpdateInputs, ExplainedUpdate]
     for cls in type(optimizer).__mro__:
         if cls in FORMULAS:
             return FORMULAS[cls]
-        if "step" in vars(cls):  # a subclass with a step of its own
+        if "step" in vars(cls):  # a subclass that overrides `step`
             break
     known = ", ".join(cls.__name__ for cls in FORMULAS)
     raise InspectionError(
@@ -236,8 +236,8 @@ def explain(optimizer: Optimizer, inputs: UpdateInputs, single: bool) -> Explain
 STEPS_OBSERVED = 200
 """Steps without a further request after which the observation ends."""
 MAX_ELEMENTS = 1 << 22
-"""Elements of the largest tensor that is explained as a whole: with the state of Adam five copies
-are held."""
+"""Elements of the largest tensor that is explained as a whole: for Adam, five copies of it are
+held."""
 Optimizer = torch.optim.Optimizer
 
 
@@ -252,10 +252,10 @@ class _Step:
 
 
 class UpdateCapture:
-    """The observation of one parameter, or of one entry. Used on the training thread."""
+    """Observes the updates of one parameter, or of one entry. Used on the training thread."""
 
     def __init__(self, tracer: Tracer, request: ExplainUpdate) -> None:
-        """Raises InspectionError where its update cannot be explained."""
+        """Raises InspectionError where the update cannot be explained."""
         self.request = request
         self._tracer = weakref.ref(tracer)
         self._left = STEPS_OBSERVED
@@ -337,7 +337,7 @@ class UpdateCapture:
         group = _group_of(optimizer, parameter)[1]
         gradient = parameter.grad
         assert gradient is not None
-        own_scale = getattr(optimizer, "grad_scale", None)  # of fused ones, during the step
+        own_scale = getattr(optimizer, "grad_scale", None)  # of fused optimizers during a step
         g = self._cut(gradient)
         if scale != 1.0 or own_scale is not None:
             g = g / (scale if own_scale is None else own_scale.to(g.dtype))
@@ -393,7 +393,7 @@ class UpdateCapture:
 
 
 def _place(tensor: torch.Tensor, index: tuple[int, ...] | None) -> tuple[int, ...] | None:
-    """The index of an entry. Raises InspectionError where there is no such entry."""
+    """Check the index of an entry; None for the whole tensor. Raises InspectionError."""
     if index is None:
         if tensor.numel() > MAX_ELEMENTS:
             raise InspectionError(

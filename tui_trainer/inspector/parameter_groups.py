@@ -20,7 +20,7 @@ from tui_trainer.trace.torch_private import local
 
 
 def parameter_use(run: TracedRun, catalog: TensorCatalog) -> ParameterUse:
-    """The parameter groups, the parameters that are not trained, and the memory."""
+    """The parameter groups, the parameters that are not updated, and the memory of all tensors."""
     parameters = list(catalog.parameters())
     names = {id(parameter): name for name, parameter in parameters}
     groups, held = _groups(run, names)
@@ -90,7 +90,7 @@ def _memory(
 
 
 def scalar_of(value: Any) -> Scalar:
-    """A hyper-parameter as a message can carry it."""
+    """A hyper-parameter as a value that a message can hold."""
     if isinstance(value, torch.Tensor):
         return float(value) if value.numel() == 1 else str(tuple(value.shape))
     if value is None or isinstance(value, (bool, int, float, str)):

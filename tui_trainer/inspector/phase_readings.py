@@ -1,4 +1,4 @@
-"""Statistics of the tensors before a phase, kept to be shown next to those after it."""
+"""Keeps statistics of tensors before a phase, to show them next to those after it."""
 
 from __future__ import annotations
 
@@ -16,36 +16,38 @@ from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.tracer import Tracer
 
 MAX_ENTRIES = 1 << 25
-"""Entries of the tensors that are read when a paused run continues by one phase, which takes about
-0.1 s on one core; those that were inspected come first."""
+"""Most entries that are read when a paused run continues by one phase, which takes about 0.1 s on
+one core. Tensors that were inspected come first."""
 INSPECTED = 8
-"""How many of the tensors that were inspected last are always read."""
+"""Number of last inspected tensors that are always read."""
 
 
 class PhaseReadings:
-    """Reads tensors whenever a paused run continues and will pause again within the step: all of
-    them, up to `MAX_ENTRIES`, if it continues by single phases, otherwise only those that were
-    inspected. Used on the training thread."""
+    """Reads tensors whenever a paused run continues and will pause again within the step.
+
+    If the run continues by single phases, all tensors are read, up to `MAX_ENTRIES`; otherwise only
+    the last inspected ones. Used on the training thread.
+    """
 
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = weakref.ref(tracer)
         self._inspected: deque[TensorRef] = deque(maxlen=INSPECTED)
         self._read: dict[TensorRef, TensorMoments] = {}
         self._whole = False
-        """Whether all tensors were read, so that one that is missing was not there."""
+        """Whether all tensors were read, so that a missing one did not exist."""
         self._at: tuple[int, int, int] | None = None
-        """The boundary of the reading, and how often the training had been rewound by then."""
+        """Boundary of the reading, and number of rewinds of the training before it."""
         self._before = BeforePhase(0, "", None)
         """Step and phase of the reading."""
 
     def inspected(self, ref: TensorRef) -> None:
-        """This tensor will be wanted again."""
+        """Note that `ref` was inspected and will probably be inspected again."""
         if ref in self._inspected:
             self._inspected.remove(ref)
         self._inspected.append(ref)
 
     def read(self) -> None:
-        """Read the tensors as they are at this boundary."""
+        """Read the tensors at the present boundary."""
         tracer = self._tracer()
         if tracer is None:
             return
@@ -83,7 +85,7 @@ class PhaseReadings:
         return found
 
     def before(self, ref: TensorRef) -> BeforePhase | None:
-        """The tensor before the phase that has just ended; None where it was not read."""
+        """Statistics of a tensor before the phase that has just ended; None if it was not read."""
         tracer = self._tracer()
         if tracer is None or self._at is None or not _is_next(tracer.gate, self._at, self._before):
             return None

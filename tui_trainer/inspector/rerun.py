@@ -1,9 +1,10 @@
 """Re-runs the forward pass of the current step with the same batch and random numbers.
+
 `StepCapture` keeps the arguments of the model's last call, only while the run is paused, steps or
 has breakpoints, and for some steps after a request. The re-run happens on the training thread while
-it is paused at a boundary. Afterwards everything is as it was: random generators, buffers and other
-tensors of the modules, their attributes, gradients and the mode of autocast. Nothing is restored by
-writing into a tensor of the model: during the re-run the modules have copies of their buffers.
+it is at a boundary. Afterwards the random generators, the buffers and other tensors of the modules,
+their attributes, gradients and the mode of autocast are restored. No tensor of the model is written
+for this: during the re-run the modules have copies of their buffers.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ from tui_trainer.trace.tracer import Tracer
 STEPS_CAPTURED = 200
 """Calls of the model without a further request after which they are no longer captured."""
 MAX_KEPT_BUFFERS = 4 << 20
-"""Bytes of buffers that are copied before a forward, so that the re-run begins with them."""
+"""Most bytes of buffers that are copied before a forward, so that a re-run begins with them."""
 MAX_COPIED = 1 << 30
-"""Bytes of buffers that are copied for a re-run."""
+"""Most bytes of buffers that are copied for a re-run."""
 MAX_ENTRIES = 10_000
 """Largest list or dictionary in a module's attributes that is restored."""
 CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
@@ -66,8 +67,8 @@ class Autocast:
         return cls(device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
-        """The same autocast, without the cache of casted weights, which an enclosing `autocast` of
-        the script would share."""
+        """A context with this state, without the cache of cast weights, which would be shared with
+        an enclosing `autocast` of the script."""
         return torch.autocast(self.device, self.dtype, self.enabled, cache_enabled=False)
 
 
@@ -82,15 +83,15 @@ class ModelCall:
     versions: list[int]
     """Versions of the tensors in `args` and `kwargs`."""
     random: dict[str, Any]
-    """The states of the random generators before it."""
+    """The states of the random generators before the call."""
     autocast: list[Autocast]
     training: bool
     buffers: Buffers | None
-    """Copies made before it; None where they are too large."""
+    """Copies made before the call; None if they are too large."""
     generators: list[tuple[torch.Generator, torch.Tensor]]
-    """Generators that its modules have as attributes, and their states before it."""
+    """(generator, state before the call) of generators in attributes of the modules."""
     number: int
-    """Which call of a model it is in its step, from 1."""
+    """Number of the call among the model calls of its step, from 1."""
     returned: bool = False
     loss: LossReplay = field(default_factory=LossReplay)
 
@@ -118,12 +119,13 @@ class StepCapture:
         self.live_step = 0
         tracer.observers.forwards = self
         self.checked: CallWatch | None = None
-        """Observes the same, for re-runs of its own."""
+        """Observes the same calls, for checked re-runs."""
         self._recorder: LossRecorder | None = None
-        """Between the return of a model and backward, in steps that will probably be asked for."""
+        """Set between the return of a model and backward, in steps for which a request is
+        likely."""
 
     def request(self) -> None:
-        """Capture the next steps: requests about them are expected."""
+        """Capture the next steps, about which requests are expected."""
         self._left = STEPS_CAPTURED
 
     # ------------------------------------------------------------ observing
@@ -145,7 +147,7 @@ class StepCapture:
             return
         expected = self._left > 0 or gate.armed
         self._left = max(0, self._left - 1)
-        with contextlib.suppress(Exception):  # such as too little memory: it is not captured
+        with contextlib.suppress(Exception):  # for example, too little memory: no capture
             self.call = self._captured(tracer.step, module, args, kwargs, expected)
 
     def _captured(
@@ -156,9 +158,9 @@ class StepCapture:
         kwargs: dict[str, Any],
         expected: bool,
     ) -> ModelCall:
-        """`expected`: a request will probably come. Searching all modules for what their forward
-        may change takes some ms in large models, too much for each step of a run that only has
-        breakpoints."""
+        """Capture a call. `expected`: whether a request is likely, so that buffers and generators
+        are captured too. Searching all modules for them takes some ms in large models, too much for
+        each step of a run that only has breakpoints."""
         before, number = self._calls_in_step
         self._calls_in_step = (step, number + 1 if before == step else 1)
         given = tensors_of((args, kwargs))
@@ -200,7 +202,7 @@ class StepCapture:
         return (recorder, recorder.end(loss)) if recorder is not None else None
 
     def detached(self) -> None:
-        """The tracer observes no more."""
+        """Called when the tracer is detached."""
         self._end_recording(None)
 
     def loss_called(
@@ -236,7 +238,7 @@ class StepCapture:
     # ------------------------------------------------------------ running again
 
     def current(self) -> ModelCall:
-        """The call of the current step. Raises InspectionError where it was not captured."""
+        """The captured call of the current step. Raises InspectionError if there is none."""
         self.request()
         tracer, call = self._tracer(), self.call
         if tracer is None:
@@ -256,7 +258,8 @@ class StepCapture:
         """Re-run the forward pass and, if wanted, the loss of the current step.
 
         The graph may be used until the end of the context. `called` and `returned` observe the
-        calls of the modules, the root's included. Raises InspectionError where it is not possible.
+        calls of all modules, including the root. Raises InspectionError where a re-run is not
+        possible.
         """
         call = self.current()
         with call_context(call, gradients) as model:
@@ -274,7 +277,7 @@ class StepCapture:
 
     @property
     def _stepped(self) -> bool:
-        """Whether the weights have been updated since."""
+        """Whether the weights have been updated since the call."""
         tracer = self._tracer()
         return tracer is not None and not tracer.gate.within_step
 
@@ -284,7 +287,8 @@ class StepCapture:
         return call.loss.notes(loss.detach(), self._stepped)
 
     def notes(self, call: ModelCall, model: torch.nn.Module, hooked: int = 0) -> list[str]:
-        """How a re-run differs from the step. `hooked`: forward hooks of the script, which run."""
+        """Notes on how a re-run differs from the step. `hooked`: number of the script's forward
+        hooks, which run again."""
         notes = []
         if self._stepped:
             notes.append("with the weights as they are now, after the step")
@@ -305,13 +309,12 @@ class Rerun:
     model: torch.nn.Module
     output: Any
     loss: torch.Tensor | None
-    """0-d, with its graph, without the scale of a GradScaler; None: see `notes`."""
+    """0-d, with its graph, without the scale of a GradScaler; None for the reason in `notes`."""
     notes: list[str]
 
     @property
     def same_loss(self) -> bool | None:
-        """Whether the loss is that of the step bit for bit; None where there is nothing to
-        compare."""
+        """Whether the loss equals that of the step bit for bit; None if one of them is unknown."""
         expected = self.call.loss.value
         if self.loss is None or expected is None:
             return None
@@ -319,7 +322,7 @@ class Rerun:
 
 
 def _before_calls(model: torch.nn.Module, called: OnCall) -> None:
-    """Hook into every module, until `_temporary_buffers` gives them back what they had."""
+    """Register a hook on every module; `_temporary_buffers` removes it by restoring attributes."""
 
     def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         called(module, args, kwargs)
@@ -337,9 +340,9 @@ def _after_calls(model: torch.nn.Module, returned: OnReturn) -> None:
 
 
 def evaluate(model: torch.nn.Module, call: ModelCall, wide: bool) -> torch.Tensor | None:
-    """The loss of one more forward pass within `call_context`. It begins with the same buffers and
-    random numbers as the previous one and changes neither. `wide`: the model has been given
-    parameters in float64, and the batch is converted to it."""
+    """The loss of one more forward pass within `call_context`, which begins with the same buffers
+    and random numbers as the previous one and changes neither. `wide`: convert the batch to
+    float64, as the parameters of the model have been."""
     with _temporary_buffers(model, None):
         restore_random_state(call.random)
         for generator, state in call.generators:
@@ -350,8 +353,8 @@ def evaluate(model: torch.nn.Module, call: ModelCall, wide: bool) -> torch.Tenso
 def copy_parameters(
     model: torch.nn.Module, chosen: Sequence[torch.Tensor], wide: bool = False
 ) -> list[torch.nn.Parameter]:
-    """Replace these parameters of the model by copies (`wide`: in float64), which are returned;
-    `call_context` restores the modules' own."""
+    """Replace the `chosen` parameters of the model by copies (`wide`: in float64) and return them;
+    `call_context` restores the originals."""
     copies = []
     for each in chosen:
         held = each.detach().clone()
@@ -386,16 +389,16 @@ def _wide(value: Any) -> Any:
 
 
 def _without_graph(value: Any) -> Any:
-    """An input that was computed from something else, whose graph may already be freed."""
+    """Detach an input that was computed from something else, whose graph may be freed already."""
     computed = isinstance(value, torch.Tensor) and value.grad_fn is not None
     return value.detach() if computed else value
 
 
-# ---------------------------------------------------------------- leaving everything as it was
+# ---------------------------------------------------------------- restoring everything
 
 
 def no_loss(call: ModelCall, loss: torch.Tensor | None) -> InspectionError:
-    """Why the loss of a step cannot be differentiated: `loss` is None, or has no graph."""
+    """The error for a loss that cannot be differentiated: `loss` is None, or has no graph."""
     why = "it has no graph" if loss is not None else call.loss.why_missing(call.returned)
     early = not call.returned or (loss is None and call.loss.value is None)
     hint = "continue to the end of backward: p, or step RUN --phase" if early else ""
@@ -404,8 +407,8 @@ def no_loss(call: ModelCall, loss: torch.Tensor | None) -> InspectionError:
 
 @contextlib.contextmanager
 def call_context(call: ModelCall, gradients: bool = True) -> Iterator[torch.nn.Module]:
-    """Context of a re-run: the model without wrappers that communicate with other processes, in the
-    state in which it was called. Raises InspectionError where it cannot be re-run."""
+    """A context for re-runs. Yields the model without wrappers that communicate with other
+    processes, in the state of the call. Raises InspectionError where it cannot be re-run."""
     wrapped = call.module()
     if wrapped is None:
         raise InspectionError("the model of this step no longer exists")
@@ -443,7 +446,8 @@ def _refuse(model: torch.nn.Module) -> None:
 
 
 def _own_tensors(module: torch.nn.Module) -> Iterator[tuple[dict[str, Any], str, torch.Tensor]]:
-    """(dictionary, name, tensor) of what a forward may write to: buffers, plain attributes."""
+    """(dictionary, name, tensor) of the tensors that a forward may write to: buffers and plain
+    attributes."""
     for held in (own_buffers(module), module.__dict__):
         for name, value in held.items():
             if (
@@ -473,10 +477,10 @@ def _kept_buffers(module: torch.nn.Module) -> Buffers | None:
 
 @contextlib.contextmanager
 def _temporary_buffers(model: torch.nn.Module, kept: Buffers | None) -> Iterator[None]:
-    """Give the modules copies of their buffers, and restore everything that they had.
+    """Give the modules copies of their buffers within the context, and restore the modules after.
 
-    Restored are the attributes of each module, the entries of lists and dictionaries in them, the
-    gradients of parameters and the states of generators; not what lies deeper.
+    Restores the attributes of each module, the entries of lists and dictionaries in them (but no
+    deeper), the gradients of parameters and the states of generators. `kept`: copies to begin with.
     """
     modules = list(model.modules())
     size = sum(tensor.nbytes for module in modules for _, _, tensor in _own_tensors(module))
@@ -515,7 +519,7 @@ def _temporary_buffers(model: torch.nn.Module, kept: Buffers | None) -> Iterator
 
 
 def _restore_content(container: Any, content: Any) -> None:
-    """Restore the content of a container."""
+    """Restore the content of a container, if it has changed."""
     if isinstance(container, dict):
         if list(container) == list(content):
             for key, value in content.items():

@@ -1,6 +1,6 @@
-"""The tensors of a run that can be inspected: found by name, and read in parts of bounded size.
+"""Finds the tensors of a run by name, and reads them in parts of bounded size.
 
-Everything is looked up again for each request, and nothing is kept: a script may replace layers,
+Tensors are looked up anew for each request, and none is kept: a script may replace layers,
 optimizers and gradients at any time.
 """
 
@@ -22,12 +22,12 @@ from tui_trainer.trace.step_measurer import StepMeasurer
 from tui_trainer.trace.torch_private import is_sharded, local, plain_name, unwrapped
 
 MAX_LISTED = 20_000
-"""Tensors in one list: about 2 MB of a message."""
+"""Most tensors in one list, a message of about 2 MB."""
 SHARD = "the shard of this process"
 
 
 class TracedRun(Protocol):
-    """The tracer, on its training thread at a phase boundary."""
+    """The tracer, used on its training thread at a phase boundary."""
 
     registry: OptimizerRegistry
 
@@ -58,7 +58,7 @@ class TensorCatalog:
         return TensorList(tuple(found), left_out)
 
     def find(self, ref: TensorRef) -> torch.Tensor:
-        """The tensor itself. Raises InspectionError where there is none."""
+        """The tensor that `ref` names. Raises InspectionError where there is none."""
         if ref.kind == "buffer":
             buffer = next((each for name, each in self.buffers() if name == ref.name), None)
             if buffer is None:
@@ -90,7 +90,7 @@ class TensorCatalog:
     # ------------------------------------------------------------ looking up
 
     def all_tensors(self) -> Iterator[tuple[TensorRef, torch.Tensor]]:
-        """Each with its reference, in the order of the list."""
+        """(reference, tensor) of all tensors, in the order of `list_tensors`."""
         for name, parameter in self.parameters():
             yield TensorRef(name), parameter
             if parameter.grad is not None:
@@ -101,7 +101,7 @@ class TensorCatalog:
             yield TensorRef(name, "buffer"), buffer
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, parameter), each once: those of the models, then those of optimizers alone."""
+        """(name, parameter), each once: those of the models, then those only in optimizers."""
         registry = self._run.registry
         seen: set[int] = set()
         for root in self._run.roots:
@@ -117,7 +117,7 @@ class TensorCatalog:
                     yield name, parameter
 
     def parameter(self, name: str) -> torch.Tensor:
-        """Raises InspectionError where there is none of this name."""
+        """The parameter called `name`. Raises InspectionError where there is none."""
         found = next((each for known, each in self.parameters() if known == name), None)
         if found is None:
             first = self.first_name(name)
@@ -127,11 +127,12 @@ class TensorCatalog:
         return found
 
     def first_name(self, name: str) -> str:
-        """The name by which a parameter is listed, of one that has several."""
+        """The name under which a parameter with several names is listed."""
         return next((names[0] for names in self.shared() if name in names), name)
 
     def shared(self) -> Iterator[tuple[str, ...]]:
-        """The names of each parameter that a model has under several ones, the first one first."""
+        """The names of each parameter that a model has under several names, the listed one
+        first."""
         found: dict[int, list[str]] = defaultdict(list)
         for root in self._run.roots:
             prefix = self._run.registry.names.prefix_of(root)
@@ -155,14 +156,15 @@ class TensorCatalog:
         return None
 
     def state_of(self, parameter: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        """(key, tensor) of the optimizer state of a parameter, nested ones as `key[0]`."""
+        """(key, tensor) of the optimizer state of a parameter; nested tensors have keys such as
+        `key[0]`."""
         for _, optimizer in self._run.registry.existing():
             # `get`, since a lookup in the defaultdict would add an entry.
             state = optimizer.state.get(parameter)
             if state:
                 yield from tensors_in((str(key), value) for key, value in state.items())
 
-    # ------------------------------------------------------------ reasons
+    # ------------------------------------------------------------ errors
 
     def _unknown(self, name: str) -> InspectionError:
         if not self._run.roots:
@@ -187,7 +189,7 @@ class TensorCatalog:
 
 
 def info_of(ref: TensorRef, tensor: torch.Tensor, note: str = "") -> TensorInfo:
-    """Describe a tensor, of a sharded one the shard."""
+    """Describe a tensor, or the local shard of a sharded one."""
     held = local(tensor)
     notes = [SHARD] if is_sharded(tensor) else []
     notes += [note] if note else []
@@ -202,18 +204,19 @@ def info_of(ref: TensorRef, tensor: torch.Tensor, note: str = "") -> TensorInfo:
 
 
 CPU_ELEMENTS, DEVICE_ELEMENTS = 1 << 20, 1 << 24
-"""Elements that are converted at a time: what fits a cache, and what occupies an accelerator."""
+"""Elements that are converted at a time: few enough for a CPU's cache, enough to keep an
+accelerator busy."""
 
 
 def part_elements(tensor: torch.Tensor) -> int:
-    """How many elements to work on at a time."""
+    """Number of elements to work on at a time."""
     return CPU_ELEMENTS if tensor.device.type == "cpu" else DEVICE_ELEMENTS
 
 
 def readable(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor to read, of a sharded one the shard, without a graph.
+    """The tensor to read, or the local shard of a sharded one, without a graph.
 
-    Raises InspectionError, with the reason, where it has no elements that can be read.
+    Raises InspectionError, with the reason, if it has no elements that can be read.
     """
     tensor = local(tensor).detach()
     if tensor.is_meta:
@@ -230,7 +233,7 @@ def readable(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def as_real(part: torch.Tensor) -> torch.Tensor:
-    """float32 or float64 values; of complex ones the absolute values."""
+    """The values in float32 or float64; absolute values of complex numbers."""
     if part.dtype in (torch.float32, torch.float64):
         return part
     if part.is_complex():
@@ -284,6 +287,7 @@ def evenly_spaced(tensor: torch.Tensor, wanted: int) -> torch.Tensor:
 
 
 def matrix_shape(tensor: torch.Tensor) -> tuple[int, int]:
-    """The first dimension by all others; one dimension is one row."""
+    """(rows, columns) of a tensor as a matrix: the first dimension by all others; a tensor of one
+    dimension is one row."""
     rows = tensor.shape[0] if tensor.dim() > 1 else 1
     return rows, math.prod(tensor.shape[1:]) if tensor.dim() > 1 else tensor.numel()

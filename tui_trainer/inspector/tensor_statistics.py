@@ -1,7 +1,7 @@
-"""Statistics of a tensor, computed where it is, in parts of bounded size.
+"""Statistics of a tensor, computed on its device in parts of bounded size.
 
-Extremes, moments and counts are exact. Quantiles and histograms of a tensor of more than
-`SAMPLED` elements are those of evenly spaced ones. Nothing is random, and nothing is written.
+Extremes, moments and counts are exact. Quantiles and histograms of a tensor of more than `SAMPLED`
+elements are those of evenly spaced elements. Nothing is random, and no tensor is written.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from tui_trainer.protocol.inspection import (
 )
 
 SAMPLED = 1 << 16
-"""At most this many elements are sorted, which takes 2 ms. The rank of a quantile is then off by
-0.2 % at most."""
+"""Most elements that are sorted, which takes 2 ms. The rank of a quantile is then off by at most
+0.2 %."""
 BINS = 64
 QUANTILES = (0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
 
@@ -35,7 +35,7 @@ T = TypeVar("T")
 _Parts = list[tuple[int, torch.Tensor]]
 """(offset in C order, view) of the parts of a tensor."""
 UNDERFLOW = 1e-12
-"""A smaller spread is computed again in float64: squares of its deviations may be 0 in float32."""
+"""Spread below which it is computed again in float64: in float32 squared deviations may be 0."""
 
 
 def statistics_of(tensor: torch.Tensor, entries: int) -> TensorStatistics:
@@ -100,8 +100,8 @@ def _moments_from(parts: _Parts, readings: list[_Reading[float]]) -> TensorMomen
 def _combined(
     parts: _Parts, readings: list[_Reading[float]], entries: int
 ) -> tuple[_Moments, _NonFinite]:
-    """Of all parts of a tensor. Readings that are not finite, or not exact enough, are replaced by
-    those of the finite values, or of float64 ones."""
+    """Combine the readings of all parts of a tensor. Readings that are not finite are replaced by
+    those of the finite values, inexact ones by those in float64."""
     moments, nonfinite = _Moments(), _NonFinite(entries)
     for number, (offset, part) in enumerate(parts):
         reading = readings[number]
@@ -119,14 +119,14 @@ def _combined(
 
 
 def _extremes(readings: Sequence[_Reading[float]]) -> tuple[float, float]:
-    """The lowest and the highest value; nan without any."""
+    """(lowest value, highest value); nan if there is none."""
     known = [each for each in readings if not math.isnan(each.low)]
     low = min((each.low for each in known), default=math.nan)
     return low, max((each.high for each in known), default=math.nan)
 
 
 class _Reading(NamedTuple, Generic[T]):
-    """Moments of the finite values of one part; nan without any."""
+    """Moments of the finite values of one part; nan if there are none."""
 
     low: T
     high: T
@@ -157,7 +157,7 @@ def _on_host(readings: list[_Reading[torch.Tensor]]) -> list[_Reading[float]]:
 
 
 class _Moments:
-    """Mean and sum of squared deviations, put together part by part (Chan et al. 1979)."""
+    """Mean and sum of squared deviations, combined part by part (Chan et al. 1979)."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -185,13 +185,13 @@ class _Moments:
 
 
 class _NonFinite:
-    """Counts elements that are not finite, and keeps the first ones."""
+    """Counts elements that are not finite, and keeps the first `entries` of them."""
 
     def __init__(self, entries: int) -> None:
         self.entries = entries
         self.nan = self.positive_inf = self.negative_inf = 0
         self.first: list[tuple[float, int]] = []
-        """(value, place)"""
+        """(value, position in C order)"""
         self.parts: set[int] = set()
         """Indices of the parts that have any."""
 
@@ -212,9 +212,9 @@ class _NonFinite:
 
 class _Sample(NamedTuple):
     values: Floats
-    """The finite ones, sorted."""
+    """The finite elements of the sample, sorted."""
     taken: int
-    """Number of elements, including those that are not finite."""
+    """Number of elements in the sample, including those that are not finite."""
 
 
 def _sample(tensor: torch.Tensor) -> _Sample:
@@ -269,7 +269,8 @@ class _ExtremesSearch:
     wanted: int
 
     def run(self, largest: bool) -> list[tuple[float, int]]:
-        """(value, position), the most extreme first. Only parts that may have one are searched."""
+        """(value, position), the most extreme first. Only parts that may contain one are
+        searched."""
         sign = 1.0 if largest else -1.0
         reached = {
             number: sign * (reading.high if largest else reading.low)

@@ -36,8 +36,8 @@ from tui_trainer.trace.gate import Gate, Refusal
 from tui_trainer.trace.tracer import Tracer
 
 WAIT_S, PAUSED_WAIT_S = 0.3, 5.0
-"""How long a viewer's command waits for the end of the current step before it is answered; where
-the training is paused there, the change is made at once."""
+"""How long a viewer's command waits for the change at the end of the current step before it is
+answered: while the training runs, and while it is paused between steps."""
 MAX_LISTED_GROUPS = 8
 """Parameter groups whose settings are listed one by one."""
 CLIP_FUNCTIONS = {"norm": "clip_grad_norm_", "value": "clip_grad_value_"}
@@ -58,7 +58,7 @@ class EditableTask:
 
 @dataclass(frozen=True)
 class PlannedEdit:
-    """A change that is possible and not made yet."""
+    """A valid change that has not been made yet."""
 
     text: str
     """`lr 0.001 → 0.0003`"""
@@ -76,13 +76,13 @@ class AppliedEdit:
 
 @dataclass(frozen=True)
 class SettingEdit:
-    """Changes made at the end of step `step`; `changes` None: the latest ones were undone."""
+    """Changes made at the end of step `step`; `changes` is None if the latest ones were undone."""
 
     step: int
     changes: tuple[SettingChange, ...] | None
     who: str = ""
     undoable: AppliedEdit | None = None
-    """Undoes it."""
+    """The change, to be undone; None for an undo."""
 
     @property
     def text(self) -> str:
@@ -93,7 +93,7 @@ class SettingEdit:
 
 @dataclass
 class EditState:
-    """The state of all changes, apart from what optimizers hold."""
+    """The log of all changes, and those that can be undone."""
 
     log: list[SettingEdit] = field(default_factory=list)
     undoable: list[AppliedEdit] = field(default_factory=list)
@@ -113,14 +113,15 @@ class LiveEdits:
         self.check: Callable[[], None] | None = None
         """Set to a function that raises Refusal where no setting may be changed now."""
         self._edited_before = False
-        """Whether the run that this one continues was changed."""
+        """Whether the run that this one continues had changes of settings."""
         self._waiting: list[tuple[str, Future[Any]]] = []
-        """Changes that are made at the end of the step in progress. Replaced, never modified."""
+        """(text, future) of the changes to be made at the end of the step in progress. Replaced,
+        never modified."""
 
     # ------------------------------------------------------------ any thread
 
     def change(self, changes: Sequence[SettingChange], who: str = "") -> str:
-        """Make changes at the end of the current step; returns a text about it. Raises Refusal."""
+        """Make changes at the end of the current step; returns a message. Raises Refusal."""
         if self.check is not None:
             self.check()
         self.require_possible(changes)
@@ -134,7 +135,7 @@ class LiveEdits:
             self.plan(change)
 
     def undo(self, who: str = "") -> str:
-        """Undo the latest change, or withdraw it where it has not been made yet. Raises Refusal."""
+        """Undo the latest change, or withdraw it if it has not been made yet. Raises Refusal."""
         if self.check is not None:
             self.check()
         for text, future in reversed(self._waiting):
@@ -145,7 +146,8 @@ class LiveEdits:
         return self._at_boundary(lambda: self.apply(SettingEdit(0, None, who)), "undo")
 
     def _at_boundary(self, work: Callable[[], str], text: str) -> str:
-        """Raises Refusal, also where `work` does so in time."""
+        """Call `work` at the end of the current step; returns its message if it ends soon. Raises
+        Refusal, also when `work` does so in time."""
         gate = self._gate
         between = gate.mode == "paused" and gate.phase == "step"
         future = gate.call_soon(work)
@@ -159,7 +161,7 @@ class LiveEdits:
             raise Refusal("the training has ended") from None
 
     def _waited(self, future: Future[Any]) -> None:
-        """A change that was announced to the viewer has been made, refused or withdrawn."""
+        """Called once a change that was announced to the viewer was made, refused or withdrawn."""
         self._waiting = [each for each in self._waiting if each[1] is not future]
         if future.cancelled():
             return
@@ -173,8 +175,8 @@ class LiveEdits:
     # ------------------------------------------------------------ training thread
 
     def apply(self, entry: SettingEdit, silent: bool = False) -> str:
-        """Make a change, or undo one, at the end of the step that is completed. If it raises
-        Refusal, nothing has changed. `silent`: it is repeated and already recorded."""
+        """Make a change, or undo one, after the last completed step. Raises Refusal, and then
+        changes nothing. `silent`: the change is repeated and already recorded."""
         step = self._gate.completed
         if self.check is not None and not silent:
             self.check()
@@ -209,7 +211,7 @@ class LiveEdits:
         return made
 
     def plan(self, change: SettingChange) -> PlannedEdit:
-        """Raises Refusal where the change is not possible. Reads only."""
+        """Prepare a change without making it. Raises Refusal where it is not possible."""
         match change.name:
             case "freeze" | "unfreeze":
                 return self._plan_trainable(str(change.value), change.name == "unfreeze")
@@ -292,12 +294,12 @@ class LiveEdits:
         return PlannedEdit(text, apply)
 
     def _set_scheduled(self, schedule: Schedule) -> None:
-        """Show the rate of the next step at once: the loop sets it when that begins."""
+        """Set the rate of the next step now, to show it; the loop sets it when the step begins."""
         for _, optimizer in self._tracer.registry.existing():
             schedule.set(optimizer, self._gate.completed)
 
     def _chosen(self, change: SettingChange, key: str) -> list[int]:
-        """Numbers of the groups that a change is for."""
+        """Numbers of the groups that a change applies to. Raises Refusal."""
         groups = self._groups()
         if not groups:
             raise Refusal("no optimizer is known yet", "once the first step is made")
@@ -403,7 +405,7 @@ class LiveEdits:
 
     @staticmethod
     def _epoch_change(task: EditableTask, name: DataSetting, value: int) -> str:
-        """The effect of another batch size on the epochs."""
+        """Text about the effect of another batch size on the epochs."""
         before = task.batches.batches_per_epoch
         if name != "batch_size" or not before:
             return ""
@@ -459,7 +461,8 @@ class LiveEdits:
         return PlannedEdit(text, apply)
 
     def _check_some_are_left(self, frozen: set[int]) -> None:
-        """A loss without any trained parameter has no gradient, and `backward` fails."""
+        """Raises Refusal if no parameter of an optimizer would be left to train: the loss would
+        have no gradient, and `backward` would fail."""
         for name, optimizer in self._tracer.registry.existing():
             trained = [
                 id(p) for group in optimizer.param_groups for p in group["params"]
@@ -485,7 +488,7 @@ class LiveEdits:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the changes from a checkpoint, if that training was changed."""
+        """Restore the changes from a checkpoint, if its training had any."""
         if not state.get("edited"):
             return
         self._load(state)
@@ -505,7 +508,7 @@ class LiveEdits:
                 self._change_data(self.task, *data)
 
     def snapshot(self) -> tuple[dict[str, Any], EditState, Any]:
-        """The state in memory, to be handed to `restore`."""
+        """The state of all changes, to be passed to `restore`."""
         state = EditState(list(self.state.log), list(self.state.undoable))
         return self.state_dict(), state, self._rates.snapshot()
 
@@ -531,11 +534,11 @@ def _set_trainable(parameters: Sequence[torch.Tensor], trainable: bool) -> None:
     for parameter in parameters:
         parameter.requires_grad_(trainable)
         if not trainable:
-            parameter.grad = None  # otherwise an optimizer would still move it by its momentum
+            parameter.grad = None  # with a gradient, the optimizer would still apply its momentum
 
 
 def _require_valid(change: SettingChange) -> None:
-    """Raises Refusal: a viewer of another kind may send any value."""
+    """Raises Refusal for a change that cannot be parsed: a viewer may send any value."""
     try:
         parse_change(change.text)
     except ConfigurationError as error:
@@ -548,7 +551,7 @@ def _undo_all(done: Sequence[Undo]) -> None:
 
 
 def _number(value: SettingValue) -> float:
-    """Raises Refusal: a viewer of another version may send anything."""
+    """The value as a number. Raises Refusal: a viewer of another version may send anything."""
     if not isinstance(value, (int, float)) or value != value or value < 0:
         raise Refusal(
             f"{setting_text(value)} is not a valid value", "expected a number, at least 0"
@@ -584,7 +587,7 @@ def _kept(value: Any) -> Any:
 
 
 def _assign(group: dict[str, Any], key: str, value: Any) -> None:
-    """Assign in place where it is a tensor, which a compiled optimizer reads."""
+    """Assign a hyper-parameter; a tensor, which a compiled optimizer reads, in place."""
     present = group[key]
     if isinstance(present, torch.Tensor):
         with torch.no_grad(), contextlib.suppress(TypeError):

@@ -1,10 +1,10 @@
 """Changes the learning rate of a script, also where a scheduler or the script itself sets it.
 
-* A scheduler of torch: its base rates are scaled by the same factor, so that its curve continues
+* A scheduler of PyTorch: its base rates are scaled by the same factor, so that its curve continues
   from the new value.
-* The script itself, in every step: what it sets is multiplied by the factor for the duration of the
-  optimizer's step. That is noticed one step after the change.
-* Neither: the value stays.
+* The script itself, in every step: its values are multiplied by the factor for the duration of the
+  optimizer's step. This case is detected one step after the change.
+* Neither: the new value stays.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from tui_trainer.trace.tracer import Tracer
 Group = dict[str, Any]
 Undo = Callable[[], None]
 BASE_RATES = ("base_lrs", "max_lrs")
-"""Lists of schedulers with a rate for each group, from which they compute."""
+"""Attributes of schedulers: lists with a rate for each group, from which they compute."""
 SEARCH_EVERY = 64
 """Snapshots after which all objects are searched for schedulers again."""
 GROUP_RATES = ("initial_lr", "max_lr", "min_lr")
-"""Names of such rates in the groups themselves (OneCycleLR)."""
+"""Keys of such rates in the parameter groups (OneCycleLR)."""
 
 
 class LearningRates:
@@ -44,11 +44,13 @@ class LearningRates:
         self._gate = gate
         self._recorder = recorder
         self._factors: dict[int, tuple[weakref.ref[Optimizer], int, float]] = {}
-        """id(group) → its optimizer, its number in that, and the factor on what the script sets."""
+        """id(group) → (optimizer, number of the group, factor on the values that the script
+        sets)."""
         self._held: list[tuple[Group, Any]] = []
 
     def change(self, targets: Sequence[tuple[Optimizer, Group]], value: float) -> Undo:
-        """Set the rate of these groups. On the training thread."""
+        """Set the rate of these groups; returns a function that undoes it. Called on the training
+        thread."""
         undos = [self._change(optimizer, group, value) for optimizer, group in targets]
         if any(schedulers_of(optimizer) for optimizer, _ in targets):
             check = None
@@ -79,20 +81,21 @@ class LearningRates:
         def undo() -> None:
             for restore in restored:
                 restore()
-            # A scheduler has moved the rate on since.
+            # A scheduler may have changed the rate since.
             set_rate(group, float(group["lr"]) / factor if restored and factor else old)
 
         return old, undo
 
     def note(self, optimizers: Sequence[Optimizer]) -> str:
-        """What else sets the rate, as a text."""
+        """Text that says what else sets the rate; "" for nothing."""
         if any(ref() in optimizers for ref, _, _ in self._factors.values()):
             return "the script sets it; its values are scaled"
         return ", ".join(self.schedulers(optimizers))
 
     @staticmethod
     def schedulers(optimizers: Sequence[Optimizer]) -> list[str]:
-        """The classes of the schedulers that set the rate, without those inside others."""
+        """Class names of the schedulers that set the rate, without those inside other
+        schedulers."""
         found = [each for optimizer in optimizers for each in schedulers_of(optimizer)]
         inner = {id(part) for each in found for part in inner_schedulers(each)}
         return list(dict.fromkeys(type(each).__name__ for each in found if id(each) not in inner))
@@ -105,8 +108,8 @@ class LearningRates:
         value: float,
         undos: list[tuple[float, Undo]],
     ) -> Callable[[int], None]:
-        """Returns a function to call after the next step, which finds out whether the script has
-        set another rate. `undos`: of each target its rate before, and how to restore it."""
+        """Install a check after the next step of whether the script has set another rate, and
+        return it. `undos`: (previous rate, function that restores it) of each target."""
         old = [before for before, _ in undos]
         first = self._gate.completed
 
@@ -185,11 +188,11 @@ def set_rate(group: Group, value: float) -> None:
 
 
 class KnownSchedulers:
-    """The schedulers of a script's optimizers, for snapshots of them.
+    """Finds the schedulers of a script's optimizers, for snapshots.
 
-    Looking at all objects of the process for them takes tens of milliseconds: that is done at the
-    first snapshot, the second, the fourth and so on, and where optimizers are new. Those that
-    variables of the script hold are always found.
+    A search through all objects of the process takes tens of milliseconds. It happens at the first
+    snapshot, the second, the fourth and so on up to every SEARCH_EVERY, and for new optimizers.
+    Schedulers in variables of the script are always found.
     """
 
     def __init__(self) -> None:
@@ -212,12 +215,12 @@ class KnownSchedulers:
 
 
 def schedulers_of(optimizer: Optimizer) -> list[Any]:
-    """The schedulers of torch that set this optimizer's rate: the objects that refer to it."""
+    """The schedulers that set this optimizer's rate, found as objects that refer to it."""
     return _belonging(list(_referring(optimizer)), optimizer)
 
 
 def _belonging(schedulers: Sequence[Any], optimizer: Optimizer) -> list[Any]:
-    """Those of `schedulers`, and of those inside them, that set this optimizer's rate."""
+    """The members of `schedulers`, and schedulers inside them, that set this optimizer's rate."""
     found: dict[int, Any] = {}
     for scheduler in _with_inner(schedulers):
         owner = getattr(scheduler, "optimizer", None)
@@ -238,14 +241,14 @@ def _referring(optimizer: Optimizer) -> Iterator[Any]:
 
 
 def _with_inner(schedulers: Sequence[Any]) -> Iterator[Any]:
-    """Includes the schedulers inside SequentialLR and ChainedScheduler."""
+    """`schedulers`, and those inside SequentialLR and ChainedScheduler."""
     for scheduler in schedulers:
         yield scheduler
         yield from _with_inner(inner_schedulers(scheduler))
 
 
 def _rates_of(scheduler: Any, optimizer: Optimizer, group: Group) -> Iterator[tuple[Any, Any]]:
-    """(holder, key) of every rate that the scheduler computes the group's rate from."""
+    """(container, key) of every rate from which the scheduler computes the group's rate."""
     owner = scheduler.optimizer
     number = next((n for n, g in enumerate(owner.param_groups) if g is group), None)
     for name in BASE_RATES:
@@ -259,7 +262,7 @@ def _rates_of(scheduler: Any, optimizer: Optimizer, group: Group) -> Iterator[tu
 
 
 def _scale(holder: Any, key: Any, factor: float | None, value: float) -> Undo:
-    """Scale a rate; where the present rate is 0 there is no factor, and it becomes `value`."""
+    """Scale a rate; without a factor, since the present rate is 0, set it to `value`."""
     before = holder[key]
     holder[key] = before * factor if factor is not None else value
 

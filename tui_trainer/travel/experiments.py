@@ -1,6 +1,7 @@
 """Experiments on a shipped task: comparing settings, finding a learning rate, and measuring the
-loss along a direction. Each runs steps of the task's own loop from the present state, unrecorded,
-and then restores everything. `script_landscape` measures the loss along a direction in a script.
+loss along a direction. Each runs steps of the task's loop from the present state without recording
+them, and then restores everything. `script_landscape` measures the loss along a direction in a
+script.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from tui_trainer.trace.gate import Refusal
 from tui_trainer.travel.snapshots import SnapshotStore, TrainingParts, TrainingState
 
 DIVERGED = 4.0
-"""The search for a learning rate ends where the loss is this many times the smallest one."""
+"""The search for a learning rate ends once the loss is this many times its smallest value."""
 
 
-class _Enough(BaseException):
-    """Leaves the loop of the task."""
+class _LeaveLoop(BaseException):
+    """Raised within the task's loop to leave it after enough steps."""
 
 
 class Experiments:
@@ -55,10 +56,10 @@ class Experiments:
         self._optimizer = parts.optimizers[0]
 
     def run(self, experiment: Experiment) -> ExperimentResult:
-        """Raises Refusal. Afterwards the training is bit for bit as before."""
+        """Run an experiment and leave the training bit for bit as before. Raises Refusal."""
         state, edits = TrainingState.take(self._parts), self._edits.snapshot()
         try:
-            state.restore()  # the loop was left within its step: the data continue after it
+            state.restore()  # the loop was left within a step, whose batch is drawn already
             self._edits.restore(edits)
             match experiment:
                 case WhatIf():
@@ -132,7 +133,7 @@ class Experiments:
         return landscape_result(asked, positions, losses, "on the next batch")
 
     def _downhill(self, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The step that plain gradient descent makes: the gradients themselves, overwritten."""
+        """The step of plain gradient descent, computed in place of the gradients."""
         self._losses(1, before_step=True)
         factor = -float(self._optimizer.param_groups[0]["lr"])
         scale = getattr(self._optimizer, "grad_scale", None)  # a fused optimizer divides by it
@@ -147,8 +148,8 @@ class Experiments:
     def _losses(
         self, steps: int, rates: Sequence[float] = (), before_step: bool = False
     ) -> list[float]:
-        """The losses of the next steps; with `rates` until they diverge. `before_step`: the
-        gradients of the first one are left, and no step is made."""
+        """The losses of the next steps; with `rates`, one learning rate per step, until the loss
+        diverges. `before_step`: stop before the first step, with its gradients in `.grad`."""
         losses: list[torch.Tensor] = []
         smallest = math.inf
 
@@ -156,21 +157,21 @@ class Experiments:
             nonlocal smallest
             self._require_wanted()
             if len(losses) > steps:  # the GradScaler has skipped the last step
-                raise _Enough
+                raise _LeaveLoop
             if before_step:
-                raise _Enough
+                raise _LeaveLoop
             if not rates:
                 return
             loss = float(losses[-1])
             smallest = min(smallest, loss) if math.isfinite(loss) else smallest
             if not math.isfinite(loss) or loss > DIVERGED * smallest:
-                raise _Enough
+                raise _LeaveLoop
             for group in optimizer.param_groups:
                 group["lr"] = rates[len(losses) - 1]
 
         def after(*_: Any) -> None:
             if len(losses) >= steps:
-                raise _Enough
+                raise _LeaveLoop
 
         handles = [
             self._optimizer.register_step_pre_hook(before),
@@ -196,7 +197,7 @@ class Experiments:
 
         def note(loss: torch.Tensor) -> None:
             found.append(float(self._unscaled(loss)))
-            raise _Enough
+            raise _LeaveLoop
 
         with _backward_replaced(note, False):
             self._loop()
@@ -206,7 +207,7 @@ class Experiments:
         try:
             with torch.enable_grad():
                 self._task.loop()
-        except _Enough:
+        except _LeaveLoop:
             pass
 
     def _unscaled(self, loss: torch.Tensor) -> torch.Tensor:
@@ -217,7 +218,8 @@ class Experiments:
 
 @contextmanager
 def _backward_replaced(note: Callable[[torch.Tensor], object], run: bool) -> Iterator[None]:
-    """Call `note` before `backward` of a loss, which then runs or not."""
+    """Replace `Tensor.backward` by a function that calls `note(loss)` and then, if `run`, runs
+    backward."""
     original: Callable[..., Any] = torch.Tensor.backward
 
     def backward(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -235,16 +237,16 @@ def _backward_replaced(note: Callable[[torch.Tensor], object], run: bool) -> Ite
 
 
 def positions_of(asked: MeasureLandscape) -> list[float]:
-    """Where to measure the loss, in units of the direction. Raises Refusal."""
+    """The positions at which to measure the loss, in units of the direction. Raises Refusal."""
     points = _limited(asked.points, MAX_POINTS)
-    sides = 3 if asked.direction == "snapshots" else 2  # beyond the second one as well
+    sides = 3 if asked.direction == "snapshots" else 2  # also beyond the second snapshot
     return [asked.reach * (sides * n / max(1, points - 1) - 1) for n in range(points)]
 
 
 def weights_of(
     snapshots: SnapshotStore, step: int, weights: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """What these parameters were at a step, on the host. Raises Refusal."""
+    """The values of these parameters at a step, on the host. Raises Refusal."""
     snapshot = snapshots.before(step)
     if snapshot is None or snapshot.step != step:
         kept = ", ".join(f"{each:,}" for each in snapshots.steps) or "none"
@@ -259,13 +261,13 @@ def weights_of(
 def difference(
     begin: Sequence[torch.Tensor], end: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """From the one to the other, where the parameters are."""
+    """The direction from `begin` to `end`, on the devices of the parameters `weights`."""
     return [(b - a).to(p.device) for a, b, p in zip(begin, end, weights, strict=True)]
 
 
 def random_direction(weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """As long as each parameter, so that layers of different scales count the same (Li et al.
-    2018)."""
+    """A random direction in which the part of each parameter has the parameter's norm, so that
+    layers of different scales count the same (Li et al. 2018)."""
     generator = torch.Generator().manual_seed(1)
     found = []
     for parameter in weights:
@@ -275,14 +277,14 @@ def random_direction(weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def dense(gradient: torch.Tensor) -> torch.Tensor:
-    """Gradients of embeddings may be sparse."""
+    """The gradient as a dense tensor; those of embeddings may be sparse."""
     return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def landscape_result(
     asked: MeasureLandscape, positions: Sequence[float], losses: Sequence[float], batch: str
 ) -> ExperimentResult:
-    """`batch`: of which batch the losses are."""
+    """The result of a landscape; `batch` says on which batch the losses were computed."""
     lowest = min(zip(positions, losses, strict=True), key=lambda each: _order(each[1]))[0]
     curve = Curve("loss", tuple(positions), tuple(losses))
     return ExperimentResult(
@@ -305,7 +307,7 @@ def _order(loss: float) -> float:
 
 
 def _steepest(rates: Sequence[float], losses: Sequence[float]) -> float | None:
-    """The position at which the loss, averaged over neighbours, falls fastest per decade."""
+    """The learning rate at which the loss, averaged over its neighbours, falls fastest."""
     smooth = []
     for number in range(len(losses)):
         near = losses[max(0, number - 2) : number + 3]

@@ -1,4 +1,4 @@
-"""How much memory experiments and going back take on each device, and how much is free there."""
+"""Estimates the memory that experiments and time travel need, and reads how much is free."""
 
 from __future__ import annotations
 
@@ -29,9 +29,11 @@ Bytes = dict[torch.device, int]
 def estimate_cost(
     experiment: Experiment, parts: TrainingParts, steps_left: int | None, step_s: float | None
 ) -> ExperimentCost:
-    """The cost of an experiment, apart from what the training takes for a step. `steps_left`: of a
-    task; None for a script, in which only `MeasureLandscape` is possible. `step_s`: seconds that a
-    step takes, where that is known."""
+    """The cost of an experiment, in addition to the memory that a step needs.
+
+    `steps_left`: steps up to the end of a task; None for a script, in which only `MeasureLandscape`
+    is possible. `step_s`: seconds per step, if known.
+    """
     script, left = steps_left is None, steps_left or 0
     unit: Literal["step", "evaluation"] = "step"
     share, copies = 1.0, 0
@@ -41,12 +43,12 @@ def estimate_cost(
         case FindLearningRate(steps=steps):
             made = min(steps, left)
         case MeasureLandscape(points=made):
-            # The direction; in a script copies take the place of the weights, which stay.
+            # A copy for the direction; in a script another one to be moved in place of the weights.
             unit, share, copies = "evaluation", FORWARD_SHARE, 2 if script else 1
     trained = [p for model in parts.models for p in model.parameters() if p.requires_grad]
     needed = {device: copies * size for device, size in bytes_by_device(trained).items()}
     host = needed.pop(HOST, 0) + (0 if script else parts.nbytes())
-    if copies:  # that of one parameter is drawn, or subtracted, on the host
+    if copies:  # the direction of one parameter at a time is drawn, or subtracted, on the host
         host += max((each.nbytes for each in trained), default=0)
     seconds = made * step_s * share if step_s is not None else None
     free = free_bytes(HOST) or 0
@@ -54,7 +56,7 @@ def estimate_cost(
 
 
 def require_memory(cost: ExperimentCost) -> None:
-    """Raises Refusal where there is too little for an experiment."""
+    """Raises Refusal where there is too little memory for an experiment."""
     if not cost.possible:
         free = bytes_(cost.free, 0)
         if cost.device_free is not None:
@@ -71,7 +73,7 @@ def require_room(parts: TrainingParts) -> None:
 
 
 def bytes_by_device(tensors: Iterable[torch.Tensor]) -> Bytes:
-    """The size of tensors, each counted once."""
+    """The bytes of `tensors` on each device; every tensor counts once."""
     found: Bytes = defaultdict(int)
     for tensor in {id(each): each for each in tensors}.values():
         found[tensor.device] += tensor.numel() * tensor.element_size()
@@ -79,12 +81,12 @@ def bytes_by_device(tensors: Iterable[torch.Tensor]) -> Bytes:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """What a process can still allocate there; None where that is not known."""
+    """The bytes that this process can still allocate on a device; None where this is unknown."""
     if device.type == "cpu":
         return int(psutil.virtual_memory().available)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        # Torch keeps what was freed, and allocates from it.
+        # PyTorch's allocator reserves freed memory and allocates from it.
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
@@ -92,6 +94,6 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def _fullest(needed: Bytes) -> tuple[str, int, int | None]:
-    """Of the devices that copies are made on: its name, their bytes, and what is free there."""
+    """(name, needed bytes, free bytes) of the device with the least room for the copies."""
     found = [(str(device), size, free_bytes(device)) for device, size in needed.items() if size]
     return max(found, key=lambda each: each[1] / max(1, each[2] or each[1]), default=("", 0, None))

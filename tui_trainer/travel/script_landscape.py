@@ -1,8 +1,8 @@
 """The loss of a script along a direction, on the batch of its current step.
 
 A script's loop cannot be left and called again, but the forward pass of its step can be re-run with
-the same batch and random numbers (`inspector.rerun`). It is, with copies of the parameters, so that
-nothing of the training is written.
+the same batch and random numbers (`inspector.rerun`). The re-run uses copies of the parameters, so
+that no tensor of the training is written.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def measure_landscape(
     asked: MeasureLandscape,
     wanted: Callable[[], bool],
 ) -> ExperimentResult:
-    """On the training thread, at a phase boundary. `wanted()` is false once no viewer waits for the
-    result. Raises Refusal or InspectionError."""
+    """Measure the loss along a direction. Called on the training thread at a phase boundary.
+    `wanted()` is false once no viewer waits for the result. Raises Refusal or InspectionError."""
     call = capture.current()
     positions = positions_of(asked)
     with call_context(call) as model:
@@ -73,7 +73,7 @@ def measure_landscape(
 
 
 def _loss(model: torch.nn.Module, call: ModelCall) -> torch.Tensor:
-    """Raises InspectionError."""
+    """The loss with the present copies. Raises InspectionError."""
     loss = evaluate(model, call, wide=False)
     if loss is None:
         why = call.loss.why_missing(call.returned)
@@ -88,8 +88,8 @@ def _downhill(
     copies: Sequence[torch.Tensor],
     optimizers: Sequence[Optimizer],
 ) -> list[torch.Tensor]:
-    """The step that plain gradient descent makes, with the learning rate of each parameter; those
-    of no optimizer stay. Raises InspectionError."""
+    """The step of plain gradient descent with the learning rate of each parameter; 0 for parameters
+    of no optimizer. Raises InspectionError."""
     loss = _loss(model, call)
     if loss.grad_fn is None:
         raise InspectionError("the loss of this step has no gradient")

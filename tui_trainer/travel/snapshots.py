@@ -5,7 +5,7 @@ A copy holds parameters and buffers of the models, the state of the optimizers, 
 and other objects with a `state_dict`, and the random generators. Restored values are written into
 the existing tensors, so that what refers to them (a compiled step, a fused optimizer) stays valid.
 
-A copy shares with an earlier one what has not changed since, bit for bit: frozen parameters,
+A copy shares with an earlier one the tensors that are still equal bit for bit: frozen parameters,
 buffers, and the optimizer's state of parameters without a gradient.
 """
 
@@ -29,15 +29,15 @@ from tui_trainer.trace.random_state import random_state, restore_random_state
 from tui_trainer.trace.torch_private import local, version_of
 
 MAX_SHARE = 0.02
-"""Largest share of the time of a step that taking snapshots may cost: it sets their cadence."""
+"""Largest share of the step time that snapshots may take; determines their cadence."""
 MAX_INTERVAL = 1000
 """Most steps between two snapshots."""
 MAX_KEPT = 1000
-"""Snapshots that share most of their tensors take little memory each."""
+"""Most snapshots kept, since those that share most of their tensors take little memory."""
 
 
 class Stateful(Protocol):
-    """An object with a state of its own: an optimizer, a scheduler, a scaler, batches."""
+    """An object with a `state_dict`: an optimizer, a scheduler, a scaler, batches."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -54,7 +54,7 @@ class TrainingParts:
     """Schedulers, scalers, batches."""
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """Parameters and buffers, each once; also buffers that no `state_dict` has."""
+        """Parameters and buffers, each once, including non-persistent buffers."""
         seen: set[int] = set()
         for model in self.models:
             for tensor in (*model.parameters(), *model.buffers()):
@@ -63,12 +63,12 @@ class TrainingParts:
                     yield tensor
 
     def nbytes(self) -> int:
-        """The size of a copy, without making it. That of `others` is left out: their `state_dict`
-        may read from the device, which no other thread than the training one may do."""
+        """The bytes of a copy, without making one. `others` are left out: their `state_dict` may
+        read from the device, which only the training thread may do."""
         return sum(map(_nbytes, self.tensors())) + self._nbytes_of_the_rest()
 
     def changing_nbytes(self) -> int:
-        """The size of what a copy cannot be expected to share with an earlier one."""
+        """The bytes of a copy that probably differ from an earlier one."""
         trained = (each for model in self.models for each in model.parameters())
         frozen = {id(each) for each in trained if not each.requires_grad}
         own = sum(_nbytes(each) for each in self.tensors() if id(each) not in frozen)
@@ -91,19 +91,19 @@ class TrainingState:
     parts: TrainingParts
     tensors: list[torch.Tensor]
     optimizers: list[tuple[list[dict[str, Any]], list[Any]]]
-    """Settings of the groups, and state of each parameter, of every optimizer."""
+    """(settings of the groups, state of each parameter) of every optimizer."""
     others: list[dict[str, Any]]
     random: dict[str, Any]
     versions: list[int] = field(default_factory=list)
     """`_version` of each of the original `tensors`."""
     devices: dict[int, torch.device] = field(default_factory=dict)
-    """id of a copy in `optimizers` → where the original was. Counts of steps (0-d) of fused and
-    capturable optimizers are on the device, others on the host."""
+    """id of a copy in `optimizers` → device of the original. The step counts (0-d) of fused and
+    capturable optimizers are on the device, those of others on the host."""
     nbytes: int = 0
 
     @classmethod
     def take(cls, parts: TrainingParts, earlier: TrainingState | None = None) -> TrainingState:
-        """Copy the present state to the host; what is as it was in `earlier` is shared with it."""
+        """Copy the present state to the host; tensors equal to those of `earlier` are shared."""
         if earlier is not None and len(earlier.optimizers) != len(parts.optimizers):
             earlier = None
         with torch.no_grad():
@@ -127,7 +127,7 @@ class TrainingState:
 
     @property
     def unshared_nbytes(self) -> int:
-        """The size of what no other copy shares."""
+        """The bytes that no other copy shares."""
         return _nbytes(self.others) + _random_nbytes()
 
     def held(self) -> Iterator[torch.Tensor]:
@@ -136,7 +136,8 @@ class TrainingState:
         yield from _tensors_in(self.optimizers)
 
     def restore(self) -> None:
-        """Gradients are dropped, as before the first backward of a step."""
+        """Write the state back into the training. Gradients are dropped, as before the first
+        backward of a step."""
         parts = self.parts
         with torch.no_grad():
             for tensor, saved in zip(parts.tensors(), self.tensors, strict=True):
@@ -156,9 +157,9 @@ def _parameters(optimizer: Optimizer) -> list[torch.Tensor]:
 def _tensors(
     live: Sequence[torch.Tensor], versions: Sequence[int], earlier: TrainingState | None
 ) -> list[torch.Tensor]:
-    """Copies of parameters and buffers. One whose version has changed is copied at once; an equal
-    version alone does not prove that nothing was written, since writing through `.data` leaves
-    it."""
+    """Copies of parameters and buffers. A tensor whose version has changed is copied at once. An
+    equal version does not prove that nothing was written, since writes through `.data` do not
+    change it; then the values are compared."""
     if earlier is None or len(earlier.tensors) != len(live):
         return [_copied(tensor) for tensor in live]
     return [
@@ -222,8 +223,8 @@ def _restore_optimizer(
 
 
 def _restored(present: Any, saved: Any, devices: Mapping[int, torch.device]) -> Any:
-    """A copy of what was saved: in the present tensor where one of the same kind is there, else
-    where the original was."""
+    """A copy of `saved`: written into the tensor `present` if shape and dtype match, otherwise on
+    the device of the original."""
     match saved:
         case torch.Tensor():
             if (
@@ -247,8 +248,8 @@ def _restored(present: Any, saved: Any, devices: Mapping[int, torch.device]) -> 
 
 
 def _copied(value: Any, earlier: Any = None) -> Any:
-    """A copy on the host that shares nothing with `value`, and with an `earlier` copy the tensors
-    that have not changed."""
+    """A copy on the host that shares no memory with `value`. Tensors that have not changed are
+    shared with an `earlier` copy."""
     match value:
         case torch.Tensor():
             present = local(value.detach())
@@ -270,12 +271,12 @@ def _copied(value: Any, earlier: Any = None) -> Any:
 
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integers as large as an element: nan equals itself then, and 0 does not equal -0."""
+"""Integer dtype of each element size, to compare bits: nan equals itself, and 0 differs from
+-0."""
 
 
 def _same_bits(some: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors on the host are equal to the last bit. Where they are not, that is found
-    at the first difference."""
+    """Whether two tensors on the host are equal bit for bit; ends at the first difference."""
     bits = BITS.get(some.element_size())
     if bits is None or some.is_quantized or some.layout is not torch.strided:
         return False
@@ -313,7 +314,7 @@ def _nbytes(value: Any) -> int:
 
 @cache
 def _random_nbytes() -> int:
-    """The size of a copy of the states of the generators. Python's is a tuple of integers."""
+    """The bytes of a copy of the generators' states; Python's is a tuple of integers."""
     state = random_state()
     _, words, _ = state["python"]
     return _nbytes([state["torch"], state["numpy"]]) + sum(map(sys.getsizeof, (words, *words)))
@@ -326,7 +327,7 @@ class TrainingSnapshot:
     step: int
     state: TrainingState
     edits: Any
-    """What `LiveEdits.snapshot` returned."""
+    """The changes of settings, from `LiveEdits.snapshot`."""
 
 
 class SnapshotStore:
@@ -335,17 +336,18 @@ class SnapshotStore:
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
         self.nbytes = 0
-        """Memory that the snapshots take: a tensor that several of them share counts once."""
+        """Bytes of all snapshots; a tensor that several of them share counts once."""
         self._kept: list[TrainingSnapshot] = []
         self._holders: Counter[int] = Counter()
-        """id of a tensor → how many snapshots hold it."""
+        """id of a tensor → number of snapshots that hold it."""
 
     @property
     def steps(self) -> tuple[int, ...]:
         return tuple(each.step for each in self._kept)
 
     def add(self, snapshot: TrainingSnapshot) -> None:
-        """Keep a snapshot, and drop those whose neighbours cover their steps best."""
+        """Keep a snapshot, and drop those that their neighbours replace best until the rest fits
+        the budget."""
         steps = self.steps
         if snapshot.step in steps:
             self._drop(steps.index(snapshot.step))
@@ -370,8 +372,8 @@ class SnapshotStore:
                 self.nbytes -= tensor.nbytes
 
     def _least_needed(self, now: int) -> int:
-        """The snapshot whose loss costs the fewest repeated steps, in proportion to its distance
-        from `now`. The first one, from which every step can be reached, stays."""
+        """Index of the snapshot without which the fewest steps are repeated, in proportion to its
+        distance from `now`. The first one, from which every step can be reached, stays."""
 
         def cost(index: int) -> float:
             gap = self._kept[index + 1].step - self._kept[index - 1].step
@@ -380,8 +382,8 @@ class SnapshotStore:
         return min(range(1, len(self._kept) - 1), key=cost)
 
     def before(self, step: int) -> TrainingSnapshot | None:
-        """The nearest one at or before `step`."""
-        kept = tuple(self._kept)  # the training thread may add one meanwhile
+        """The nearest snapshot at or before `step`."""
+        kept = tuple(self._kept)  # the training thread may add a snapshot meanwhile
         position = bisect_right(kept, step, key=lambda each: each.step)
         return kept[position - 1] if position else None
 
@@ -392,7 +394,7 @@ class SnapshotStore:
 
 
 def interval(copy_s: float, step_s: float) -> int:
-    """Steps between two snapshots, of which each takes `copy_s`."""
+    """Steps between two snapshots if each takes `copy_s` seconds and a step `step_s`."""
     if step_s <= 0:
         return 1
     return min(MAX_INTERVAL, max(1, math.ceil(copy_s / (MAX_SHARE * step_s))))

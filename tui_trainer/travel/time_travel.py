@@ -1,8 +1,8 @@
 """Goes back in a training: restores a snapshot, and repeats the steps from there to the wanted one.
-A shipped task is rewound exactly: its loop is left, its state and its position in the data
-become those of the nearest snapshot (or checkpoint) at or before the wanted step, and the steps
-between are repeated, with the changes of settings that were made at them. They are not recorded
-twice.
+
+A shipped task is rewound exactly. Its loop is left; its state and its position in the data become
+those of the nearest snapshot (or checkpoint) at or before the wanted step; and the steps between
+are repeated, with the changes of settings that were made at them. They are not recorded twice.
 
 A script's own variables cannot be rewound. Weights, optimizers, schedulers, scalers and random
 generators become those of the snapshot, and the script continues where it is.
@@ -64,7 +64,7 @@ from tui_trainer.travel.snapshots import (
 T = TypeVar("T")
 NEVER = 10**15
 MAX_REASON = 200
-"""Characters of the reason of a failure."""
+"""Characters of the reason for a failure."""
 SCRIPT_STATE = (
     "weights, buffers, optimizers, schedulers, GradScaler, random generators and changed settings; "
     "not the script's own variables, data order, DataLoader workers and threads, which continue"
@@ -74,7 +74,7 @@ NOT_FOR_SCRIPTS = (
     "landscape is possible; back, set and compare try other settings in a branch of its own",
 )
 RECENT_STEPS = 50
-"""Steps over which their duration is averaged."""
+"""Newest steps whose median duration is taken."""
 NO_SNAPSHOTS = "no snapshot of an earlier step is kept"
 HOW_TO_KEEP = (
     "tui-trainer back RUN --keep 1GB keeps them from here on; --snapshots 1GB from the start"
@@ -83,14 +83,14 @@ HOW_TO_KEEP = (
 
 @dataclass(frozen=True)
 class RescueCopy:
-    """A copy of the present state, in case another one cannot be restored completely."""
+    """A copy of the present state, to return to if another state cannot be restored."""
 
     step: int
     """Completed steps."""
     state: TrainingState
     edits: Any
     position: int | None
-    """Batches drawn up to the end of that step; None where they are not known."""
+    """Batches drawn up to the end of `step`; None if unknown."""
 
 
 @dataclass(frozen=True)
@@ -99,18 +99,18 @@ class RewindTarget:
 
     wanted: int
     nearest: int
-    """The nearest step at or before it of which the state is kept."""
+    """The nearest step at or before `wanted` whose state is kept."""
     saved: Any = None
-    """A checkpoint of it, where no snapshot is kept."""
+    """A checkpoint of `nearest`, if there is no snapshot of it."""
     experiment: Callable[[], None] | None = None
-    """An experiment to run at the present step instead."""
+    """An experiment to run at the present step instead of going back."""
     rescue: RescueCopy | None = None
 
 
 class RewindRequested(KeyboardInterrupt):
     """Raised on the training thread to leave the loop of a task, which then begins at another step.
 
-    A `KeyboardInterrupt`, as `StopTraining`: code that handles `Exception` does not catch it.
+    A `KeyboardInterrupt`, as `StopTraining` is: code that handles `Exception` does not catch it.
     """
 
     def __init__(self, target: RewindTarget) -> None:
@@ -124,7 +124,7 @@ class SavedStates(Protocol):
     def steps(self) -> Sequence[int]: ...
 
     def load(self, step: int) -> Any:
-        """Raises ConfigurationError."""
+        """Read the checkpoint of `step`. Raises ConfigurationError."""
 
     def restore(self, checkpoint: Any) -> dict[str, Any]:
         """Load model, optimizer, data and generators; returns the state of the changes of
@@ -151,22 +151,22 @@ class TimeTravel:
         """None for a script."""
         self.checkpoints: SavedStates | None = None
         self.capture: StepCapture | None = None
-        """For the losses of a script along a direction."""
+        """Re-runs a script's forward pass, to measure losses along a direction."""
         self.every: int | None = None
-        """Steps between snapshots; None: as many as keep their cost small."""
+        """Steps between snapshots; None: chosen so that their cost stays small."""
         self._copy_s = 0.0
         self._last = 0.0
         self._last_step = 0
         self._schedulers = KnownSchedulers()
         self._announced = 0
-        """Bytes of two snapshots when their size was announced."""
+        """Bytes of two snapshots at the last announcement of their size."""
         self._edit_history: list[SettingEdit] = []
         """All changes of settings up to the newest step."""
         self.went_back: Callable[[int, int], str] | None = None
-        """Called with the step at which a script was rewound and the one whose state it has
-        now; returns the name of the branch that its next steps are."""
+        """Called with (step at which a script was rewound, step whose state was restored);
+        returns the name of the branch that records its next steps."""
         self.restored: tuple[int, int] = (-1, -1)
-        """The same two steps, of the last time."""
+        """The two steps of the last rewind of a script, as for `went_back`."""
         self._target: int | None = None
         """The step up to which steps are being repeated."""
         if budget_bytes:
@@ -182,11 +182,11 @@ class TimeTravel:
 
     @property
     def in_the_past(self) -> bool:
-        """Whether newer steps than the present one are recorded."""
+        """Whether steps after the present one are recorded already."""
         return self._gate.completed < self._recorder.repeating_until
 
     def keep(self, budget_bytes: int) -> str:
-        """Keep snapshots within this much memory from here on; 0: none. Raises Refusal."""
+        """Keep snapshots in up to `budget_bytes` from here on; 0: none. Raises Refusal."""
         available = free_bytes(HOST) or 0
         if budget_bytes > available:
             raise Refusal(
@@ -205,12 +205,12 @@ class TimeTravel:
 
     @property
     def state_step(self) -> int:
-        """The step whose state the training has, at the end of a step."""
+        """The step whose state the training has now, between steps."""
         at, restored = self.restored
         return restored if at == self._gate.completed else self._gate.completed
 
     def has_state_for(self, step: int) -> bool:
-        """Whether a script has the state now that going back to `step` restores."""
+        """Whether a script's present state is the one that going back to `step` restores."""
         snapshot = self.snapshots.before(step)
         return snapshot is not None and snapshot.step == self.state_step
 
@@ -220,10 +220,11 @@ class TimeTravel:
         confirmed: bool = False,
         arrived: Callable[[int], None] = lambda shift: None,
     ) -> str:
-        """Go to the end of `step`, by default one step back, and pause there; returns a text about
-        it. Raises Refusal, also where that takes long and is not `confirmed`. `arrived`, of a
-        script: called there with the number of steps by which it counts further than the state
-        that was restored."""
+        """Go to the end of `step`, by default one step back, and pause there; returns a message.
+
+        Raises Refusal, also if this takes long and is not `confirmed`. `arrived(shift)` is called
+        once a script has been rewound: `shift` is its step number minus that of the restored state.
+        """
         gate = self._gate
         if step is None:
             within = gate.mode == "paused" and gate.within_step
@@ -263,7 +264,7 @@ class TimeTravel:
         return f"back to step {step:,}, repeating {text}{f', {took}' if took else ''}"
 
     def _step_s(self) -> float | None:
-        """Seconds that a step takes, as the median of the last ones; None where none is known."""
+        """Median duration of the newest steps, in seconds; None if unknown."""
         table = self._recorder.read(lambda history: history.table(STEP))
         if table is None or not table.rows:
             return None
@@ -272,14 +273,14 @@ class TimeTravel:
         return float(np.median(known)) / 1e3 if len(known) else None
 
     def _state_bytes(self) -> int:
-        """The size of a snapshot; 0 where it cannot be known from this thread now."""
+        """The bytes of a snapshot; 0 while this thread cannot determine them."""
         try:
             return self._parts().nbytes()
-        except RuntimeError:  # an optimizer adds to its state meanwhile
+        except RuntimeError:  # an optimizer is adding to its state
             return 0
 
     def cost(self, experiment: Experiment) -> ExperimentCost:
-        """The cost of an experiment. On the training thread. Raises Refusal."""
+        """The cost of an experiment. Called on the training thread. Raises Refusal."""
         task, left = self.task, None
         if task is not None:
             left = max(0, task.total_steps - self._gate.completed)
@@ -288,7 +289,8 @@ class TimeTravel:
         return estimate_cost(experiment, self._parts(), left, self._step_s())
 
     def _leave_loop(self, step: int) -> None:
-        """Raises RewindRequested, or an exception where the state is no longer kept."""
+        """Leave the loop of a task by raising RewindRequested. Raises Refusal or ConfigurationError
+        if the state is no longer kept."""
         nearest = self._nearest(step)
         if nearest is None:
             raise Refusal(NO_SNAPSHOTS, HOW_TO_KEEP)
@@ -298,7 +300,7 @@ class TimeTravel:
         raise RewindRequested(RewindTarget(step, nearest, saved, rescue=self._rescue_copy()))
 
     def _rescue_copy(self) -> RescueCopy:
-        """Raises Refusal where there is too little memory for it."""
+        """Copy the present state. Raises Refusal where there is too little memory."""
         gate, position = self._gate, None
         require_room(self._parts())
         batches = self.task.stateful.get("batches") if self.task is not None else None
@@ -318,7 +320,7 @@ class TimeTravel:
         return self.checkpoints.steps() if self.checkpoints is not None else ()
 
     def _nearest(self, step: int) -> int | None:
-        """The nearest step at or before `step` of which the state is kept."""
+        """The nearest step at or before `step` whose state is kept."""
         kept = [each for each in (*self.snapshots.steps, *self._saved_steps()) if each <= step]
         return max(kept, default=None)
 
@@ -370,7 +372,8 @@ class TimeTravel:
     def _landscape_of_script(
         self, experiment: Experiment, answered: Callable[[ExperimentResult], T]
     ) -> Future[T]:
-        """At the next phase boundary while it is paused, else at the end of the step."""
+        """Measure a script's loss along a direction: while paused at once, otherwise at the end of
+        the step. Raises Refusal."""
         capture, gate = self.capture, self._gate
         if not isinstance(experiment, MeasureLandscape) or capture is None:
             raise Refusal(*NOT_FOR_SCRIPTS)
@@ -404,7 +407,7 @@ class TimeTravel:
         return found
 
     def timeline(self) -> Timeline:
-        """The places that the training can be taken to."""
+        """The steps that the training can be taken to."""
         edits = self._edit_history if self.in_the_past else self._edits.state.log
         places = [
             *(TravelPlace(step, "snapshot") for step in self.snapshots.steps),
@@ -428,7 +431,7 @@ class TimeTravel:
     # ------------------------------------------------------------ keeping snapshots
 
     def _after_step(self, step: int) -> int:
-        """On the training thread; returns the step after which to call it again."""
+        """Take a snapshot after a step; returns the step after which this is called again."""
         if not self.snapshots.budget_bytes:
             return NEVER
         now = time.perf_counter()
@@ -440,12 +443,12 @@ class TimeTravel:
         return step + (self.every or interval(self._copy_s, step_s))
 
     def start(self) -> None:
-        """Before the first step of a task."""
+        """Take a snapshot before the first step of a task."""
         if self.snapshots.budget_bytes:
             self._take(self._gate.completed)
 
     def _take_now(self) -> None:
-        """Take a snapshot of the present step, unless it is kept or a script has the state of
+        """Take a snapshot of the present step, unless one is kept or a script has the state of
         another step."""
         step = self._gate.completed
         if step in self.snapshots.steps or self.state_step != step:
@@ -467,8 +470,8 @@ class TimeTravel:
         self._gate.due_after(self._after_step, step + (self.every or 1))
 
     def _announce(self, parts: TrainingParts) -> bool:
-        """Announce how much memory snapshots will take, and again if that has grown: an optimizer
-        allocates its state at its first step. False where not even two snapshots fit."""
+        """Announce how much memory snapshots will take, and again after this has grown: optimizers
+        allocate their state at the first step. False where not even two snapshots fit."""
         budget, size = self.snapshots.budget_bytes, parts.nbytes()
         two = size + parts.changing_nbytes()
         if two <= self._announced:
@@ -499,8 +502,8 @@ class TimeTravel:
     # ------------------------------------------------------------ a task
 
     def go(self, to: RewindTarget) -> None:
-        """On the training thread, outside of the loop: restore the end of the wanted step, or run
-        up to it; the caller then calls the loop again."""
+        """Restore the end of the wanted step, or arrange to run up to it; the caller then calls the
+        task's loop again. Called on the training thread, outside of the loop."""
         if to.experiment is not None:
             return self._experiment_at(to)
         recorder, gate, target, nearest = self._recorder, self._gate, to.wanted, to.nearest
@@ -532,7 +535,7 @@ class TimeTravel:
             gate.reached("step", target)
 
     def _stay(self, to: RewindTarget, rescue: RescueCopy, newest: int, error: Exception) -> None:
-        """Return to the previous state after another one could not be restored, and pause there."""
+        """Return to the state of `rescue`, since another one could not be restored, and pause."""
         recorder, gate = self._recorder, self._gate
         self._tracer.rewind(rescue.step)
         gate.rewind(rescue.step)
@@ -550,7 +553,7 @@ class TimeTravel:
             gate.reached("step", rescue.step)
 
     def _experiment_at(self, to: RewindTarget) -> None:
-        """Run an experiment between two steps, and pause again after it."""
+        """Run an experiment between two steps, and pause afterwards."""
         assert to.experiment is not None
         self._tracer.rewind(to.wanted)
         self._gate.rewind(to.wanted)
@@ -578,7 +581,8 @@ class TimeTravel:
                 self._edits.apply(entry, silent=True)
 
     def _after_repeated(self, step: int) -> None:
-        """On the training thread, after each repeated step."""
+        """Called on the training thread after each repeated step: repeat the changes of settings,
+        and end the repetition at the target."""
         if step > self._recorder.repeating_until:
             self._gate.after_step.remove(self._after_repeated)
             return
@@ -622,7 +626,7 @@ class TimeTravel:
         return f"back {when}to the state of step {snapshot.step:,}: {SCRIPT_STATE}"
 
     def _restore_script(self, snapshot: TrainingSnapshot) -> None:
-        """Raises Refusal, without changing anything, where the snapshot no longer fits."""
+        """Restore a snapshot. Raises Refusal, and changes nothing, if it no longer fits."""
         require_room(snapshot.state.parts)
         rescue, edits = TrainingState.take(snapshot.state.parts), self._edits.snapshot()
         try:

@@ -1,5 +1,5 @@
-"""Single computations of attention: their tensors and scores, the one inside
-`nn.MultiheadAttention`, and the operands of their two products."""
+"""One computation of attention: its tensors and scores, the computation inside
+`nn.MultiheadAttention`, and the operands of its two products."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class LayerToTrace:
 
 @dataclass
 class AttentionCall:
-    """One computation of attention for the chosen example; q, k, v, scores and weights only for the
-    requested layer."""
+    """One computation of attention for the chosen example. `q`, `k`, `v` and `scores` are kept only
+    for the requested layer."""
 
     layer: str
     index: int
@@ -49,22 +49,22 @@ class AttentionCall:
     """Added to the scaled products: broadcasts to (heads, queries, keys), -inf where masked."""
     causal: bool = False
     scores: torch.Tensor | None = None
-    """(heads, queries, keys), where the softmax of them was traced."""
+    """(heads, queries, keys): the input of a softmax, if that was traced."""
     z: torch.Tensor | None = None
     """(heads, queries, value_dim): the weighted sums of values, as computed."""
     plain_z: torch.Tensor | None = None
     """`z` without dropout, computed by the same function."""
     dropout: float = 0.0
     off: float = math.nan
-    """Deviation from what the layer computed, where it has been compared already."""
+    """Deviation from the layer's own result; nan while it has not been compared."""
     problem: str = ""
-    """Why its Q and K are not known."""
+    """Why Q and K are unknown."""
     out_weight: torch.Tensor | None = None
-    """(width, heads · value_dim), of the projection that reads z."""
+    """(width, heads · value_dim): weight of the projection that reads `z`."""
     out_bias: torch.Tensor | None = None
     out_index: int = -1
     out: torch.Tensor | None = None
-    """(rows, width): the output of that projection, of the rows that are kept."""
+    """(rows, width): output of that projection, at the positions that are kept."""
 
 
 # ---------------------------------------------------------------- scores
@@ -73,8 +73,8 @@ class AttentionCall:
 def scores_of(
     call: AttentionCall, rows: slice = slice(None), head: int | None = None
 ) -> torch.Tensor:
-    """The input of softmax, (heads, rows, keys) in float32 or float64; -inf where masked. For one
-    `head` (1, rows, keys)."""
+    """The input of softmax: (heads, rows, keys), for one `head` (1, rows, keys), in float32 or
+    float64; -inf where masked."""
     q, k = call.q, call.k
     assert q is not None
     assert k is not None
@@ -114,7 +114,7 @@ def deviation(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Largest deviation that the order of additions explains."""
+    """Largest relative deviation that the order of additions explains."""
     eps = torch.finfo(dtype).eps
     return (64 if eps < 1e-4 else 4) * eps  # single values of half precision are rounded, not sums
 
@@ -135,8 +135,8 @@ def call_of_multihead(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> AttentionCall:
-    """Compute what a call of `multi_head_attention_forward` computes, for one example of the batch.
-    Its inputs are (positions, batch, width), whatever the module's `batch_first`."""
+    """Repeat the computation of `multi_head_attention_forward` for one example of the batch. The
+    function's inputs are (positions, batch, width), whatever the module's `batch_first`."""
     bound = inspect.signature(func).bind(*args, **kwargs)
     bound.apply_defaults()
     given = bound.arguments
@@ -178,7 +178,7 @@ def call_of_multihead(
     call.out_weight, call.out_bias = given["out_proj_weight"], given["out_proj_bias"]
     call.out_index = index
     call.dropout = float(given["dropout_p"]) if given["training"] else 0.0
-    # The function's own result, without its dropout, is what ours is compared with.
+    # The result here is compared with that of the function itself, called without dropout.
     again = inspect.signature(func).bind(*args, **kwargs)
     again.arguments["training"] = False
     result = func(*again.args, **again.kwargs)[0]
@@ -202,7 +202,7 @@ def _by_head(projected: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def _blocked(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A mask of nn.MultiheadAttention: True where a query may not attend."""
+    """A mask of nn.MultiheadAttention (True where a query may not attend) as additive mask."""
     if mask.dtype == torch.bool:
         zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
         return zeros.masked_fill(mask, -math.inf)
@@ -210,7 +210,7 @@ def _blocked(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def additive_mask(mask: torch.Tensor) -> torch.Tensor:
-    """A mask of scaled_dot_product_attention: True where a query may attend."""
+    """A mask of scaled_dot_product_attention (True where a query may attend) as additive mask."""
     if mask.dtype == torch.bool:
         zeros = torch.zeros(mask.shape, device=mask.device)
         return zeros.masked_fill(~mask, -math.inf)
@@ -222,6 +222,8 @@ def additive_mask(mask: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Product:
+    """A matrix product; `equation` if it was computed by `einsum`."""
+
     result: torch.Tensor
     left: torch.Tensor
     right: torch.Tensor

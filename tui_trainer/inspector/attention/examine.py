@@ -1,6 +1,6 @@
 """Examines what an attention layer attends to, from a re-run of the forward pass. The weights are
-verified first: softmax(QKᵀ·scale + mask)V must equal what the layer computed, to the precision of
-its numbers. If it does not, or if Q and K are unknown, the answer has the reason instead.
+verified first: softmax(QKᵀ·scale + mask)V must equal the layer's own result, to the precision of
+its dtype. If it does not, or if Q and K are unknown, the answer contains the reason instead.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ from tui_trainer.trace.torch_private import tensors_of
 from tui_trainer.trace.tracer import Tracer
 
 MAX_MAP = 1 << 26
-"""Queries times keys of one head."""
+"""Queries times keys of one head, up to which its whole map is computed."""
 MAX_ALL = 1 << 24
 """Queries times keys of all heads, up to which the mean entropy is over all queries."""
 SOME_QUERIES = 64
-"""Evenly spaced ones, of a larger layer."""
+"""Evenly spaced queries over which the mean entropy of a larger layer is computed."""
 MAX_PICTURE = 64
 """Pixels on the longer side of an image that is sent."""
 WITHOUT_LOSS = "without the loss"
@@ -73,12 +73,12 @@ CHECKED = {
     SOFTMAX: "the weighted values that the layer computed",
     PROJECTED: "what the output projection reads",
 }
-"""What softmax(QKᵀ·scale)V was compared with."""
+"""How the attention was traced → text about what softmax(QKᵀ·scale)V was compared with."""
 
 
 @dataclass(frozen=True)
 class FoundLayer:
-    """An attention layer and the parameters that it is one of."""
+    """An attention layer, and the tracked parameters that include its own."""
 
     tracked: TrackedParameters
     layer: AttentionLayer
@@ -103,8 +103,8 @@ def attention_layers(tracer: Tracer) -> list[FoundLayer]:
 
 
 def chosen_layer(layers: Sequence[FoundLayer], path: str) -> FoundLayer:
-    """The layer of this path, the only one whose path contains it, or that of this number. Raises
-    InspectionError."""
+    """The layer that `path` names: by path, by number, or by a part of a path that only one layer
+    has. Raises InspectionError."""
     if not path:
         return layers[0]
     exact = [each for each in layers if each.layer.path == path]
@@ -120,7 +120,7 @@ def chosen_layer(layers: Sequence[FoundLayer], path: str) -> FoundLayer:
 
 
 def new_trace(layers: Sequence[FoundLayer], request: ExamineAttention, path: str) -> AttentionTrace:
-    """The trace that observes the forward pass for this request."""
+    """A trace to observe a forward pass for `request`."""
     traced: list[LayerToTrace] = []
     paths: dict[int, str] = {}
     for each in layers:
@@ -139,7 +139,7 @@ def new_trace(layers: Sequence[FoundLayer], request: ExamineAttention, path: str
 
 
 def _parameter(tracked: TrackedParameters, part: Projection) -> torch.Tensor | None:
-    """None for a weight that is computed from several parameters."""
+    """The parameter of a projection; None for a weight computed from several parameters."""
     return tracked.parameters[part.parameter] if part.parameter < len(tracked.parameters) else None
 
 
@@ -150,7 +150,8 @@ def examine_attention(
     tokens: Sequence[str] = (),
     classes: Sequence[str] = (),
 ) -> AttentionExamination:
-    """Re-run the forward pass of the current step and answer. Raises InspectionError."""
+    """Answer `request` from a re-run of the current step's forward pass. Raises
+    InspectionError."""
     layers = attention_layers(tracer)
     found = chosen_layer(layers, request.layer)
     trace = new_trace(layers, request, found.layer.path)
@@ -281,10 +282,10 @@ class AttentionExaminer:
             notes=tuple(self._notes),
         )
 
-    # ------------------------------------------------------------ is it true?
+    # ------------------------------------------------------------ verification
 
     def _attend(self, trace: AttentionTrace) -> tuple[AttentionCall | None, str]:
-        """The traced call of the layer; or why its Q and K are not known."""
+        """(traced call of the layer, ""), or why its Q and K are unknown."""
         path = self._found.layer.path
         call = trace.attends.get(path)
         if call is not None:
@@ -300,7 +301,7 @@ class AttentionExaminer:
         return _from_projections(self._found, trace)
 
     def _check(self, call: AttentionCall) -> tuple[float, str, str]:
-        """(deviation, what it was compared with, why it is not shown)."""
+        """(deviation, what the weights were compared with, why they are not shown)."""
         checked = CHECKED[call.how]
         if not math.isnan(call.off):
             return call.off, checked, ""
@@ -327,7 +328,7 @@ class AttentionExaminer:
         return off, checked, ""
 
     def _scale(self, call: AttentionCall, query: int) -> float:
-        """The factor of the products; nan where something was added to them."""
+        """The factor between q·k and the scores; nan where more than a factor lies between."""
         if not math.isnan(call.scale):
             return call.scale
         assert call.q is not None
@@ -385,8 +386,8 @@ def _to(count: int) -> str:
 
 
 def _from_projections(found: FoundLayer, trace: AttentionTrace) -> tuple[AttentionCall | None, str]:
-    """Q, K and V from the projections, for attention that another function than torch's computes;
-    only where they reproduce what the output projection reads."""
+    """Q, K and V from the projections, for attention that is not computed by a function of PyTorch.
+    They are used only where they reproduce the input of the output projection."""
     layer, unseen = found.layer, "its attention is computed by a function that is not torch's"
     if not layer.heads or not layer.key_value_heads:
         return None, f"{unseen}, and {NO_HEADS}"
@@ -429,7 +430,7 @@ def _from_projections(found: FoundLayer, trace: AttentionTrace) -> tuple[Attenti
 
 
 def _split(output: torch.Tensor, part: Projection, heads: int) -> torch.Tensor:
-    """(positions, features) of a projection → (heads, positions, head_dim) of its part."""
+    """Output (positions, features) of a projection → (heads, positions, head_dim) of `part`."""
     numbers = torch.arange(output.shape[1], device=output.device)
     try:
         rows = part.view(numbers[:, None].expand(-1, part.columns))[:, 0]
@@ -495,13 +496,13 @@ def _floats(tensor: torch.Tensor) -> bytes:
     return np.ascontiguousarray(values, "<f4").tobytes()
 
 
-# ---------------------------------------------------------------- what the positions are
+# ---------------------------------------------------------------- names of the positions
 
 
 def _labels(
     given: Sequence[torch.Tensor], sample: int, batch: int, keys: int, tokens: Sequence[str]
 ) -> tuple[str, ...]:
-    """The tokens of the example: their texts where known, else their numbers."""
+    """The tokens of the example: their texts if known, otherwise their numbers."""
     for tensor in given:
         if tensor.dim() == 2 and not tensor.is_floating_point() and tensor.dtype != torch.bool:
             for each in (tensor, tensor.t()):
@@ -512,7 +513,7 @@ def _labels(
 
 
 def _grid(given: Sequence[torch.Tensor], sample: int, batch: int, keys: int) -> PatchGrid | None:
-    """The patches of an image, where the keys are its patches and at most a few further tokens."""
+    """The patches of an image, if the keys are its patches after at most a few other tokens."""
     for image in given:
         if image.dim() != 4 or image.shape[0] != batch or not image.is_floating_point():
             continue
@@ -527,7 +528,7 @@ def _grid(given: Sequence[torch.Tensor], sample: int, batch: int, keys: int) -> 
 
 
 def _tiling(patches: int, height: int, width: int) -> tuple[int, int] | None:
-    """Rows and columns of square patches that tile an image; None where these do not."""
+    """(rows, columns) of `patches` square patches that tile an image; None if they cannot."""
     if patches < 1:
         return None
     side = math.sqrt(height * width / patches)
@@ -540,7 +541,7 @@ def _tiling(patches: int, height: int, width: int) -> tuple[int, int] | None:
 
 
 def _picture(image: torch.Tensor) -> ExampleImage:
-    """(channels, height, width) → RGB, its values scaled to 0 … 255."""
+    """An image (channels, height, width) as RGB, with values scaled to 0 … 255."""
     image = image.float()
     step = max(1, -(-max(image.shape[-2:]) // MAX_PICTURE))
     small = image[:, ::step, ::step]

@@ -13,8 +13,8 @@ from tui_trainer.protocol.attention import HeadSpectra, HeadWeights
 from tui_trainer.trace.parameters import TrackedParameters
 
 MAX_ELEMENTS = 1 << 24
-"""Elements of Wq, Wk and Wv up to which every head is decomposed; of larger ones only the chosen
-head."""
+"""Elements of Wq, Wk and Wv up to which every head is decomposed; in larger layers only the chosen
+head is."""
 PAIRS = ((0, 1), (0, 2), (1, 2))
 """qk, qv and kv among q, k, v."""
 NO_HEADS = "the number of heads is unknown"
@@ -89,8 +89,8 @@ def _values(tensor: torch.Tensor) -> tuple[float, ...]:
 
 
 def principal_angles(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The angles between the row spaces of two matrices with as many columns, in degrees and
-    ascending; as many as the lower of their ranks. Small angles come from sines, large ones from
+    """The angles between the row spaces of two matrices with equally many columns, in degrees and
+    ascending; as many as the lower rank. Small angles are computed from sines, large ones from
     cosines (Björck & Golub 1973): arccos alone is exact to 1e-8 radians only."""
     if a.shape[1] != b.shape[1]:
         return a.new_empty(0)
@@ -107,7 +107,7 @@ def principal_angles(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _row_space(matrix: torch.Tensor) -> torch.Tensor:
-    """An orthonormal basis (columns, rank) of its rows."""
+    """An orthonormal basis (columns, rank) of the rows of `matrix`."""
     _, values, rows = torch.linalg.svd(matrix, full_matrices=False)
     limit = values.max() * max(matrix.shape) * torch.finfo(matrix.dtype).eps if len(values) else 0
     kept: torch.Tensor = rows[values > limit]

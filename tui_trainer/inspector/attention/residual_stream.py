@@ -1,5 +1,5 @@
-"""The residual stream of one example as the sum of what every head and every block added to it, and
-the direct effect of each on a logit.
+"""The residual stream of one example as the sum of the contributions of heads and blocks, and the
+direct effect of each contribution on a logit.
 
 Direct logit attribution (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"):
 the logit is linear in the stream once the divisor of the final norm is held at its value.
@@ -18,7 +18,7 @@ from tui_trainer.inspector.attention.trace import Added, AttentionTrace, FinalNo
 from tui_trainer.protocol.attention import Contribution, ContributionKind, ResidualStream
 
 EPSILONS = (1e-5, 1e-6, 1e-8, 1e-12, 0.0)
-"""Candidates for norms that do not expose their epsilon."""
+"""Values to try for norms that do not expose their epsilon."""
 NO_NORM = "no norm after the blocks reads a sum of the form x + f(x)"
 NO_SUM = "what was added to the stream does not sum to it: it is changed in another way as well"
 NO_HEAD = "no linear layer reads the final norm"
@@ -37,11 +37,12 @@ class _Summand:
     values: torch.Tensor
     head: int = -1
     within: bool = False
-    """Whether it is part of another summand."""
+    """Whether this is a part of another summand."""
 
 
 def residual_stream(trace: AttentionTrace, query: int, queries: int) -> ResidualStream:
-    """The sum at the position of the query, or where the model reads it out. Raises StreamError."""
+    """The stream at the position of the query, or where the model reads it out. Raises
+    StreamError."""
     norm = trace.norm
     if norm is None or norm.output is None or not norm.stream.added:
         raise StreamError(NO_NORM)
@@ -153,7 +154,7 @@ def _parts(
 def _heads(
     call: AttentionCall, added: Added, rows: int, queries: int, query: int
 ) -> list[_Summand]:
-    """What each head adds, and the bias; empty where their sum is not what was added."""
+    """The contributions of heads and bias; empty where they do not sum to `added`."""
     z, weight, out = call.z, call.out_weight, call.out
     if z is None or weight is None or out is None or out.shape != added.values.shape:
         return []
@@ -183,8 +184,8 @@ def _least_precise(call: AttentionCall, added: Added) -> torch.dtype:
 
 
 def _factor(out: torch.Tensor, added: torch.Tensor) -> torch.Tensor | None:
-    """The factor between the output of the projection and what was added: 1, the mask of a dropout,
-    or a factor for each channel or for all of them. None where it is none of these."""
+    """The factor between the projection's output and the tensor added: 1, a dropout mask, one
+    factor, or one for each channel. None where it is none of these."""
     limit = 1e-4 * float(added.abs().max()) if added.numel() else 0.0
     one = torch.ones_like(out)
 
@@ -214,14 +215,14 @@ class _Readout:
     def __init__(
         self, scale: torch.Tensor, centred: bool, rows: slice, direction: torch.Tensor
     ) -> None:
-        """`scale` (rows, 1): the divisor of the norm; `direction` (width,): of the logit, times the
-        norm's weight."""
+        """`scale` (rows, 1): the divisor of the norm. `direction` (width,): gradient of the logit
+        with respect to the norm's output, times the norm's weight."""
         self._scale = scale
         self._centred = centred
         self.rows = rows
         self._direction = direction
         self.position = -1
-        """The only position that is read, whatever the query; -1: that of the query, or all."""
+        """The only position that the model reads out; -1: the query's, or all of them."""
         self.target = -1
         self.correct = True
         self.logit = math.nan
@@ -236,7 +237,8 @@ class _Readout:
 
 
 def _readout(trace: AttentionTrace, norm: FinalNorm, row: int, all_rows: bool) -> _Readout:
-    """Raises StreamError with the reason where the logit is not a linear function of the norm."""
+    """The readout of the final norm. Raises StreamError where the logit is not a linear function of
+    the norm's output."""
     if not trace.tail:
         raise StreamError(NO_HEAD)
     weight, bias, scale, centred = _linear_norm(norm)
@@ -265,8 +267,8 @@ def _row_of(output: torch.Tensor, rows: slice, row: int) -> torch.Tensor:
 
 
 def _linear_norm(norm: FinalNorm) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
-    """(weight, bias, divisor of each row, whether the mean is taken off) of a LayerNorm or RMSNorm,
-    whatever its class: the formula that gives its output."""
+    """(weight, bias, divisor of each row, whether the mean is subtracted) of a LayerNorm or
+    RMSNorm, recognized by the formula that reproduces its output, whatever its class."""
     x, y = norm.input.double(), norm.output
     assert y is not None
     width = x.shape[-1]
@@ -292,8 +294,8 @@ def _linear_norm(norm: FinalNorm) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 def _rows_read(
     read: TailLinear, output: torch.Tensor, row: int, all_rows: bool
 ) -> tuple[slice, int]:
-    """The rows of the norm's output that the first linear layer reads, and their position where it
-    is the same for every query, else -1."""
+    """(rows of the norm's output that the first linear layer reads, their position if it is the
+    same for every query, otherwise -1). Raises StreamError."""
     limit = tolerance(output.dtype)
     if not read.pooled:
         if read.input.shape == output.shape and deviation(read.input, output) <= limit:
@@ -316,7 +318,7 @@ def _rows_read(
 
 
 def _chain(tail: Sequence[TailLinear]) -> list[TailLinear]:
-    """Linear layers that follow each other directly, up to the last traced one."""
+    """The traced linear layers, if each reads the output of the one before. Raises StreamError."""
     chain = [tail[0]]
     for read in tail[1:]:
         before = chain[-1].output
@@ -332,7 +334,8 @@ def _chain(tail: Sequence[TailLinear]) -> list[TailLinear]:
 def _target(
     trace: AttentionTrace, read: TailLinear, row: int, position: int, logits: torch.Tensor
 ) -> tuple[int, bool]:
-    """(class, whether it is the loss's target): else the largest logit."""
+    """(class, True) of the loss's target if known, otherwise (class of the largest logit,
+    False)."""
     if trace.targets is not None:
         values, batch = trace.targets.values, max(1, trace.batch)
         place = -1

@@ -3,7 +3,7 @@
 Every torch function that the forward calls passes through `AttentionTrace` (a TorchFunctionMode).
 Attention is traced where it is computed: as `scaled_dot_product_attention`, as the function behind
 `nn.MultiheadAttention`, or as a product, a softmax and another product. So Q, K, masks and biases
-are those that were used: after rotary embeddings, norms of Q and K, and adapters. No value is
+are those actually used: after rotary embeddings, norms of Q and K, and adapters. No value is
 replaced, and only the chosen example is kept.
 """
 
@@ -39,28 +39,28 @@ PRODUCTS = frozenset(("matmul", "bmm", "baddbmm", "einsum", "__matmul__"))
 FACTORS = ("batch1", "batch2", "mat2", "other", "tensor2")
 """Names of the second operand of a product, if it is passed by keyword."""
 FEW_ELEMENTS = 1 << 18
-"""Elements of a stream (positions, width) of the example above which only the query's row is
-kept."""
+"""Elements of the example's stream (positions, width) up to which all rows are kept; of a larger
+one only the query's row is."""
 MAX_TAIL = 4
 """Linear layers after the last norm that may lead to the logits."""
 
 
 @dataclass
 class Added:
-    """A summand of the residual stream: the rows that are kept."""
+    """A summand of the residual stream."""
 
     name: str
     index: int
-    """When it was computed."""
+    """Number of the torch call that computed it."""
     at: int
-    """When it was added."""
+    """Number of the torch call that added it."""
     values: torch.Tensor
-    """(rows, width)"""
+    """(rows, width), of the rows that are kept."""
 
 
 @dataclass
 class StreamSum:
-    """A tensor that is the sum of a first one and what was added to it."""
+    """A tensor that is the sum of `start` and of the tensors `added` to it."""
 
     start: Added
     added: tuple[Added, ...]
@@ -83,7 +83,7 @@ class TailLinear:
     """A linear layer after the last norm."""
 
     input: torch.Tensor
-    """(rows, inputs), or (1, inputs) where the positions were pooled before it."""
+    """(rows, inputs), or (1, inputs) where the positions were pooled before the layer."""
     pooled: bool
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -100,6 +100,8 @@ class Targets:
 
 @dataclass
 class _Made:
+    """The torch call and the module that computed a tensor."""
+
     index: int
     reference: weakref.ref[torch.Tensor]
     path: str
@@ -107,7 +109,7 @@ class _Made:
 
 @dataclass
 class _Pending:
-    """Attention whose product with the values is still to come."""
+    """Attention weights whose product with the values has not been computed yet."""
 
     call: AttentionCall
     weights: torch.Tensor
@@ -127,23 +129,23 @@ class AttentionTrace(TorchFunctionMode):
         query: int | None,
         residual: bool,
     ) -> None:
-        """`paths`: identity of each module and parameter to its name."""
+        """`paths`: id of each module and parameter → its name."""
         super().__init__()
         self.layers = {id(layer.module): layer for layer in layers}
         self.wanted, self.sample, self.query = wanted, sample, query
         self.attends: dict[str, AttentionCall] = {}
-        """Calls by layer; the last call of a layer that is called several times."""
+        """Layer → its last computation of attention."""
         self.calls: dict[str, int] = {}
         self.projections: dict[int, torch.Tensor] = {}
-        """0, 1, 2 for q, k, v → outputs (positions, features) of the requested layer."""
+        """0, 1, 2 for q, k, v → output (positions, features) in the requested layer."""
         self.inputs_of_linears: list[torch.Tensor] = []
-        """(positions, features) of the linear layers in the requested layer and after it."""
+        """Inputs (positions, features) of linear layers in the requested layer and after it."""
         self.norm: FinalNorm | None = None
         self.tail: list[TailLinear] = []
         self.targets: Targets | None = None
         self.batch = 0
         self.fault: Exception | None = None
-        """The first fault of ours; what it concerns is missing."""
+        """The first exception in a handler, because of which something is missing."""
         self._paths = paths
         self._residual = residual
         self._stack: list[str] = []
@@ -209,7 +211,7 @@ class AttentionTrace(TorchFunctionMode):
     def called(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """A module is called, the root model first."""
+        """Called before each call of a module, the root model first."""
         self._stack.append(self._paths.get(id(module), self._stack[-1] if self._stack else ""))
         layer = self.layers.get(id(module))
         if layer is not None:
@@ -231,7 +233,7 @@ class AttentionTrace(TorchFunctionMode):
                     self._busy = False
 
     def returned(self, module: torch.nn.Module, result: Any) -> None:
-        """The module that was called last has returned."""
+        """Called when the innermost open call of a module has returned."""
         if self._stack:
             self._stack.pop()
         if id(module) in self.layers and self._layer_stack:
@@ -334,7 +336,7 @@ class AttentionTrace(TorchFunctionMode):
             self._products = [*self._products[-3:], product]
 
     def _weighted(self, pending: _Pending, product: Product, layer: LayerToTrace) -> None:
-        """The product of the weights, after dropout, and the values."""
+        """Complete the attention with the product of its weights, after dropout, and the values."""
         call, self._pending = pending.call, None
         call.z = self._kept_z(result_of(product), layer)
         if pending.kept:
@@ -405,7 +407,7 @@ class AttentionTrace(TorchFunctionMode):
         bias: torch.Tensor | None,
         result: torch.Tensor,
     ) -> None:
-        """Treat this linear layer as the output projection if it reads the attention's result."""
+        """Take this linear layer as the output projection if it reads the attention's result."""
         z = call.z
         assert z is not None
         heads, queries, size = z.shape
@@ -461,7 +463,7 @@ class AttentionTrace(TorchFunctionMode):
         younger = b if older is a else a
         known = self._stream_of(older)
         start = self._summand(older, result)
-        if result is older:  # in place: it has become the sum
+        if result is older:  # in place: `older` has become the sum
             start.values -= self._rows(torch.broadcast_to(younger, result.shape))
         stream = known or StreamSum(start, (), self._age(older))
         added = (*stream.added, *self._summands(younger, result, stream.index))
@@ -479,8 +481,8 @@ class AttentionTrace(TorchFunctionMode):
     def _summands(
         self, tensor: torch.Tensor, result: torch.Tensor, since: int
     ) -> tuple[Added, ...]:
-        """The summands of an addition: a tensor, or the terms of a sum made since, such as that of
-        attention and MLP where both read the same stream."""
+        """The summands that `tensor` adds: itself, or the terms of a sum that began after call
+        `since`, such as attention plus MLP where both read the same stream."""
         inner = self._stream_of(tensor)
         if inner is not None and inner.start.index > since:
             return (inner.start, *inner.added)
@@ -494,8 +496,7 @@ class AttentionTrace(TorchFunctionMode):
         return Added(name, made.index if made is not None else -1, self._count, values)
 
     def _name_of(self, tensor: torch.Tensor, here: str) -> str:
-        """The name of a tensor that no function of the forward computed: a parameter, or an
-        input."""
+        """The name of a tensor that the forward pass did not compute: a parameter, or an input."""
         return self._paths.get(id(tensor)) or here or "input"
 
     def _stream_of(self, tensor: Any) -> StreamSum | None:
@@ -514,8 +515,8 @@ class AttentionTrace(TorchFunctionMode):
     # ------------------------------------------------------------ the chosen example
 
     def _sample(self, tensor: torch.Tensor, layer: LayerToTrace) -> torch.Tensor:
-        """(batch, heads, …) or (batch · heads, …) → (heads, …) of the example: a copy, since a view
-        would keep the whole batch."""
+        """(batch, heads, …) or (batch · heads, …) → (heads, …) of the chosen example, copied, since
+        a view would keep the whole batch alive."""
         if tensor.dim() == 4:
             return tensor[min(self.sample, tensor.shape[0] - 1)].clone()
         batch = batch_size_of(tensor, layer)
@@ -524,12 +525,14 @@ class AttentionTrace(TorchFunctionMode):
         return tensor[sample * heads : (sample + 1) * heads].clone()
 
     def _kept_z(self, tensor: torch.Tensor, layer: LayerToTrace) -> torch.Tensor | None:
-        """Kept for other layers only if the residual stream is asked for."""
+        """The example's part of z; None for layers other than the requested one, unless the
+        residual stream was requested."""
         needed = self._residual or layer.path == self.wanted
         return self._sample(tensor, layer) if needed else None
 
     def _positions(self, tensor: torch.Tensor, batch: int = 0) -> torch.Tensor:
-        """(batch, positions, features), or (batch · positions, features) → those of the example."""
+        """(batch, positions, features) or (batch · positions, features) → (positions, features) of
+        the chosen example."""
         if tensor.dim() == 2:
             batch = batch or self.batch or 1
             if tensor.shape[0] % batch:
@@ -542,7 +545,7 @@ class AttentionTrace(TorchFunctionMode):
         return tensor.select(self._batch_axis, sample)
 
     def _rows(self, tensor: torch.Tensor) -> torch.Tensor:
-        """(rows, width) of a stream: those that are kept."""
+        """The rows (rows, width) of a stream that are kept."""
         return self._kept(self._positions(tensor))
 
     def _kept(self, positions: torch.Tensor) -> torch.Tensor:
@@ -562,8 +565,8 @@ def _storage(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 def _branch(made: str, here: str) -> str:
-    """The module below `here` in which something was made: `blocks.0.attention` of
-    `blocks.0.attention.W_out`, added in `blocks.0`."""
+    """The child of `here` that contains the module `made`: `blocks.0.attention` for
+    `blocks.0.attention.W_out` in `blocks.0`."""
     prefix = f"{here}." if here else ""
     if made == here or not made.startswith(prefix):
         return made
