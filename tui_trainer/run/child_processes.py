@@ -314,7 +314,7 @@ class ProgramReports:
         self._restore.append(restore)
 
     def _started(self, command: Any) -> None:
-        """Never raises: this is called by the script's own code."""
+        """Report a command that starts a Python program. Never raises, since scripts call this."""
         try:
             if os.getpid() != self._pid or (found := traced_command(command)) is None:
                 return

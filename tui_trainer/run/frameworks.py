@@ -232,8 +232,8 @@ class _Lightning(_Framework):
 
 
 class _DeepSpeed(_Framework):
-    """DeepSpeed's engine, which clips gradients with a function of its own. Its ZeRO optimizers
-    clip the partitions that they copy gradients to."""
+    """DeepSpeed's engine, which clips gradients with its own function. Its ZeRO optimizers clip the
+    partitions to which they copy gradients."""
 
     name = "DeepSpeed"
 

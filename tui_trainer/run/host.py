@@ -325,14 +325,14 @@ class Host:
             self.controls.stop(checkpoint=True)
 
     def _live_edits(self) -> LiveEdits:
-        """Raises Refusal where nothing can be changed."""
+        """The changes of settings. Raises Refusal where nothing can be changed."""
         self._require_one_process()
         if self.edits is None:
             raise Refusal("the training has not begun yet")
         return self.edits
 
     def _time_travel(self) -> TimeTravel:
-        """Raises Refusal where the training cannot go back."""
+        """Time travel. Raises Refusal where the training cannot go back."""
         self._require_one_process()
         if self.travel is None:
             raise Refusal("the training has not begun yet")
@@ -443,8 +443,8 @@ class Host:
 
     def _gate_changed(self) -> None:
         self.controls.wake()
-        # Called on several threads at once, and by a signal handler on top of one of them: the last
-        # call to end has seen the current mode.
+        # Several threads, and a signal handler on one of them, may call this at the same time: the
+        # call that ends last has seen the current mode.
         with self._pause_lock:
             reported = None
             while reported != (paused := self.gate.mode == "paused"):

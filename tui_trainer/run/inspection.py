@@ -72,7 +72,7 @@ class OtherRanks(Protocol):
     """Answers requests about the tensors of other ranks."""
 
     def answer(self, viewer: int, number: int, request: OfRank) -> Inspected:
-        """Raises UserError."""
+        """The answer to request `number` of a viewer. Raises UserError."""
 
     def left(self, viewer: int) -> None:
         """Forget a viewer that has disconnected."""
@@ -161,7 +161,7 @@ class Inspections:
         return request
 
     def _experiment(self, experiment: Experiment) -> Future[_Answer]:
-        """Raises UserError."""
+        """Begin an experiment. Raises UserError."""
         if self.travel is None:
             raise UserError(NO_MODEL)
         began = time.perf_counter()
@@ -173,7 +173,7 @@ class Inspections:
         return self.travel.experiment(experiment, answered)
 
     def _run(self, request: InspectionRequest) -> _Answer:
-        """On the training thread."""
+        """Carry out a request. Called on the training thread."""
         assert self.inspector is not None
         began = time.perf_counter()
         result: InspectionResult | TensorCopy

@@ -43,7 +43,7 @@ class Loop:
     file: str
     line: int
     text: str
-    """Its first line, for messages."""
+    """First line of the loop, for messages."""
     target: str
     """The loop variables, as written."""
     length: int | None
@@ -52,9 +52,9 @@ class Loop:
     position: int | None = None
     """Number of the current iteration, from 0, if a variable holds it."""
     over_data: bool = False
-    """Whether it iterates over a dataset or loader, not over numbers."""
+    """Whether the loop iterates over a dataset or loader, not over numbers."""
     end: int = 0
-    """Its last line."""
+    """Number of the last line."""
 
     @property
     def place(self) -> tuple[str, int]:

@@ -36,7 +36,7 @@ class Outcome:
     status: int = 0
     """Exit status of the process."""
     refused: bool = False
-    """As `Status.refused`."""
+    """See `Status.refused`."""
 
 
 STOPPED = Outcome("stopped", "stopped on request")
@@ -94,7 +94,7 @@ def is_fully_explained(error: BaseException, script_started: bool) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """On the host or on a device."""
+    """Whether memory ran out, on the host or on a device."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     text = str(error)
@@ -189,7 +189,7 @@ def is_internal(filename: str) -> bool:
 
 
 def place_of(error: BaseException) -> str:
-    """Such as ` (train.py, line 3)`: where in the user's own files it was raised."""
+    """The place in the user's own files where `error` was raised: ` (train.py, line 3)`."""
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)

@@ -1,7 +1,7 @@
-"""What a run process prints: captured as lines for the recorder, and appended to a log file.
+"""Captures what a run process prints as lines for the recorder, and appends it to a log file.
 
 File descriptors 1 and 2 are replaced by pipes, so that the output of C code and of child processes
-is captured too. The log file is written on a thread of its own: a slow disk delays nothing else.
+is captured too. A separate thread writes the log file, so that a slow disk delays nothing else.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ READ_BYTES = 1 << 16
 
 
 class Capture:
-    """Between `start` and `stop`, passes each printed line to `on_line(stream, text)`."""
+    """Passes each line printed between `start` and `stop` to `on_line(stream, text)`."""
 
     def __init__(
         self, on_line: Callable[[Stream, str], None], log_file: Path | None = None

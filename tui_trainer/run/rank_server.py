@@ -248,7 +248,7 @@ class RankServer:
             return self._failures[0][1] if self._failures else ""
 
     def wait_until_left(self, timeout: float) -> None:
-        """At the end of the run: wait until the other processes have sent everything."""
+        """Wait, at the end of the run, until the other processes have sent everything."""
         with self._left:
             self._left.wait_for(lambda: not self._peers, timeout)
             self._closing = True

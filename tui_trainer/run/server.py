@@ -125,7 +125,7 @@ class ViewerConnection:
         self._stream.close()
 
     def close_descriptor(self) -> None:
-        """In a forked child: close its copy and leave the parent's connection open."""
+        """Close a forked child's copy of the socket, and leave the parent's connection open."""
         with contextlib.suppress(OSError):
             os.close(self._stream.detach())
 

@@ -99,7 +99,7 @@ class StopHandler:
         signal.pthread_sigmask(signal.SIG_SETMASK, self._before_fork.mask)
 
     def _reset_signals(self) -> None:
-        """In a forked child: restore the handlers that the child would have without us."""
+        """Restore, in a forked child, the handlers that it would have without us."""
         try:
             for number in self._before_fork.handled:
                 signal.signal(number, DEFAULTS[number])

@@ -157,7 +157,7 @@ class OwnCheckpoints:
         return checkpoint_steps(self._directory)
 
     def load(self, step: int) -> LoadedCheckpoint:
-        """Raises ConfigurationError."""
+        """Read the checkpoint of `step`. Raises ConfigurationError."""
         from tui_trainer.run.checkpoints import load_checkpoint
 
         return load_checkpoint(checkpoint_path(self._directory, step))

@@ -1,7 +1,7 @@
 """The checkpoints of a run, and which one `--resume RUN[@STEP]` means.
 
-A resumed run has a directory of its own that names its parent, so nothing is ever cut from a
-store: the history of runs is a tree.
+A resumed run has its own directory, which names its parent, so nothing is ever cut from a store:
+the history of runs is a tree.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 No run is contacted. `status.json` holds what the run last reported, about once a second, and
 identifies its process: a run that reported no end and whose process is gone has crashed. A process
-on another machine cannot be looked up; its run counts as crashed once its status is too old. How
-the training of a live process ended is decided in `run/outcome.py`.
+on another machine cannot be looked up; its run counts as crashed once its status is too old.
+`run/outcome.py` decides how the training of a live process ended.
 """
 
 from __future__ import annotations
