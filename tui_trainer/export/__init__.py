@@ -1,1 +1,1 @@
-"""A recorded run in the formats of other tools, streamed in bounded memory."""
+"""Exports a recorded run in the formats of other tools, streamed in bounded memory."""

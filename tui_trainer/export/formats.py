@@ -64,7 +64,7 @@ def _write_table(history: StoredHistory, table: StoredSeries, folder: Path) -> P
 
 
 def _write_events(history: StoredHistory, folder: Path) -> Path:
-    """All events, in order."""
+    """Write all events, in order."""
     path = folder / "events.csv"
     info = history.store.info()
     names = [parameter.name for parameter in info.parameters] if info else []
@@ -96,14 +96,14 @@ def _write_events(history: StoredHistory, folder: Path) -> Path:
 
 
 def _stem(history: StoredHistory, table: StoredSeries) -> str:
-    """File name of a table; a table that continues another one with other columns has its id."""
+    """File name of a table, with its id if it continues another table with other columns."""
     same = [other for other in wide(history) if title(other) == title(table)]
     stem = file_stem(title(table))
     return stem if same[0].table.id == table.table.id else f"{stem}.{table.table.id}"
 
 
 def file_stem(name: str) -> str:
-    """`name` with characters replaced that are not allowed in file names everywhere."""
+    """`name` without characters that some file systems do not allow in file names."""
     return "".join(sign if sign.isalnum() or sign in "._-" else "_" for sign in name) or "table"
 
 
@@ -326,11 +326,12 @@ class JoinedRows(NamedTuple):
 
     step: int
     rows: dict[int, Floats]
-    """Index of the table in the list that was joined, to its row of shape (columns,)."""
+    """Index of a table in the joined list → its row of shape (columns,)."""
 
 
 def joined(chosen: Sequence[StoredSeries]) -> Iterator[JoinedRows]:
-    """The rows of several tables, step by step; the later of two rows for the same step."""
+    """The rows of several tables, step by step. Of two rows for the same step the later one counts,
+    except where its values are absent."""
 
     def rows(place: int, table: StoredSeries) -> Iterator[tuple[int, int, Floats]]:
         for block in table.blocks():

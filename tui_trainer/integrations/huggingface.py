@@ -1,7 +1,7 @@
 """A callback for Hugging Face's `Trainer`: `Trainer(…, callbacks=[TuiTrainerCallback()])`.
 
-It records the training as a run, so that a terminal can attach to it in a notebook or under another
-launcher. Under `tui-trainer run` it does nothing.
+The callback records the training as a run, so that a terminal can attach to it in a notebook or
+under another launcher. Under `tui-trainer run` it does nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class TuiTrainerCallback(TrainerCallback):  # type: ignore[misc]
     `train` with the same callback are recorded as `name-2`, `name-3`, …"""
 
     _newest: ClassVar[Run | None] = None
-    """The run that any callback in this process has started last."""
+    """The run that was started last by any callback in this process."""
 
     def __init__(self, **options: Any) -> None:
         if TrainerCallback is object:
@@ -35,7 +35,7 @@ class TuiTrainerCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any, **_: Any
     ) -> None:
-        # A training that raised has no end: in a notebook its run is still open.
+        # After an exception there is no `on_train_end`: in a notebook that run is still open.
         newest = TuiTrainerCallback._newest
         if isinstance(newest, WatchedRun) and newest.open:
             newest.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)

@@ -1,7 +1,7 @@
 """A callback for Lightning: `Trainer(…, callbacks=[TuiTrainerCallback()])`.
 
-It records `fit` as a run, so that a terminal can attach to it in a notebook or under another
-launcher. Under `tui-trainer run` it does nothing.
+The callback records `fit` as a run, so that a terminal can attach to it in a notebook or under
+another launcher. Under `tui-trainer run` it does nothing.
 """
 
 from __future__ import annotations

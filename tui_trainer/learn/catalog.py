@@ -1,5 +1,5 @@
-"""The pages of `tui-trainer learn`, in the order in which they are best read, and those that
-explain a phase or a rule. `ui/lessons.py` has those about a screen."""
+"""The pages of `tui-trainer learn` in reading order, and the pages that explain each phase and
+rule. `ui/lessons.py` has the pages about each screen."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PAGE_OF_PHASE: dict[Phase, str] = {
     "clip": "clipping",
     "step": "updates",
 }
-"""The page about what happens in a phase, offered first while a run is paused there."""
+"""The page about each phase, offered first while a run is paused after it."""
 
 
 PAGE_OF_RULE = {
@@ -67,7 +67,7 @@ PAGE_OF_RULE = {
     "attention-logits": "attention-scores",
     "attention-entropy": "attention-scores",
 }
-"""The page that explains what a rule of the findings is about."""
+"""The page that explains the subject of each rule of the findings."""
 
 
 class UnknownPage(UserError):
@@ -75,7 +75,7 @@ class UnknownPage(UserError):
 
 
 def find_page(name: str) -> str:
-    """The name of a page, given with any case and with `_` for `-`. Raises UnknownPage."""
+    """The name of a page, from a name in any case and with `_` or `-`. Raises UnknownPage."""
     found = name.strip().lower().replace("_", "-")
     if found not in PAGES:
         raise UnknownPage(f"there is no page {name}", did_you_mean(found, PAGES))

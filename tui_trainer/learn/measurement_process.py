@@ -1,7 +1,7 @@
 """Measures pages in a child process, which imports PyTorch once and answers in JSON.
 
-The side that shows pages never imports PyTorch. The child sees no GPU and uses one thread, so that
-it does not disturb a training on this machine; it ends when its standard input is closed.
+The process that shows pages never imports PyTorch. The child sees no GPU and uses one thread, so
+that it does not disturb a training on this machine. It ends when its standard input is closed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class PageMeasurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     page: str
     seed: int
     values: dict[str, Value]
-    """Values by the name of the placeholder."""
+    """Name of a placeholder → its value."""
     milliseconds: float
     torch: str
     """Version of PyTorch."""
@@ -50,7 +50,7 @@ class PageRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def all_finite(values: dict[str, Value]) -> bool:
-    """Whether no value is nan or infinite: JSON could not hold it, and no page states one."""
+    """Whether no value is nan or infinite, which JSON cannot hold and no page states."""
     return all(
         not isinstance(item, float) or math.isfinite(item)
         for value in values.values()
@@ -59,7 +59,8 @@ def all_finite(values: dict[str, Value]) -> bool:
 
 
 TIMEOUT_S = 180.0
-"""Importing PyTorch takes seconds, and minutes on a cold disk; a measurement less than one."""
+"""Limit of a measurement. Importing PyTorch takes seconds, on a cold disk minutes; the measurement
+itself takes less than a second."""
 MAX_ANSWER_BYTES = 1 << 20
 COMMAND = (sys.executable, "-P", "-m", "tui_trainer.learn.measurements", "--serve")
 
@@ -69,7 +70,7 @@ class MeasurementError(UserError):
 
 
 class MeasurementProcess:
-    """The child process, started at the first measurement. Thread-safe."""
+    """Runs measurements in a child process, started at the first one. Thread-safe."""
 
     def __init__(self, command: tuple[str, ...] = COMMAND) -> None:
         self._command = command
@@ -77,7 +78,7 @@ class MeasurementProcess:
         self._lock = threading.Lock()
         """Held while a measurement runs."""
         self._closed = False
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the child
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the child
 
     def prepare(self) -> None:
         """Start the child, so that it has imported PyTorch when the first page is opened."""
@@ -126,7 +127,7 @@ class MeasurementProcess:
                     self._command,
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
-                    stderr=self._said,
+                    stderr=self._stderr,
                     env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
                     start_new_session=True,  # Ctrl-C is for the app
                 )
@@ -160,14 +161,14 @@ class MeasurementProcess:
     def _last_line(self) -> str:
         """The last line that the child wrote to its standard error."""
         with contextlib.suppress(OSError, ValueError):
-            self._said.seek(0)
-            lines = self._said.read().decode(errors="replace").strip().splitlines()
+            self._stderr.seek(0)
+            lines = self._stderr.read().decode(errors="replace").strip().splitlines()
             return lines[-1] if lines else ""
         return ""
 
 
 def checked(line: bytes) -> PageMeasurement:
-    """The answer of the child. Raises MeasurementError where it is none, or says that it failed."""
+    """The answer of the child. Raises MeasurementError if it is invalid or reports a failure."""
     try:
         answer = msgspec.json.decode(line, type=PageMeasurement)
     except msgspec.MsgspecError:

@@ -1,10 +1,10 @@
 """The pages: their texts in each language, and the numbers written into them.
 
-A page is a Markdown file: a title, the text, and the three sections of `SECTIONS`, whose headings
-are in the language of the page. `{name:.3f}` stands for a measured value in Python's notation of
-formats; none is written out in the text, so that each number on the screen is one that was
-measured. In running text and tables a number has the signs of the language (`0,090`), in code those
-of Python.
+A page is a Markdown file: a title, the text, and three sections (to try, question, answer), whose
+headings are in the language of the page. `{name:.3f}` is the placeholder of a measured value, with
+a format specification of Python. No value is written out in the text, so that every number on the
+screen was measured. Numbers in running text and tables are written as in the language of the page
+(`0,090`), those in code as in Python.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TEXTS = Path(__file__).parent / "pages"
 """A folder for each language, with a file for each page and the words of the screen."""
 LANGUAGES = ("en", "fr")
 KEY = "key_"
-"""How the words begin that name keys: `key_learn_open` is the binding `learn.open`."""
+"""Prefix of the words that name keys: `key_learn_open` is for the binding `learn.open`."""
 NO_BREAK, NARROW_NO_BREAK = "\N{NO-BREAK SPACE}", "\N{NARROW NO-BREAK SPACE}"
 PLACEHOLDER = re.compile(r"\{([a-z][a-z0-9_]*)(?::([^{}\s]*))?\}")
 _COMMAND = re.compile(r"`tui-trainer ([^`]*)`")
@@ -44,11 +44,11 @@ class Page:
     language: str
     title: str
     body: str
-    """What the page explains."""
+    """The text before the three sections."""
     to_try: str
-    """One thing to try, with its heading as the others."""
+    """The section with one thing to try, including its heading."""
     question: str
-    """A question whose answer the measurement gives."""
+    """The section with a question that the measurement answers, including its heading."""
     answer: str
 
     @property
@@ -69,7 +69,7 @@ def load_page(name: str, language: str) -> Page:
 
 
 def command_to_try(page: Page) -> tuple[str, ...]:
-    """The first command that a page proposes and that can be run as is; () for none."""
+    """The first command of a page's section to try that can be run as it is; () for none."""
     for command in _COMMAND.findall(" ".join(page.to_try.split())):
         given = tuple(shlex.split(command))
         if not any(word.isupper() or word.endswith("/") for word in given):
@@ -92,7 +92,7 @@ def words(language: str) -> dict[str, str]:
 
 
 def key_labels(language: str) -> dict[str, str]:
-    """The names of keys by the id of their binding, of the screens that are in each language."""
+    """Id of a binding → name of its key, on the screens that exist in each language."""
     return {
         name.removeprefix(KEY).replace("_", "."): text
         for name, text in words(language).items()
@@ -102,27 +102,27 @@ def key_labels(language: str) -> dict[str, str]:
 
 @cache
 def help_texts(language: str) -> dict[str, str]:
-    """The texts of the help by those in English; what is missing stays English."""
+    """English text of the help → text in `language`; missing ones stay English."""
     file = TEXTS / language / "help.toml"
     return _texts_in(file) if file.is_file() else {}
 
 
 @cache
 def graph_texts(language: str) -> dict[str, str]:
-    """The texts of the scalar graph by those in English, which need none."""
+    """English text of the scalar graph → text in `language`; empty for English."""
     file = TEXTS / language / "graph.toml"
     return _texts_in(file) if file.is_file() else {}
 
 
 def _texts_in(file: Path) -> dict[str, str]:
-    import tomllib  # commands that show no text of these start without it
+    import tomllib  # not needed by commands that show none of these texts
 
     return dict(tomllib.loads(file.read_text(encoding="utf-8")))
 
 
 def language_of(environment: Mapping[str, str] = os.environ) -> str:
-    """The language that LANGUAGE, LC_ALL, LC_MESSAGES or LANG asks for, in the order in which
-    gettext reads them; English for one in which there are no pages."""
+    """The language that LANGUAGE, LC_ALL, LC_MESSAGES or LANG selects, in the order in which
+    gettext reads them; English where there are no pages in that language."""
     wanted = next(
         (
             environment[name]
@@ -138,12 +138,12 @@ def language_of(environment: Mapping[str, str] = os.environ) -> str:
 
 
 def placeholders(text: str) -> set[str]:
-    """The names of the values that a text states."""
+    """The names of the values for which a text has placeholders."""
     return {match[1] for match in PLACEHOLDER.finditer(text)}
 
 
 def written(value: Value, form: str, language: str, code: bool = False) -> str:
-    """A value as written in a text of `language`, or in code."""
+    """A value, formatted by `form`, as it is written in a text of `language`, or in code."""
     if isinstance(value, list):
         items = [written(item, form, language, code) for item in value]
         separator = f"{NO_BREAK}; " if language == "fr" and not code else ", "
@@ -170,7 +170,7 @@ class ReadingProgress(msgspec.Struct):
     read: list[str] = msgspec.field(default_factory=list)
     answered: list[str] = msgspec.field(default_factory=list)
     language: str = ""
-    """The language that was chosen; "": that of the environment."""
+    """The language that the user has chosen; "" for that of the environment."""
 
     def state(self, page: str) -> PageState:
         """The state of a page."""
@@ -184,7 +184,7 @@ class ReadingProgress(msgspec.Struct):
         return self.language if self.language in LANGUAGES else language_of()
 
     def mark(self, page: str, answered: bool = False) -> bool:
-        """Note that a page was opened or answered. Returns whether that is new."""
+        """Note that a page was opened or answered; returns whether its state has changed."""
         before = self.state(page)
         if page not in self.read:
             self.read.append(page)
@@ -194,7 +194,7 @@ class ReadingProgress(msgspec.Struct):
 
 
 def load_progress() -> ReadingProgress:
-    """What was saved; nothing where there is no file, or none that can be read."""
+    """The saved progress; an empty one if there is no readable file."""
     try:
         return msgspec.json.decode(_file().read_bytes(), type=ReadingProgress)
     except (OSError, msgspec.MsgspecError):
@@ -202,7 +202,7 @@ def load_progress() -> ReadingProgress:
 
 
 def save_progress(progress: ReadingProgress) -> None:
-    """Save it, if the directory can be written to."""
+    """Save the progress, if the directory can be written to."""
     path = _file()
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

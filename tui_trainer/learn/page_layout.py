@@ -1,6 +1,6 @@
-"""A page as lines of styled text, for the screen and for a pipe.
+"""Lays out a page as lines of styled text, for the screen and for a pipe.
 
-Markdown is parsed before the values are put in, so that no value can change the structure.
+Markdown is parsed before the values are inserted, so that no value can change the structure.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from markdown_it.token import Token
 
 Piece = tuple[str, str]
-"""A text and the name of its style in the palette of the app."""
+"""(text, name of its style in the palette of the app)"""
 StyledLine = list[Piece]
 
 PENDING = "…"
-"""Stands for a value that has not been measured yet."""
+"""Text in place of a value that has not been measured yet."""
 UNCHANGED, CHANGED = "good underline", "warning"
-"""Styles of values after another seed."""
+"""Styles of values after a measurement with another seed."""
 CODE_INDENT = 4
 COLUMN_GAP = 3
 _SPACES = str.maketrans({NO_BREAK: " ", NARROW_NO_BREAK: " "})
@@ -35,16 +35,16 @@ _SPACES = str.maketrans({NO_BREAK: " ", NARROW_NO_BREAK: " "})
 
 @dataclass(frozen=True)
 class Numbers:
-    """The values to write into a page, and how."""
+    """The values to insert into a page, and how to write them."""
 
     language: str
     values: dict[str, Value] | None = None
     """None: not measured yet."""
     before: dict[str, Value] | None = None
-    """Values of the measurement with another seed, to show which of them stay."""
+    """Values of an earlier measurement with another seed, to show which have changed."""
     pending: str = PENDING
     quotes_code: bool = False
-    """Whether code in running text keeps its backticks, where there are no styles."""
+    """Whether code in running text keeps its backticks, for output without styles."""
 
     def piece(self, name: str, form: str, code: bool) -> Piece:
         """The text of one value and its style."""
@@ -58,12 +58,12 @@ class Numbers:
 
 
 def laid_out(markdown: str, numbers: Numbers, width: int) -> list[StyledLine]:
-    """The lines of a text, of at most `width` cells where words allow it."""
+    """Lay out a text in lines of at most `width` cells, unless a word is longer."""
     return _Layout(numbers, max(20, width)).lines(_parser().parse(markdown))
 
 
 def escaped(text: str) -> str:
-    """`text` as Markdown that shows it as it is."""
+    """`text` with Markdown's special characters escaped."""
     return re.sub(r"([\\`*_{}\[\]()#+\-.!|<>~&])", r"\\\1", " ".join(text.split()))
 
 
@@ -73,7 +73,7 @@ def plain(lines: Iterable[StyledLine]) -> str:
 
 
 def changed_values(markdown: str, numbers: Numbers) -> set[str]:
-    """Names of the values that a text shows differently from those of the other seed."""
+    """Names of the values that a text shows differently than with the other seed."""
     return {
         match[1]
         for match in PLACEHOLDER.finditer(markdown)
@@ -211,14 +211,14 @@ class _Layout:
 
 
 def _words_of(pieces: Sequence[Piece]) -> list[StyledLine]:
-    """The pieces cut at spaces; one word may have pieces of several styles."""
+    """Split pieces at spaces into words; a word may consist of pieces of several styles."""
     words: list[StyledLine] = []
     open_word = False
     for text, style in pieces:
         for part in re.split("( +)", text):
             if not part:
                 continue
-            if not part.strip(" "):  # a space that does not break belongs to its word
+            if not part.strip(" "):  # a no-break space belongs to its word
                 open_word = False
             elif open_word:
                 words[-1].append((part, style))
@@ -233,5 +233,5 @@ def _cells(pieces: Iterable[Piece]) -> int:
 
 
 def _drawable(pieces: Iterable[Piece]) -> StyledLine:
-    """Terminals draw spaces that do not break in different widths."""
+    """The pieces with ordinary spaces for no-break spaces, whose width differs by terminal."""
     return [(text.translate(_SPACES), style) for text, style in pieces]

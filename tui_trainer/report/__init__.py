@@ -1,1 +1,1 @@
-"""One page about a run: self-contained HTML with charts drawn here as SVG."""
+"""One page about a run: self-contained HTML with charts drawn as SVG."""

@@ -22,9 +22,9 @@ from tui_trainer.report.read import ReportData
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 720, 62, 22, 10, 26
 BUCKETS = 560
 LOG_FROM = 1000.0
-"""Times the median, from which a largest value makes an axis logarithmic."""
+"""An axis is logarithmic if the largest value is more than this many times the median."""
 MAX_LOGGED = 24
-"""Charts of `tui_trainer.log`'s names."""
+"""Most charts of values of `tui_trainer.log`."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class SvgSeries:
     """One curve over buckets of steps."""
 
     style: str
-    """CSS class of its colour."""
+    """CSS class of the curve's colour."""
     label: str
     steps: NDArray[np.float64]
     """The middle of each bucket, shape (n,)."""
@@ -81,8 +81,8 @@ class SvgChart:
 
 
 def draw(chart: SvgChart, title: str) -> str:
-    """The chart as an <svg> element. Its axis is logarithmic by itself where the largest value
-    would flatten all others."""
+    """The chart as an <svg> element. Its axis becomes logarithmic where the largest value would
+    flatten all others."""
     if not chart.log and _spans_thousands(chart):
         chart = replace(chart, log=True, zero=False)
     low, high = _range(chart)
@@ -149,7 +149,7 @@ def _range(chart: SvgChart) -> tuple[float, float]:
 
 
 def _band(series: SvgSeries, axes: _Axes) -> list[str]:
-    """The extent of each bucket as an area, at least as thick as a line."""
+    """The range of values in each bucket as an area, at least as thick as a line."""
     known = np.isfinite(series.low) & np.isfinite(series.high)
     parts = []
     for part in _runs(known):
@@ -234,7 +234,7 @@ PHASE_COLOURS = tuple(f"p{number}" for number in range(len(PHASES)))
 COLOURS = ("loss", "validation", "norm", "clip", "q", "k", "v", "accent", *PHASE_COLOURS)
 LAYERS_SHOWN = 24
 PAIRS = (("cos_qk", "v", "qk"), ("cos_qv", "k", "qv"), ("cos_kv", "q", "kv"))
-"""A pair has the colour of the projection that it lacks, as on the screen."""
+"""A pair has the colour of the third projection, as on the screen."""
 DRIFTS = (("drift_q", "q", "q"), ("drift_k", "k", "k"), ("drift_v", "v", "v"))
 
 
@@ -257,7 +257,7 @@ class ChartPanel:
 
 
 def panels(data: ReportData) -> Iterator[ChartPanel]:
-    """Every chart that this run has measurements for."""
+    """Every chart for which this run has measurements."""
     for make in (_loss, _norm, _rate, _phases):
         if (made := make(data)) is not None:
             yield made
@@ -285,7 +285,7 @@ def _loss(data: ReportData) -> ChartPanel | None:
 
 
 def _logged(data: ReportData) -> Iterator[ChartPanel]:
-    """The values of `tui_trainer.log`."""
+    """Charts of the values of `tui_trainer.log`."""
     for each in logged_series(data.history)[:MAX_LOGGED]:
         seen = data.window(each.series, [each.column], BUCKETS)
         curve = SvgSeries.of("accent", "", seen, 0)

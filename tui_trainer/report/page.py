@@ -36,7 +36,7 @@ EVENTS_SHOWN = 200
 
 @dataclass(frozen=True)
 class KeyFigure:
-    """One of the large numbers at the top."""
+    """One of the large numbers at the top of the page."""
 
     name: str
     value: str
@@ -63,7 +63,7 @@ class EventRow:
 
 
 def render(data: ReportData) -> Iterator[str]:
-    """The document, piece by piece, so that a long run is never held in memory as a whole."""
+    """The document in pieces, so that the page of a long run is never in memory as a whole."""
     environment = jinja2.Environment(
         autoescape=True,
         trim_blocks=True,
@@ -184,7 +184,7 @@ def _last_by_name(data: ReportData, name: str) -> dict[str, float]:
 
 
 def _events(events: list[Event]) -> list[EventRow]:
-    """Without clips, which are marked on the chart."""
+    """Rows of the table of events, without clips, which are marked on the chart."""
     rows = []
     kind: EventKind
     level: Level

@@ -1,4 +1,4 @@
-"""Reads from a recorded run what a report shows."""
+"""Reads the data of a report from a recorded run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ReportData:
     def last_and_best(
         self, name: str, column: str, lowest: bool
     ) -> tuple[float | None, float | None]:
-        """The last and the best value of a column; None where there is none."""
+        """(last value, best value) of a column; None where there is none."""
         found = self.history.find(name, column)
         last = found[0].newest(column) if found else None
         if found is None or last is None:
@@ -51,7 +51,7 @@ class ReportData:
         return last, None if math.isnan(best) else best
 
     def event_count(self, kind: EventKind | None = None) -> int:
-        """Number of events of `kind`; of all but clips without it."""
+        """Number of events of `kind`, or without `kind` of all events but clips."""
         return StoredEvents(self.history.store).count(kind)
 
     def events(self, count: int) -> list[Event]:
@@ -59,7 +59,7 @@ class ReportData:
         return list(StoredEvents(self.history.store).first_events(count))
 
     def findings(self) -> list[Finding]:
-        """What the rules found, worst first, effects after their cause."""
+        """Findings of the rules, worst first, effects after their cause."""
         return newest_findings(StoredEvents(self.history.store).of_kind("finding", MAX_FINDINGS))
 
     def steps_of(self, kind: EventKind, count: int = 20_000) -> list[int]:

@@ -1,7 +1,7 @@
 """Guided runs: short trainings with one fault each, and what to see in them.
 
-Each script trains on handwritten digits; with `--cured` it does so without the fault. The texts
-about them are in `pages/en/demos.toml` and in those of the other languages.
+Each script trains on handwritten digits; with `--cured` it trains without the fault. The texts
+about the scripts are in `demos.toml` in the folder of each language, such as `pages/en`.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class Demo:
     rule: str
     """The rule whose finding names the fault."""
     breakpoint: str
-    """The condition that pauses the run there."""
+    """The condition that pauses the run when the fault shows."""
     live: str = ""
-    """The change that cures it while it is paused, as for `tui-trainer set`."""
+    """The change of settings that cures the paused run, as for `tui-trainer set`; "" for none."""
     back: int = 0
-    """Steps between the snapshots of a run that is cured by going back to before the fault; 0:
+    """Steps between the snapshots of a run that is cured by going back to before the fault; 0 for
     another cure."""
     pace: float = 20.0
-    """Steps per second, so that they can be watched."""
+    """Steps per second, slow enough to be watched."""
 
     @property
     def script(self) -> Path:
@@ -44,7 +44,7 @@ class Demo:
         return HERE / f"{self.name.replace('-', '_')}.py"
 
     def title(self, cured: bool) -> str:
-        """What the header calls a run of it; `demo_of` reads it."""
+        """Title of a run of this demo in the header; `demo_titled` parses it."""
         return f"demo {self.name}{', cured' if cured else ''}"
 
 
@@ -73,7 +73,7 @@ class DemoText:
     happens: str
     """What will happen, in one sentence."""
     cure: str
-    """What cures it."""
+    """What cures the fault."""
 
 
 @cache
@@ -91,12 +91,12 @@ def find_demo(name: str) -> Demo:
 
 
 def demo_of(info: RunInfo | None) -> tuple[Demo, bool] | None:
-    """The guided run that a run is one of, and whether it trains without the fault."""
+    """(guided run, whether without the fault) of a run; None if it is no guided run."""
     return demo_titled(info.title) if info is not None and info.is_script else None
 
 
 def demo_titled(title: str) -> tuple[Demo, bool] | None:
-    """The guided run that has this title, and whether it trains without the fault."""
+    """(guided run, whether without the fault) of a title; None if it is not a guided run's."""
     found = _TITLE.fullmatch(title)
     if found is None or found[1] not in {each.name for each in DEMOS}:
         return None

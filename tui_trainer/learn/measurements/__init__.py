@@ -1,5 +1,5 @@
-"""The values on the pages, measured on live models: a module for each page, with a function
-`measure`. Values that are the same for every seed are laws; the others belong to this model.
+"""Measures the values on the pages on live models: a module for each page, with a function
+`measure`. Values that are the same for every seed are laws; the others depend on the model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def measurement_of(page: str) -> Callable[[], dict[str, Value]]:
 
 
 def measure_page(name: str, seed: int) -> PageMeasurement:
-    """Measure the values of a page with this seed; the caller's random numbers stay as they are."""
+    """Measure the values of a page with a seed, leaving the global random state unchanged."""
     measure = measurement_of(name)
     import torch
     import torch._dynamo  # imported by the first optimizer otherwise, which takes two seconds

@@ -1,7 +1,7 @@
 """`python -m tui_trainer.learn.measurements PAGE`: measure the values of a page and print them.
 
-With `--serve` it reads a `PageRequest` from each line of its standard input and answers each with
-one line, a `PageMeasurement` or a `PageFailure`.
+With `--serve`, each line of standard input is a `PageRequest`, which is answered by one line: a
+`PageMeasurement` or a `PageFailure`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
     """Run what the command line asks for and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tui_trainer.learn.measurements")
     parser.add_argument("name", nargs="?", help="name of a page")
-    parser.add_argument("--seed", type=int, default=1, help="of the random numbers (default: 1)")
+    parser.add_argument("--seed", type=int, default=1, help="random seed (default: 1)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--list", action="store_true", help="print the names of all pages")
     parser.add_argument("--serve", action="store_true", help="answer requests on standard input")
@@ -55,7 +55,7 @@ def serve() -> None:
     os.nice(5)  # a training on this machine comes first
     prepare()
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints is not an answer
+    os.dup2(2, 1)  # so that the output of a library is not read as an answer
     for line in sys.stdin.buffer:
         answers.write(
             msgspec.json.encode(answer(msgspec.json.decode(line, type=PageRequest))) + b"\n"
@@ -64,7 +64,7 @@ def serve() -> None:
 
 
 def prepare() -> None:
-    """Import what measurements use; what is missing is reported with the first of them."""
+    """Import what measurements use; the first measurement reports a missing module."""
     with contextlib.suppress(ImportError):
         import torch._dynamo  # noqa: F401
 

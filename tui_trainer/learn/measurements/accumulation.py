@@ -57,8 +57,7 @@ def measure() -> dict[str, Value]:
 
 
 def _moved_after(set_to_none: bool) -> tuple[float, Tensor | None]:
-    """How far Adam moves a layer in a step after `zero_grad`, with no `backward` in between, and
-    what `.grad` was then."""
+    """(norm of Adam's update after `zero_grad` without a `backward`, `.grad` before that step)."""
     layer = nn.Linear(4, 4)
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.1)
     layer(torch.randn(8, 4)).square().mean().backward()

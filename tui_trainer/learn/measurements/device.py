@@ -1,4 +1,4 @@
-"""What the device of a tensor is and is not."""
+"""What the device of a tensor determines, and what it does not."""
 
 from __future__ import annotations
 

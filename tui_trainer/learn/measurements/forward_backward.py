@@ -66,7 +66,8 @@ def measure() -> dict[str, Value]:
 
 
 def _watch_order(model: GPT) -> tuple[list[float | int | str], list[float | int | str]]:
-    """Two lists that fill with names of `WATCHED`: as outputs, then as gradients are computed."""
+    """(forward order, backward order): lists that fill with names of `WATCHED` as the outputs, and
+    then their gradients, are computed."""
     forward: list[float | int | str] = []
     backward: list[float | int | str] = []
 
@@ -81,5 +82,5 @@ def _watch_order(model: GPT) -> tuple[list[float | int | str], list[float | int 
 
 
 def _changed(parameters: list[nn.Parameter], before: list[Tensor]) -> int:
-    """How many parameters have other values than before."""
+    """Number of parameters whose values differ from those in `before`."""
     return sum(not torch.equal(now, then) for now, then in zip(parameters, before, strict=True))

@@ -1,4 +1,4 @@
-"""What `.grad` is before and after `backward`, and what its numbers say."""
+"""`.grad` before and after `backward`, and the meaning of its numbers."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def measure() -> dict[str, Value]:
 
 
 def _kept(model: torch.nn.Module, batches: int) -> int:
-    """Operations that a sum of losses keeps in memory, leaves apart: those are shared."""
+    """Number of operations that a sum of losses keeps in memory, without the shared leaves."""
     total = torch.zeros(())
     for _ in range(batches):
         total = total + loss_of(model, random_batch())

@@ -46,7 +46,7 @@ def measure() -> dict[str, Value]:
 def _replaced(
     model: nn.Module, optimizer: torch.optim.Optimizer, held: list[torch.Tensor]
 ) -> dict[str, Value]:
-    """Put a new tensor in the place of a weight after the optimizer was made, and step."""
+    """Replace a weight in the model after the optimizer was created, and step."""
     layer = model.get_submodule("blocks.0.attention.W_query")
     assert isinstance(layer, nn.Linear)
     old, new = layer.weight, nn.Parameter(layer.weight.detach().clone())

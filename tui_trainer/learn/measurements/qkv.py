@@ -42,7 +42,7 @@ def measure() -> dict[str, Value]:
 
 
 def _from_a_copy() -> dict[str, Value]:
-    """Begin with Wk = Wq, and train."""
+    """Train a model that begins with Wk = Wq."""
     model = small_gpt(layers=1)
     query, key, _ = _weights(model)
     with torch.no_grad():

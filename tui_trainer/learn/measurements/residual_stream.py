@@ -1,4 +1,4 @@
-"""What V carries into the residual stream."""
+"""The contribution of V to the residual stream."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def measure() -> dict[str, Value]:
 
 
 def _by_head(attention: CausalSelfAttention, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The softmax weights (B, H, T, T), and what each head adds to the stream: H × (B, T, C)."""
+    """(softmax weights (B, H, T, T), contributions of the heads to the stream: H × (B, T, C))."""
     batch, positions, width = x.shape
     by_head = (batch, positions, attention.heads, width // attention.heads)
     q, k, v = (

@@ -50,7 +50,7 @@ def _with_tensor(rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _with_scalars(weight: Tensor, x: Tensor, target: Tensor) -> tuple[list[list[Tensor]], Tensor]:
-    """The entries of the weight as tensors of one number, and the same loss of them."""
+    """(entries of the weight as scalar tensors, the same loss computed from them)."""
     entries = [[entry.detach().clone().requires_grad_() for entry in row] for row in weight]
     loss = torch.zeros(())
     for row, wanted in zip(entries, target, strict=True):

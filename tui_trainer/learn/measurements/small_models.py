@@ -1,4 +1,4 @@
-"""What several pages use: a small GPT, batches for it, and walks through autograd's graph."""
+"""A small GPT, batches for it, and walks through autograd's graph, for several pages."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def graph_nodes(tensor: Tensor) -> list[Any]:
-    """The nodes of autograd's graph that can be reached from a tensor; none where it has no graph.
-    A leaf, `AccumulateGrad`, has the `variable` that it collects a gradient for."""
+    """The nodes of autograd's graph that can be reached from a tensor; none if it has no graph. A
+    leaf, `AccumulateGrad`, has an attribute `variable`: the tensor whose gradient it collects."""
     waiting, found = [tensor.grad_fn], dict[int, Any]()
     while waiting:
         node = waiting.pop()
@@ -48,7 +48,7 @@ def graph_nodes(tensor: Tensor) -> list[Any]:
 
 
 def leaves(nodes: list[Any]) -> list[Tensor]:
-    """The tensors that the leaves among some nodes collect gradients for."""
+    """The tensors whose gradients the leaves among `nodes` collect."""
     return [node.variable for node in nodes if hasattr(node, "variable")]
 
 

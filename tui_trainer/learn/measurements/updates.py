@@ -55,7 +55,7 @@ def measure() -> dict[str, Value]:
 
 
 def _moves(name: str, weight: float, gradients: list[float]) -> tuple[list[float], dict[str, Any]]:
-    """How far each step moves the weight, and the state of the optimizer after the last."""
+    """(change of the weight in each step, state of the optimizer after the last step)."""
     parameter = nn.Parameter(torch.tensor([weight], dtype=torch.float64))
     optimizer = OPTIMIZERS[name]([parameter])
     moves = []

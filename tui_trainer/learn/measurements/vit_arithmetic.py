@@ -1,4 +1,4 @@
-"""The arithmetic of a vision transformer, read off the model itself, built without memory."""
+"""The arithmetic of a vision transformer, read from the model itself on the device `meta`."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def measure() -> dict[str, Value]:
 
 
 def _model(patch_size: int, layers: int) -> tuple[ViT, int]:
-    """The ViT with patches of this size, and the number of tokens that an image becomes."""
+    """(ViT with patches of this size, number of patches of an image)."""
     with torch.device("meta"):
         model = ViT(
             classes=10,

@@ -1,5 +1,5 @@
 """A scalar graph with values: forward and backward one node at a time, numerical derivatives, and
-what a step of gradient descent does.
+steps of gradient descent.
 
 Reverse-mode differentiation as in PyTorch: the gradient of the output is 1, and each node, in the
 reverse order of evaluation, adds (its gradient × the local derivative) to each of its operands.
@@ -23,7 +23,7 @@ Difference = Literal["central", "forward"]
 
 @dataclass(frozen=True)
 class GradientContribution:
-    """What one node adds to the gradient of one of its operands."""
+    """The term that one node adds to the gradient of one of its operands."""
 
     to: int
     """Index of the operand."""
@@ -34,13 +34,13 @@ class GradientContribution:
     amount: float
     """The gradient of the node × `local`."""
     total: float
-    """The gradient of the operand after it was added."""
+    """The gradient of the operand after this term was added."""
     first: bool
-    """Whether it is the first that the operand receives."""
+    """Whether this is the first term that the operand receives."""
 
     @property
     def formula_alone(self) -> str:
-        """The formula without the parentheses that it needs inside a product."""
+        """`formula` without the parentheses that are needed inside a product."""
         inner = self.formula[1:-1]
         wrapped = self.formula == f"({inner})" and "(" not in inner
         return inner if wrapped else self.formula
@@ -48,7 +48,7 @@ class GradientContribution:
 
 @dataclass(frozen=True)
 class BackwardStep:
-    """The gradient of a node is complete and is passed on to its operands."""
+    """One node of the backward pass: its gradient is complete and is passed to its operands."""
 
     node: int
     gradient: float
@@ -67,7 +67,7 @@ class ScalarGraph:
     """Gradient of the output with respect to each node; None where the output does not depend on
     it, or where it is a constant."""
     backward: tuple[BackwardStep, ...]
-    """The output first."""
+    """The steps of the backward pass, the output's first."""
     formulas: tuple[str, ...] = field(repr=False)
     """Each gradient as a product of local derivatives: `f*b`; "" where there is none."""
 
@@ -104,8 +104,9 @@ class ScalarGraph:
     def numerical(
         self, index: int, h: float = DEFAULT_H, difference: Difference = "central"
     ) -> float | None:
-        """(L(x + h) − L(x − h)) / 2h, or (L(x + h) − L(x)) / h, with the node changed and all that
-        is computed from it evaluated again. None where L is undefined there, and of constants."""
+        """(L(x + h) − L(x − h)) / 2h, or (L(x + h) − L(x)) / h, where x is the value of a node and
+        everything computed from it is evaluated again. None where L is undefined, and for
+        constants."""
         if self.gradients[index] is None:
             return None
         try:
@@ -191,7 +192,7 @@ def _undefined(
 def _backward(
     expression: ScalarExpression, values: tuple[float, ...]
 ) -> tuple[tuple[float | None, ...], tuple[BackwardStep, ...]]:
-    """The gradients, and how they came about."""
+    """(gradients of the nodes, steps of the backward pass)."""
     needed = _depends_on_inputs(expression)
     gradients: dict[int, float] = {}
     steps = []
@@ -226,12 +227,13 @@ def _depends_on_inputs(expression: ScalarExpression) -> list[bool]:
 
 
 MAX_FORMULA = 32
-"""Longer products are written with the gradient that they begin with: `dL/dn*(1 - o**2)`."""
+"""Characters of a formula above which another one refers to its gradient by name:
+`dL/dn*(1 - o**2)`."""
 
 
 def _formulas(expression: ScalarExpression, steps: tuple[BackwardStep, ...]) -> tuple[str, ...]:
-    """The gradient of every node as a product of local derivatives, without factors of 1 but the
-    last."""
+    """The gradient of every node as a product of local derivatives, without factors of 1 except at
+    the end."""
     output = expression.nodes[expression.output].name
     terms: dict[int, list[str]] = {expression.output: ["1"]}
     done: dict[int, str] = {}
@@ -274,9 +276,9 @@ ROUNDING = 1e-13
 
 
 def sweep(graph: ScalarGraph, index: int, points: int = 61) -> list[SweepPoint]:
-    """How far the numerical gradient of a node is from its gradient, for h from 1e-15 to 1, evenly
-    spaced on a logarithmic axis. The truncation error of the forward difference falls as h, that of
-    the central one as h²; the rounding error of both grows as 1/h."""
+    """The error of a node's numerical gradient for h from 1e-15 to 1, evenly spaced on a
+    logarithmic axis. The truncation error is proportional to h for the forward difference and to h²
+    for the central one; the rounding error of both is proportional to 1/h."""
     gradient = graph.gradients[index]
 
     def error(h: float, difference: Difference) -> float | None:
@@ -289,7 +291,7 @@ def sweep(graph: ScalarGraph, index: int, points: int = 61) -> list[SweepPoint]:
 
 
 def sweep_summary(graph: ScalarGraph, index: int, points: Sequence[SweepPoint]) -> Message:
-    """Where the error is smallest, and what makes it grow on both sides of it."""
+    """Text about the h with the smallest error, and why the error grows on both sides of it."""
     name, output = graph.nodes[index].name, graph.output_name
     known = [(point.central, point.h) for point in points if point.central is not None]
     if not known:
@@ -321,37 +323,37 @@ class DescentRun:
     """`too small`, `right`, `too large`."""
     learning_rate: float
     weights: tuple[float, ...]
-    """Before the first step, then after each."""
+    """W before the first step, then after each step."""
     gradients: tuple[float, ...]
     """dL/dW at each of the weights."""
     outputs: tuple[float, ...]
-    """L at each of them."""
+    """L at each of the weights."""
     left_domain: bool = False
-    """Whether it ended early, where the expression is undefined."""
+    """Whether the run ended early because the expression is undefined at the next weight."""
 
 
 @dataclass(frozen=True)
 class Descent:
-    """What gradient descent on one input does with three learning rates."""
+    """Gradient descent on one input with three learning rates."""
 
     name: str
     runs: tuple[DescentRun, ...]
     verdict: Message
-    """Which way, and what limits how far."""
+    """Text about the direction of the steps, and what limits their size."""
 
 
 DESCENT_STEPS = 8
 RATES = tuple(10 ** (exponent / 8) for exponent in range(-32, 25))
 """Learning rates that are tried, 1e-4 to 1e3."""
 TOO_SMALL = 1 / 20
-"""Share of the right rate."""
+"""The rate that is too small, as a share of the right one."""
 DIVERGED = 1e12
 
 
 def descend(
     graph: ScalarGraph, name: str, label: str, learning_rate: float, steps: int = DESCENT_STEPS
 ) -> DescentRun:
-    """Follow W ← W − lr·G for some steps."""
+    """Make `steps` steps W ← W − lr·G."""
     index = graph.expression.index(name)
     assert index is not None
     weights, gradients, outputs = [], [], []

@@ -1,4 +1,4 @@
-"""Where the nodes of a scalar graph are drawn: inputs on the left, the output on the right."""
+"""Places the nodes of a scalar graph: inputs on the left, the output on the right."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tui_trainer.learn.scalar.parser import ScalarExpression
 
 @dataclass(frozen=True)
 class Layout:
-    """The place of every node, in columns and rows of nodes; rows may lie between two others."""
+    """The place of every node, in columns and rows of nodes; a row may be fractional."""
 
     places: tuple[tuple[int, float], ...]
     """(column, row) of each node."""
@@ -21,8 +21,8 @@ class Layout:
 
 
 def layout(expression: ScalarExpression) -> Layout:
-    """Each node one column right of its rightmost operand, and inputs next to the node that uses
-    them first; rows as in a tree, the operands of a node around it."""
+    """Place each node one column right of its rightmost operand, and each input left of the first
+    node that uses it. Rows are as in a tree: a node is centred on its operands."""
     column = _columns(expression)
     row: dict[int, float] = {}
     next_row = 0
@@ -42,7 +42,7 @@ def layout(expression: ScalarExpression) -> Layout:
         return row[index]
 
     place(expression.output)
-    for index in range(len(expression.nodes)):  # what the output does not depend on
+    for index in range(len(expression.nodes)):  # nodes on which the output does not depend
         place(index)
     _separate(column, row)
     edges = [(i, n) for n, node in enumerate(expression.nodes) for i in node.inputs]
@@ -66,7 +66,7 @@ def _columns(expression: ScalarExpression) -> list[int]:
 
 
 def _separate(column: list[int], row: dict[int, float]) -> None:
-    """Move nodes of one column down until they are a row apart."""
+    """Move the nodes of each column down until they are at least a row apart."""
     for number in set(column):
         lowest = -1.0
         for index in sorted((i for i in row if column[i] == number), key=lambda i: row[i]):

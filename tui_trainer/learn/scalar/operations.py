@@ -1,4 +1,4 @@
-"""The operations of scalar graphs: their values, their derivatives, and how both are written."""
+"""The operations of scalar graphs: values, derivatives, and the notation of both."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Operation:
     text: Callable[..., str]
     """The operation with the names of its operands: `a*b`."""
     passes: Callable[..., tuple[bool, ...]] = lambda *operands: (True,) * len(operands)
-    """Whether anything is passed on to each operand. Where not, its share is 0 even of a gradient
-    that is infinite or nan, as in PyTorch."""
+    """Whether the gradient is passed to each operand. If not, the operand receives 0, even if the
+    gradient is infinite or nan, as in PyTorch."""
 
 
 def _too_large(formula: str) -> Message:
@@ -71,7 +71,8 @@ def _raw_power(a: float, b: float) -> float:
 
 
 def _power_derivatives(a: float, b: float, result: float) -> tuple[float, float]:
-    """At 0**b the derivative with respect to b is 0, as in PyTorch; below 0 there is none."""
+    """The derivatives of a**b. That with respect to b is 0 for a = 0, as in PyTorch, and nan for
+    a < 0."""
     by_base = 0.0 if b == 0 else b * _raw_power(a, b - 1)
     if a > 0:
         return by_base, result * math.log(a)

@@ -1,7 +1,7 @@
-"""Expressions of scalars, such as `(a*b + c) * f` or `e = a*b; d = e + c; L = d*f`, parsed into the
-nodes of a graph in the order in which they are evaluated.
+"""Parses expressions of scalars, such as `(a*b + c) * f` or `e = a*b; d = e + c; L = d*f`, into the
+nodes of a graph in order of evaluation.
 
-An expression is parsed with `ast` over a whitelist of nodes; nothing is ever executed as Python.
+An expression is parsed with `ast` and a whitelist of its nodes; nothing is executed as Python.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ EXAMPLE_HINT = say("such as {example}", example='"(a*b + c) * f"')
 INPUT, CONSTANT = "input", "constant"
 OUTPUT_NAME = "L"
 INTERMEDIATE_NAMES = "edgkmnpqrsuvz"
-"""Names for intermediate results, in this order, and after them t1, t2, …"""
+"""Names for intermediate results, in this order, followed by t1, t2, …"""
 
 
 class GraphError(ExpressionError):
@@ -51,7 +51,7 @@ class Node:
     """The value of a constant."""
     start: int = 0
     end: int = 0
-    """Its position in the text of the expression."""
+    """`start` and `end` are the node's position in the text of the expression."""
 
     @property
     def is_input(self) -> bool:
@@ -64,7 +64,7 @@ class Node:
 
 @dataclass(frozen=True)
 class ScalarExpression:
-    """A parsed expression: its nodes, each after those that it is computed from."""
+    """A parsed expression: its nodes, each after its operands."""
 
     text: str
     nodes: tuple[Node, ...]
@@ -77,7 +77,7 @@ class ScalarExpression:
         return tuple(node.name for node in self.nodes if node.is_input)
 
     def index(self, name: str) -> int | None:
-        """The index of the node of this name."""
+        """The index of the node called `name`; None if there is none."""
         return next((i for i, node in enumerate(self.nodes) if node.name == name), None)
 
     def operation_text(self, index: int) -> str:
@@ -223,7 +223,7 @@ class _Parser:
         return index
 
     def _node(self, node: ast.expr, depth: int) -> int:
-        """Add a node and those it is computed from. Returns its index."""
+        """Add a node after its operands; returns its index."""
         if depth > MAX_DEPTH:
             raise self._error(say("this is nested too deeply"), node)
         match node:
@@ -303,7 +303,7 @@ class _Parser:
         return len(self._nodes) - 1
 
     def _name_intermediates(self, output: int) -> None:
-        """Name what has no name: the output L, the others e, d, g, … in order of evaluation."""
+        """Name the unnamed nodes: the output L, the others e, d, g, … in order of evaluation."""
         taken = set(self._by_name)
         if output in self._unnamed and OUTPUT_NAME not in taken:
             self._rename(output, OUTPUT_NAME)
@@ -320,7 +320,7 @@ class _Parser:
     # ------------------------------------------------------------ errors
 
     def _place(self, node: ast.AST) -> tuple[int, int]:
-        """First and last character of a node, from ast's offsets in UTF-8 bytes."""
+        """(start, end) of a node in characters, from ast's offsets in UTF-8 bytes."""
         start, end = getattr(node, "col_offset", 0), getattr(node, "end_col_offset", None)
         stop = len(self._bytes) if end is None else end
         return (

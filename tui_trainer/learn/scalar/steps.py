@@ -1,4 +1,4 @@
-"""The forward and the backward steps of a scalar graph as text."""
+"""Describes the forward and backward steps of a scalar graph as text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def factor(value: float) -> str:
 
 @dataclass(frozen=True)
 class GraphStep:
-    """One step of going through a graph: a node gets its value, or passes its gradient on."""
+    """One step through a graph: a node gets its value, or passes its gradient to its operands."""
 
     node: int
     backward: bool

@@ -30,7 +30,7 @@ STYLE = """
 
 
 def svg(graph: ScalarGraph) -> str:
-    """The picture, in light or dark colours as the viewer prefers."""
+    """The picture of a graph, in light or dark colours by the viewer's `prefers-color-scheme`."""
     placed = layout(graph.expression)
     width: float = MARGIN * 2 + (placed.columns - 1) * COLUMN + NODE_WIDTH
     height = TITLE + MARGIN + (placed.rows - 1) * ROW + NODE_HEIGHT

@@ -1,4 +1,4 @@
-"""Asks a process of its own for PyTorch's gradients, so that the screen's process has no torch."""
+"""Computes PyTorch's gradients in a child process, so that the screen's process needs no torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ class TorchGradients:
 
 
 class TorchProcess:
-    """Starts with the first question, and ends with `close()` or with this process."""
+    """A child process that is started by the first request and ends with `close()` or with this
+    process."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
@@ -31,8 +32,8 @@ class TorchProcess:
         self._closed = False
 
     def gradients(self, expression: str, values: Mapping[str, float]) -> TorchGradients | None:
-        """Blocks until the answer; importing torch takes seconds the first time. None where there
-        is none: without torch, or after `close()`."""
+        """The gradients of all nodes; None without torch, or after `close()`. Blocks until the
+        answer; the first time, importing torch takes seconds."""
         with self._lock:
             try:
                 process = self._started()
@@ -62,7 +63,7 @@ class TorchProcess:
         return self._process
 
     def close(self) -> None:
-        """End the process; a question in progress is answered with None."""
+        """End the process; a request in progress returns None."""
         self._closed = True
         process = self._process
         if process is None:

@@ -1,6 +1,6 @@
 """PyTorch's own gradients of a scalar expression.
 
-The screens do not import torch, so they ask a process:
+The screens do not import torch, so they use a child process (`torch_process.py`):
 `python -m tui_trainer.learn.scalar.torch_worker` reads `{"expression": …, "values": {…}}` and
 writes `{"version": …, "gradients": [… or null]}`, one line each, until its input ends.
 """
@@ -32,8 +32,8 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
 
 
 def autograd(expression: ScalarExpression, values: Mapping[str, float]) -> list[float | None]:
-    """`backward()` of the output in float64, and then `.grad` of every node. None of constants and
-    of nodes that the output does not depend on."""
+    """`.grad` of every node after `backward()` of the output in float64. None for constants and for
+    nodes on which the output does not depend."""
     tensors: list[Tensor] = []
     for node in expression.nodes:
         if node.is_input:

@@ -1,7 +1,7 @@
 """The texts of the scalar graph in each language.
 
-They are written in English where they are used, most of them as templates that `say` fills in. What
-it returns remembers its template, so that `translated` finds the same text in another language:
+The texts are written in English where they are used, most of them as templates that `say` fills in.
+A `Message` keeps its template, so that `translated` finds the same text in another language:
 `pages/fr/graph.toml` has the French for each English template.
 """
 
@@ -13,7 +13,7 @@ from tui_trainer.learn.page import graph_texts
 
 
 class Message(str):
-    """An English text, with the template and the values that it was made from."""
+    """An English text that keeps its template and the values filled in."""
 
     template: str
     values: dict[str, object]
@@ -27,12 +27,12 @@ class Message(str):
 
 
 def say(template: str, **values: object) -> Message:
-    """A text in English that can be translated. Values that are messages are translated, too."""
+    """An English text that can be translated, along with those of its values that are messages."""
     return Message(template, values)
 
 
 def translated(text: str, language: str) -> str:
-    """A text in another language; as it is where there is no translation."""
+    """A text in another language; unchanged if there is no translation."""
     texts = graph_texts(language)
     if not isinstance(text, Message):
         return texts.get(text, text)
