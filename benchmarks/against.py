@@ -1,16 +1,16 @@
-"""Run benchmarks of this working tree and of an earlier commit in turn, and compare their figures.
+"""Runs benchmarks of this working tree and of an earlier commit in turn, and compares the figures.
 
     python -m benchmarks.against COMMIT frames keys [--rounds 2] [--json FILE] [-- OPTION …]
 
-Each side runs its own benchmarks with its own package, because an earlier commit has other names
-inside. For each side a folder with the installed shape of the package is made, and an environment
-whose interpreter finds that folder before this one's packages: the commands that a benchmark
-starts, and their children, then use the same side whatever they do to PYTHONPATH. The options
-after `--` go to every benchmark on both sides.
+Each side runs its own benchmarks with its own package, because names inside an earlier commit
+differ. Each side gets a folder in which the package lies as if installed, and a virtual environment
+whose interpreter finds that folder before the other packages: the commands that a benchmark starts,
+and their children, then use the same side whatever they do to PYTHONPATH. Options after `--` go to
+every benchmark on both sides.
 
-A round runs every benchmark on both sides, one after the other, and every second round in the
-other order, so that both sides meet the same speed of the machine. Printed are the medians of the
-rounds and their ratio (after / before); a figure that only one side has has no ratio.
+A round runs every benchmark on both sides, one after the other; every second round runs them in the
+opposite order, so that changes in the machine's speed affect both sides. The program prints the
+medians of the rounds and their ratio (after / before); a figure of one side only has no ratio.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from report import write_json
 
 HERE = Path(__file__).resolve().parent.parent
 LABELS = ("parameters", "columns", "rows", "threads")
-"""Numbers that tell the entries of a list apart."""
+"""Keys of numbers that distinguish the entries of a list."""
 LEFT_OUT = (*LABELS, "pairs", "launches", "presses", "frames", "every")
-"""Of these there is nothing to compare."""
+"""Keys of numbers that are not compared."""
 
 
 class Side:
@@ -80,10 +80,11 @@ class Side:
 
 
 def _environment(folder: Path, shape: Path) -> Path:
-    """An interpreter that imports from `shape`, then from this environment's packages.
+    """Create an environment whose interpreter imports from `shape`, then from the packages of the
+    present environment; returns the interpreter.
 
-    A folder that is named in a .pth file is searched, but its own .pth files are not read: an
-    editable installation of this tree stays out.
+    Python searches a folder named in a .pth file without reading that folder's own .pth files, so
+    an editable installation of this tree is not found.
     """
     venv.create(folder, symlinks=True)
     inside = sysconfig.get_path("purelib", vars={"base": str(folder)})
@@ -93,7 +94,7 @@ def _environment(folder: Path, shape: Path) -> Path:
 
 
 def _describe_package(tree: Path, folder: Path) -> None:
-    """The metadata of the package, by which its tasks are found."""
+    """Write the metadata of the package, through which its tasks are found."""
     project = tomllib.loads((tree / "pyproject.toml").read_text())["project"]
     folder.mkdir()
     version = project.get("version", "0")
@@ -110,7 +111,7 @@ def _describe_package(tree: Path, folder: Path) -> None:
 
 
 def extract(commit: str, folder: Path) -> Path:
-    """The tree of a commit."""
+    """Extract the tree of a commit into `folder`; returns its path."""
     tree = folder / "tree"
     tree.mkdir()
     archive = subprocess.run(["git", "archive", commit], cwd=HERE, check=True, capture_output=True)
@@ -195,7 +196,7 @@ def main() -> None:
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """The own arguments, and those behind `--`."""
+    """(own arguments, arguments after `--`)"""
     if "--" not in arguments:
         return arguments, []
     place = arguments.index("--")

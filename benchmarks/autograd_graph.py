@@ -1,5 +1,5 @@
-"""What reading and opening an autograd graph of 10,000 nodes takes: the walk with saved bytes and
-the gradient of each edge on the training side, message and folding on the viewing side.
+"""The time to read and open an autograd graph of 10,000 nodes: on the training side the walk with
+saved bytes and the gradient of each edge, on the viewing side decoding and folding.
 
 .venv/bin/python benchmarks/autograd_graph.py [OPERATIONS]
 """
@@ -57,7 +57,7 @@ def main() -> None:
     )
     _, folded = timed("viewer: folded", lambda: list(lines(fold(received))))
     leaf = len(nodes) - 1
-    timed("viewer: the way of a parameter to the loss", lambda: path_to_loss(received, leaf))
+    timed("viewer: path from a parameter to the loss", lambda: path_to_loss(received, leaf))
     total = forward + walked + counted + flowed + described + decoded + folded
     edges = sum(len(node.inputs) for node in nodes)
     size = len(data) / 1e6

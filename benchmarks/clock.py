@@ -1,4 +1,4 @@
-"""The clock inside the training process, and the turns that are requested of it.
+"""The clock inside the training process, which measures the turns requested of that process.
 
 The protocol uses two FIFOs in a directory, `to` and `from`, one JSON object per line:
 
@@ -32,7 +32,7 @@ SYNCHRONIZING = (
     "Memcpy DtoH (Device -> Pageable)",
     "aten::_local_scalar_dense",
 )
-"""Operations that make the host wait for a device. The last is `.item()`, which waits where the
+"""Operations that make the host wait for a device. The last one is `.item()`, which waits if the
 tensor is on a device (and then also counts as a `cudaStreamSynchronize`)."""
 
 
@@ -54,7 +54,7 @@ class Clock:
             self._from = open(directory / "from", "w")  # noqa: SIM115
 
     def over(self) -> bool:
-        """Record the end of a step; whether the training is over."""
+        """Record the end of a step; returns whether the training is over."""
         if self._to is None:
             self._steps_left -= 1
             return self._steps_left <= 0
@@ -64,7 +64,7 @@ class Clock:
         if now < self._until:
             if now >= self._warm_until:
                 if not self._ends:
-                    self._synchronize()  # work that is still running does not belong to the turn
+                    self._synchronize()  # earlier work of the device does not belong to the turn
                     now = time.perf_counter()
                     self._cpu = time.thread_time(), time.process_time()
                 self._ends.append(now)
@@ -94,7 +94,7 @@ class Clock:
         return self._obey()
 
     def _obey(self) -> bool:
-        """Wait for the next order; whether the training is to end."""
+        """Wait for the next order and begin it; returns whether the training is to end."""
         assert self._to is not None
         while line := self._to.readline():
             order = json.loads(line)

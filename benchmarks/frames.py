@@ -1,16 +1,16 @@
-"""CPU per frame of the dashboard, and for how long anything keeps the event loop.
+"""CPU per frame of the dashboard, and how long single callbacks block the event loop.
 
     python -m benchmarks.frames [--json FILE] [--frames N]
 
 Runs the real app over a synthetic session and without a terminal, so that only the viewing side is
-measured: poll, building rows, comparing them with those on screen, rendering what differs
-(Textual's compositor included) and the escape sequences in which it would be sent. Each case is a
-process of its own, so that a screen that is shown for the first time is imported, too.
+measured: poll, building rows, comparing them with those on screen, rendering the differences
+(Textual's compositor included) and writing the escape sequences. Each case runs in a new process,
+so that showing a screen for the first time includes its imports.
 
-CPU is that of the process (`time.process_time`), the fairest on a busy machine, until everything is
-drawn. A panel's two figures are `show`, what building it takes, and the same with its drawing: that
-panel alone. `callback` is the longest single callback of the event loop, in CPU of its thread, by
-what brought it about.
+CPU is that of the process (`time.process_time`), the least affected by a busy machine, until
+everything is drawn. Each panel has two figures: `show`, the CPU to build it, and the CPU to build
+and draw it. `callback` is the longest single callback of the event loop, in CPU of its thread,
+listed by cause.
 """
 
 from __future__ import annotations
@@ -54,22 +54,22 @@ CASES: dict[str, tuple[int, tuple[int, int]]] = {
 }
 PANELS = (LossPanel, ClippingPanel, GradientsPanel, LayersTable, TrendChart)
 KEYS = {"cursor": ("down", "up"), "sort": ("o",)}
-"""On the table of all parameters."""
+"""Keys that are timed on the table of all parameters."""
 SCREENS = {"attention": "2", "parameters": "3", "samples": "4", "log": "5", "help": "6"}
 
 
 class Drawn(TuiTrainerApp):
-    """Makes what a terminal would be sent, which Textual spares itself where there is none."""
+    """The app, writing the output for a terminal, which Textual omits when it is headless."""
 
     sent = 0
 
     @property
     def is_headless(self) -> bool:
-        """Not to Textual."""
+        """False, so that Textual writes its output."""
         return False
 
-    def count_what_is_sent(self) -> None:
-        """In bytes; it then goes nowhere."""
+    def count_output(self) -> None:
+        """Count the bytes of the output, and discard them."""
         assert self._driver is not None
 
         def write(data: str) -> None:
@@ -104,20 +104,20 @@ class Callbacks:
         Handle._run = self._run  # type: ignore[method-assign]
 
     async def forget(self) -> None:
-        """What comes next is of interest; what the caller has just done is not."""
+        """Start over after the callbacks that are due now."""
         await asyncio.sleep(0)
         self.longest_ms = 0.0
 
 
 def session_of(parameters: int, frames: int) -> FakeSession:
-    """A run that has made some steps, and has as many before it as will be asked of it."""
+    """A run that has made some steps, and can make as many more as the benchmark needs."""
     made, layers = (700, 4) if parameters == 27 else (60, max(1, (parameters - 3) // 6))
     total = made + frames * (1 + len(PANELS)) + 10
     return FakeSession(synthesise(describe(layers, total_steps=total)), made)
 
 
 def measure(case: str, frames: int) -> dict[str, Any]:
-    """Milliseconds: medians over `frames` frames, and the slowest."""
+    """The figures of a case in milliseconds: medians over `frames` frames, and the slowest."""
     parameters, size = CASES[case]
     return asyncio.run(_measure(session_of(parameters, frames), frames, size))
 
@@ -126,7 +126,7 @@ async def _measure(session: FakeSession, frames: int, size: tuple[int, int]) -> 
     app = Drawn(session, frames_per_second=0.01)  # frames only when asked for
     with Callbacks() as callbacks:
         async with app.run_test(size=size) as pilot:
-            app.count_what_is_sent()
+            app.count_output()
             await app.workers.wait_for_complete()  # what is imported after the first paint
             app.draw_frame()
             await _settle(app)
@@ -171,7 +171,7 @@ def _ms(seconds: Sequence[float]) -> float:
 async def _frames(
     app: Drawn, session: FakeSession, frames: int, callbacks: Callbacks
 ) -> tuple[list[float], list[float], float]:
-    """Seconds of each whole frame and of building it, and milliseconds of the longest callback."""
+    """(seconds of each frame, seconds of building each, milliseconds of the longest callback)."""
     changed, building, longest = [], [], 0.0
     for _ in range(frames):
         session.advance(1)
@@ -194,7 +194,7 @@ async def _frames(
 async def _panel(
     app: Drawn, session: FakeSession, kind: type[Any], frames: int
 ) -> dict[str, float]:
-    """Milliseconds of building one panel, and of building and drawing it."""
+    """Median milliseconds to build one panel, and to build and draw it."""
     panel = app.screen.query(kind).first()
     showing, drawn = [], []
     for _ in range(frames):
@@ -226,7 +226,7 @@ async def _screens(pilot: Pilot[Any], callbacks: Callbacks) -> dict[str, float]:
 async def _keys(
     app: Drawn, pilot: Pilot[Any], keys: Sequence[str], callbacks: Callbacks
 ) -> tuple[float, float]:
-    """CPU milliseconds of a key until it is drawn, and the longest callback of any."""
+    """(median CPU milliseconds from a key until its effect is drawn, longest callback)."""
     costs, longest = [], 0.0
     for number in range(20):
         await pilot.pause()
@@ -243,7 +243,7 @@ async def _keys(
 
 
 async def _settle(app: Any) -> None:
-    """Until what was refreshed has been rendered."""
+    """Wait until everything that was refreshed has been rendered."""
     for _ in range(4):
         await asyncio.sleep(0)
     done = asyncio.Event()

@@ -1,4 +1,4 @@
-"""The cost of being watched on a CUDA GPU: slow-down, waits for the device, memory.
+"""The cost of watching a training on a CUDA GPU: slow-down, waits for the device, memory.
 
     python -m benchmarks.gpu [--rounds 6] [--seconds 3] [--json FILE]     # on a machine with one
     python -m benchmarks.gpu --dry                                        # its logic, on the CPU
@@ -6,9 +6,9 @@
 nanoGPT's GPU shape in bf16, and GPT-2 124M with and without `torch.compile`, each in three
 processes that take turns (`turns.py`): bare, under `tui-trainer run` without a viewer, and with
 one. Waits are counted with torch.profiler in separate turns of forty steps, bare and watched, in
-which every cadence occurs with `--budget 0`: the row is their difference per step. The memory added
-is the difference of `torch.cuda.max_memory_allocated`; the next column is what remains without the
-copies of the initial Wq, Wk and Wv that the drift from initialization needs.
+which every cadence occurs with `--budget 0`; a row shows their difference per step. The memory
+added is the difference of `torch.cuda.max_memory_allocated`; the next column excludes the copies of
+the initial Wq, Wk and Wv, which the drift from initialization needs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What holding and drawing a long run costs: memory, appending a row, drawing a window.
+"""The cost of a long run's history: memory, appending a row, drawing a window.
 
 python benchmarks/history.py [--steps 10000000] [--series 200] [--json FILE]
 """
@@ -32,7 +32,7 @@ def resident() -> int:
 
 
 def milliseconds(action: Callable[[], object], repeats: int = 30) -> float:
-    """Median wall clock."""
+    """Median wall-clock time of `action` in milliseconds."""
     times = []
     for _ in range(repeats):
         begin = time.perf_counter()
@@ -73,7 +73,7 @@ def measure(steps: int, series: int) -> dict[str, float]:
 
 
 def windows(history: MemorySeries, steps: int, series: int) -> dict[str, float]:
-    """Charts 200 columns wide, two points each."""
+    """The time to read charts of 200 columns with two points each."""
     figures, one, every = {}, [0], range(series)
     spans = {"whole run": (0, steps), "a third": (steps // 3, steps * 2 // 3)}
     spans |= {"last 10,000": (steps - 10_000, steps), "last 100": (steps - 100, steps)}
@@ -85,7 +85,7 @@ def windows(history: MemorySeries, steps: int, series: int) -> dict[str, float]:
 
 
 def sparklines(wide: MemorySeries) -> dict[str, float]:
-    """A dashboard's rows of a model with 10,000 parameters."""
+    """The time to read the rows of a dashboard for a model with 10,000 parameters."""
     figures, rows, visible = {}, wide.rows, range(3_000, 3_040)
     took = milliseconds(lambda: wide.window(visible, 0, rows, 20))
     figures["20 buckets of 40 in 10,000 columns, whole run, ms"] = took

@@ -1,11 +1,11 @@
-"""The cost of the screen for a run in its own process and for one with `--in-app`.
+"""The cost of the screen to a run in its own process, and to one with `--in-app`.
 
     python benchmarks/homes.py [--rounds 5] [--steps 400] [--threads 1] [--preset light]
 
-The real command in a pseudo-terminal of 120×40, whose output is read and thrown away, in turns:
-detached (no viewer), with the screen in a process of its own, and with `--in-app`. It prints
-the medians over all rounds of each run's median step, mean step and 95th percentile, read from
-the run's store, without its first steps.
+Runs the real command in a pseudo-terminal of 120×40, whose output is discarded, in turns: detached
+(no viewer), with the screen in another process than the training, and with `--in-app`. Prints the
+medians over all rounds of each run's median step, mean step and 95th percentile, read from the
+run's store, without its first steps.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def train(command: list[str], directory: str, name: str) -> None:
-    """Until all steps are made; then the screen is left."""
+    """Run a training until all steps are made, then close its screen."""
     environment = terminal_environment() | {"TUI_TRAINER_RUNS_DIR": directory}
     deadline = time.monotonic() + LONGEST_S
     if "--detach" in command:

@@ -1,4 +1,4 @@
-"""What opening a tensor in the inspector costs on the training thread, next to `tensor.sum()`.
+"""The time to open a tensor in the inspector, on the training thread, compared with `tensor.sum()`.
 
 .venv/bin/python benchmarks/inspect_tensor.py [THREADS]
 """
@@ -19,7 +19,7 @@ SHAPES = ((1000, 1000), (1_000_000,), (4096, 4096), (10_000, 10_000))
 
 
 def best_ms(work: Callable[[], object], times: int) -> float:
-    """The quickest of several calls, after one that does not count."""
+    """The fastest of several calls, in milliseconds, after one that does not count."""
     work()
     found = []
     for _ in range(times):

@@ -3,11 +3,12 @@
     python -m benchmarks.keys [--presses 100] [--json FILE]
 
 The real command trains nanoGPT's CPU shape in a pseudo-terminal of 120×40, read by an emulator
-(pyte). Keys come at random moments, `--presses` of each kind. The time runs from writing the key to
-the arrival of the bytes that show its effect: the row under the cursor, the caption of the selected
-parameter (whose charts come in the same piece of output), the column sorted by, the screen in
-front, `paused` in the header. It does not include drawing by the emulator. A pause waits for the
-end of the running phase, so the time of the longest phase is printed too. Takes about four minutes.
+(pyte). Keys are sent at random moments, `--presses` of each kind. The time is measured from writing
+the key to the arrival of the bytes that show its effect: the row under the cursor, the caption of
+the selected parameter (whose charts arrive in the same piece of output), the column sorted by, the
+screen in front, `paused` in the header. It does not include drawing by the emulator. A pause waits
+for the end of the running phase, so the time of the longest phase is printed too. Takes about four
+minutes.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Screen:
                 self._arrived.put((time.perf_counter(), received))
 
     def take(self, timeout: float) -> float | None:
-        """Draw the next bytes; when they arrived, or None when none came in time."""
+        """Draw the next bytes and return the time of their arrival; None if none came in time."""
         try:
             when, received = self._arrived.get(timeout=max(0.0, timeout))
         except queue.Empty:
@@ -71,17 +72,17 @@ class Screen:
         return when
 
     def rest(self, seconds: float) -> None:
-        """Draw what comes for so long."""
+        """Draw everything that arrives within so many seconds."""
         end = time.perf_counter() + seconds
         while (left := end - time.perf_counter()) > 0:
             self.take(left)
 
     def lines(self) -> list[str]:
-        """What is on the screen."""
+        """The text on the screen, by lines."""
         return list(self.pyte.display)
 
     def wait_for(self, text: str, timeout: float = 60.0) -> None:
-        """Until it is on the screen. Raises TimeoutError."""
+        """Wait until `text` is on the screen. Raises TimeoutError."""
         end = time.perf_counter() + timeout
         while not any(text in line for line in self.lines()):
             if time.perf_counter() > end:
@@ -89,8 +90,8 @@ class Screen:
             self.take(0.2)
 
     def react(self, key: str, abouts: dict[str, About]) -> dict[str, float]:
-        """Milliseconds from the key until each thing that it is about changes; NaN when it never
-        did."""
+        """Press a key; returns the milliseconds until each value of `abouts` has changed, nan for
+        those that never did."""
         self.rest(0.0)
         before = {name: about(self) for name, about in abouts.items()}
         found: dict[str, float] = {}
@@ -139,12 +140,12 @@ DOWN, UP = "\x1b[B", "\x1b[A"
 SORTED_BY = re.compile(r"elements  (\S+(?: \S+)*)")
 """The piece of the table's caption after the number of elements."""
 CURSOR_COLUMN = 10
-"""Within the table."""
+"""A column of the screen within the table."""
 PAUSE = "pause, to `paused` (space)"
 
 
 def measure(screen: Screen, presses: int) -> dict[str, list[float]]:
-    """Milliseconds of every key, by kind; `presses` of each kind."""
+    """Kind of key → milliseconds of each of its `presses`."""
     randomly = random.Random(0)
     found: dict[str, list[float]] = {}
 
@@ -231,7 +232,7 @@ def main() -> None:
 
 
 def quantiles(times: list[float]) -> dict[str, float]:
-    """Of those that had an effect."""
+    """Median, 99th percentile and longest time of the keys that had an effect."""
     seen = [t for t in times if t == t]
     return {
         "median": statistics.median(seen) if seen else float("nan"),

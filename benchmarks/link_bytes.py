@@ -1,9 +1,9 @@
-"""What crosses an ssh connection while a run is watched: bytes a second, and of what.
+"""Bytes per second over an ssh connection while a run is watched, by kind of content.
 
 A real run of the GPT is started detached and polled as the app polls, through `tui-trainer relay`,
-whose standard streams are what ssh carries. With `--ssh` it is reached through a real sshd on
-loopback, with the options that the app gives to ssh, and what ssh reads from and writes to its
-socket is counted as well: compressed, encrypted and in packets.
+whose standard streams are what ssh transfers. With `--ssh` the run is reached through a real sshd
+on loopback with the app's options for ssh, and the bytes that ssh reads from and writes to its
+socket (compressed, encrypted and in packets) are counted as well.
 
     python benchmarks/link_bytes.py [--ssh] [--preset nanogpt-cpu] [--rate 4] [--seconds 30]
 """
@@ -54,8 +54,8 @@ def main() -> None:
     options.add_argument(
         "--steps-per-second",
         type=float,
-        help="hold this speed, with tensors so small that any machine reaches it; what crosses "
-        "depends on how many they are, not on their size",
+        help="hold this speed, with tensors so small that any machine reaches it: the bytes sent "
+        "depend on the number of tensors, not on their size",
     )
     options.add_argument("--json", type=Path)
     given = options.parse_args()
@@ -88,7 +88,7 @@ def main() -> None:
 
 
 class Link:
-    """Polls through a relay and counts what comes."""
+    """Polls through a relay and counts the bytes in both directions."""
 
     def __init__(self, command: list[str], environment: dict[str, str]) -> None:
         pipe = subprocess.PIPE
@@ -108,14 +108,15 @@ class Link:
         self._exchange(encode(Hello(PROTOCOL_VERSION, __version__, "benchmark")))
 
     def forget(self) -> None:
-        """Count from nothing."""
+        """Reset all counts."""
         self.by_kind: Counter[str] = Counter()
         self.received = self.sent = self.compressed = self.polls = 0
         self.step = 0
         self._before = self._process.io_counters()
 
     def on_the_socket(self) -> tuple[int, int]:
-        """Bytes that ssh has read from its socket and written to it: all but what it copies."""
+        """(bytes read, bytes written) by ssh on its socket: all its bytes except those of its
+        standard streams."""
         now = self._process.io_counters()
         read = now.read_chars - self._before.read_chars - self.sent
         return read, now.write_chars - self._before.write_chars - self.received
@@ -132,11 +133,11 @@ class Link:
         return self._decoder.decode(payload)
 
     def hold(self, steps_per_second: float) -> None:
-        """Make the run go so fast and no faster."""
+        """Limit the run to this speed."""
         self._exchange(encode(Command(1, Throttle(steps_per_second))))
 
     def poll(self) -> Update:
-        """One poll, as the app sends it."""
+        """Poll once, as the app does."""
         update = self._exchange(encode(self._next_poll))
         assert isinstance(update, Update)
         self._next_poll = next_poll(self._next_poll, update)
@@ -157,7 +158,7 @@ class Link:
             self.by_kind[f"table {name} ({columns})"] += len(msgspec.msgpack.encode(rows))
 
     def wait_for_steps(self, count: int) -> None:
-        """Until the run has made this many steps and no data is waiting."""
+        """Poll until the run has made `count` steps and no data is waiting."""
         while self.poll().status.step < count:
             time.sleep(0.2)
         while self.poll().more:
@@ -165,7 +166,7 @@ class Link:
 
 
 def measure(link: Link, rate: float, seconds: float, through_ssh: bool) -> dict[str, float]:
-    """Poll for so long; print what came, and give it in bytes a second."""
+    """Poll for some seconds; print the counts, and return them in bytes per second."""
     attaching = link.received
     first = link.poll().status.step
     link.forget()

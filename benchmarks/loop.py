@@ -49,7 +49,7 @@ Batches = Iterator[tuple[Tensor, Tensor]]
 
 
 def gpt(shape: dict[str, Any], device: torch.device) -> tuple[nn.Module, Batches]:
-    """A GPT, and batches of random places in Python's language reference: both (B, T)."""
+    """A GPT, and batches (inputs, targets), both (B, T), from Python's language reference."""
     shape = dict(shape)
     batch, block = shape.pop("batch"), shape["block_size"]
     text = "\n".join(topics[name] for name in sorted(topics))
@@ -88,7 +88,7 @@ def vit(device: torch.device) -> tuple[nn.Module, Batches]:
 
 
 def moved(batch: Tensor, device: torch.device) -> Tensor:
-    """To the device, as nanoGPT does it: from pinned memory, without waiting."""
+    """The batch on the device, copied as in nanoGPT: from pinned memory, without waiting."""
     if device.type != "cuda":
         return batch
     return batch.pin_memory().to(device, non_blocking=True)
@@ -117,7 +117,7 @@ def train(
 
 
 def build(options: argparse.Namespace) -> tuple[nn.Module, Callable[[Clock], None]]:
-    """The model, and the loop that waits for nothing but a clock."""
+    """The model, and the training loop, which only needs a clock."""
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
@@ -141,14 +141,14 @@ def build(options: argparse.Namespace) -> tuple[nn.Module, Callable[[Clock], Non
 
 
 def scratch() -> Path:
-    """A folder that goes when this process does."""
+    """A folder that is removed when this process exits."""
     folder = tempfile.TemporaryDirectory(prefix="benchmark-", ignore_cleanup_errors=True)
     atexit.register(folder.cleanup)
     return Path(folder.name)
 
 
 def main() -> None:
-    """Build it and train it."""
+    """Build the model and train it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=[*GPTS, "vit"], default="gpt")
     parser.add_argument("--batch", type=int, help="examples per step, in place of the shape's own")

@@ -29,7 +29,7 @@ class LoopConfig(TrainingConfig):
 
 
 def build(config: LoopConfig) -> Training:
-    """The same model, optimizer and loop as the script's."""
+    """The model, optimizer and loop of the script `loop.py`."""
     import torch
     from clock import Clock
     from loop import build as build_loop

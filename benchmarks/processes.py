@@ -1,4 +1,4 @@
-"""Ending what a benchmark has started: run processes outlive the app on purpose."""
+"""Finds and kills the processes that a benchmark has started; run processes outlive the app."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import psutil
 
 
 def processes_of(folder: str) -> list[psutil.Process]:
-    """Those whose command line names this folder, which a benchmark has made for itself."""
+    """The processes whose command line contains `folder`, which belongs to one benchmark."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or ()
@@ -19,7 +19,7 @@ def processes_of(folder: str) -> list[psutil.Process]:
 
 
 def kill_all_of(folder: str) -> None:
-    """End them at once: what they have made goes with the folder."""
+    """Kill those processes without a clean end: their files are removed with the folder."""
     for process in processes_of(folder):
         with contextlib.suppress(psutil.Error):
             process.kill()

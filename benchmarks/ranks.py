@@ -32,10 +32,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from report import begin, finish
 
 COUNTS = "<qd"
-"""Of each rank: steps completed, and CPU seconds of its training thread."""
+"""Format of a rank's file: steps completed, and CPU seconds of its training thread."""
 START_TIMEOUT_S = 300.0
 WARM_S = 0.5
-"""The first part of a turn, not counted: what was due while the processes were stopped."""
+"""The first part of a turn, not counted, with the work that was due while the processes were
+stopped."""
 
 TRAIN = """
 import mmap, os, struct, sys, time
@@ -68,7 +69,7 @@ while True:
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn: the mean of all ranks."""
+    """The times per step in one turn, as means over all ranks."""
 
     step_ms: float
     thread_ms: float
@@ -121,7 +122,7 @@ class Group:
         self._signal(signal.SIGSTOP)
 
     def turn(self, seconds: float) -> Turn:
-        """Train for a while. The waits of a rank for another are part of its steps."""
+        """Train for some seconds. The time that a rank waits for others is part of its steps."""
         self._signal(signal.SIGCONT)
         time.sleep(WARM_S)
         before, began = self._read(), time.perf_counter()

@@ -50,10 +50,11 @@ def _processor() -> str:
 
 
 class Others:
-    """The cores that other processes use: the machine's CPU time minus that of our processes.
+    """Measures the cores that other processes use: the machine's CPU time minus that of this
+    process and its descendants.
 
-    `over_all` is true where orphans become our children (Linux): run processes outlive the app that
-    started them, and their CPU time is lost unless we collect them.
+    `over_all` is true where orphans become children of this process (Linux): run processes outlive
+    the app that started them, and their CPU time would otherwise be lost.
     """
 
     def __init__(self) -> None:
@@ -61,7 +62,7 @@ class Others:
         begun = self._now()
         time.sleep(IDLE_S)
         self.before = self._since(begun)
-        """In the seconds before the benchmark."""
+        """Cores used by others in the seconds before the benchmark."""
         self._begun = self._now()
 
     def _now(self) -> tuple[float, float, float]:
@@ -72,7 +73,7 @@ class Others:
         return max(0.0, (busy - own) / seconds)
 
     def during(self) -> float:
-        """The mean since the benchmark began."""
+        """Cores used by others since the benchmark began, on average."""
         return self._since(self._begun) if self.over_all else self.before
 
 

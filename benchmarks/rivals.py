@@ -1,6 +1,6 @@
-"""What people log by today, as their manuals show it, every step: for the same table as ours.
+"""Other ways of logging, as their manuals show them, at every step, for comparison with ours.
 
-Each is called after `backward`, when the gradients are there and not yet clipped.
+Each is called after `backward`, when the gradients have been computed and not yet clipped.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ Log = Callable[[int, Tensor], None]
 
 
 def start(name: str, model: nn.Module, folder: Path) -> Log:
-    """Start logging `model` the way of that name, to files in `folder`. ImportError where it is not
-    installed."""
+    """Start logging `model` in the way called `name`, to files in `folder`. Raises ImportError if
+    it is not installed."""
     return RIVALS[name](model, folder)
 
 
 def item(model: nn.Module, folder: Path) -> Log:
-    """Norm of every gradient and weight, each fetched by `.item()` as it is computed."""
+    """The norm of every gradient and weight, each fetched by `.item()` as soon as computed."""
     kept: list[tuple[float, dict[str, tuple[float, float]]]] = []
 
     def log(step: int, loss: Tensor) -> None:
@@ -97,4 +97,4 @@ NEEDS = {
     "tensorboard-histograms": "tensorboard",
     "wandb-watch": "wandb",
 }
-"""What must be installed (`pip install tui-trainer[bench]`)."""
+"""The package that each way needs (`pip install tui-trainer[bench]`)."""

@@ -1,16 +1,16 @@
-"""Models with very many parameter tensors: the cost of tracing a step, and of a key on the screen.
+"""The cost of tracing a step, and of a key on the screen, for models with very many tensors.
 
     python -m benchmarks.scale [--layers 5 50 250 1000] [--json FILE]
 
 The models have `--layers` attention layers of ten tiny tensors each, so that only the number of
-tensors matters. The overhead is what the tracer counts on the training thread, probe by probe, over
-forty steps, in which every natural cadence occurs (`--budget 0`). With the default budget the
-governor stretches some cadences to several hundred steps; a mean over a few steps would miss those,
-so the governed share is computed: the cost of one measurement of a probe divided by its cadence,
-plus the measured mean of everything that is not stretched.
+tensors matters. The overhead is that counted by the tracer on the training thread, probe by probe,
+over forty steps, in which every natural cadence occurs (`--budget 0`). With the default budget the
+governor stretches some cadences to several hundred steps, which a mean over a few steps would miss.
+So the governed share is computed: the cost of one measurement of a probe divided by its cadence,
+plus the measured mean of all probes whose cadence is not stretched.
 
-On screen: CPU of one key on the table of all parameters, drawn headless. Last, the cost for a
-billion parameters, computed from one transformer block of 50 million that is measured here.
+On screen: the CPU of one key on the table of all parameters, drawn headless. Last, the cost for a
+billion parameters, extrapolated from one measured transformer block of 50 million.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ BLOCKS, BLOCK_WIDTH = 20, 2048
 """A transformer of a billion parameters: 20 times 12·2048²."""
 TOKENS, TRIED_TOKENS = 2048, 64
 IN_TURNS = (schema.UPDATE_RATIO, schema.ATTENTION_SPECTRUM)
-"""Tables that are measured in parts: a step pays for 64 MB of weights, or one matrix, for any
+"""Tables that are measured in parts: a step measures 64 MB of weights, or one matrix, whatever the
 number of tensors."""
 
 
 class Attention(nn.Module):
-    """Ten tensors."""
+    """An attention layer of ten tensors."""
 
     def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Attention(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) to (B, T, C)."""
+        """(B, T, C) → (B, T, C)."""
         y = self.norm(x)
         y = F.scaled_dot_product_attention(self.W_query(y), self.W_key(y), self.W_value(y))
         return x + self.W_out(y)
@@ -81,7 +81,7 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) to (B, T, C)."""
+        """(B, T, C) → (B, T, C)."""
         x = self.attention(x)
         return x + self.down(F.gelu(self.up(x)))
 
@@ -116,7 +116,7 @@ class OverheadRecorder(Recorder):
 def train(
     model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, x: Tensor | None = None
 ) -> list[float]:
-    """Milliseconds of each step."""
+    """Train; returns the milliseconds of each step."""
     taken = []
     x = torch.randn(2, 4, WIDTH) if x is None else x
     for _ in range(steps):
@@ -131,7 +131,7 @@ def train(
 
 
 Costs = tuple[dict[str, float], dict[str, int]]
-"""Milliseconds a step by probe, and the current cadences."""
+"""(milliseconds per step by probe, current cadence by table)"""
 
 
 def traced(
@@ -157,8 +157,8 @@ def traced(
 
 
 def governed_ms(natural: Costs, governed: Costs) -> dict[str, float]:
-    """By probe: the cost of one measurement divided by the governor's cadence, or the measured cost
-    where the cadence is not stretched."""
+    """Milliseconds per step by probe: the cost of one measurement divided by the governor's
+    cadence, or the measured cost if the cadence is not stretched."""
     costs, usual = natural
     found = {}
     for name, cost in costs.items():
@@ -168,7 +168,7 @@ def governed_ms(natural: Costs, governed: Costs) -> dict[str, float]:
 
 
 def trace(layers: int, settle: int) -> dict[str, Any]:
-    """Cost of a step: bare, and the overhead without and with the governor."""
+    """The figures of a model: a bare step, and the overhead without and with the governor."""
     model = nn.Sequential(*(Attention() for _ in range(layers)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     train(model, optimizer, 2)
@@ -230,10 +230,10 @@ async def _keys(app: TuiTrainerApp, pilot: Any, keys: tuple[str, ...], times: in
 
 
 def billion(width: int = BLOCK_WIDTH) -> dict[str, Any]:
-    """The cost of all natural cadences for a transformer of 20 blocks like the one measured here,
-    by probe, and the length of its step."""
+    """The cost of all natural cadences, by probe, for a transformer of 20 blocks like the one
+    measured here, and the duration of its step."""
     model = Block(width)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)  # has no state of its own
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)  # holds no state
     x = torch.randn(1, TRIED_TOKENS, width)
     train(model, optimizer, 1, x)
     costs, cadences = traced(model, optimizer, 0.0, 10, ROUND, x)

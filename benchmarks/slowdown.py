@@ -2,14 +2,14 @@
 
     python -m benchmarks.slowdown [--launches 2] [--rounds 2] [--shapes gpt vit] [--json FILE]
 
-The same plain loop (`loop.py`) bare and watched, in turns (`turns.py`), timed inside the process
-that trains. `bare again` is a second process with the same bare loop: its difference is the
-noise. `--launches` times `--rounds` is the number of pairs of each row, at least four: every
-process is restarted for each launch, because two of them differ by a few percent throughout their
-lives. `CPU` is the ratio of the CPU time of the training thread alone, which does not include other
-load on the machine; `others` is the CPU milliseconds a step of all other threads of the process
-(OpenMP's, and those that record, store and serve). With a viewer, the last columns are the bytes
-and frames that it sent to its terminal in the counted parts.
+The same plain loop (`loop.py`) runs bare and watched, in turns (`turns.py`), timed inside the
+process that trains. `bare again` is a second process with the same bare loop: its difference is the
+noise. `--launches` times `--rounds` is the number of pairs in each row, at least four. All
+processes are restarted for each launch, because two processes of the same program differ by a few
+percent throughout their lives. `CPU` is the ratio of the CPU time of the training thread alone,
+which does not include other load on the machine; `others` is the CPU time, in ms per step, of all
+other threads of the process (OpenMP's, and those that record, store and serve). With a viewer, the
+last columns are the bytes and frames that it sent to its terminal in the counted parts.
 
 Takes about twenty minutes on four cores; without the rivals and with one shape, seven.
 """

@@ -1,9 +1,8 @@
-"""What taking and restoring a snapshot costs, as a ratio to a plain copy of as many bytes.
+"""The time to take and restore a snapshot, as a ratio to a plain copy of as many bytes.
 
-Also of one after which nothing has changed, and where seven of eight layers are frozen: what the
-snapshots share of their memory.
-
-And the cost of a step with time travel unused, and with as many snapshots as it takes.
+Also measured: a snapshot of an unchanged training; snapshots of a training with seven of eight
+layers frozen, with the share of memory that each adds; and the cost of a step with time travel
+unused, and with snapshots at their usual cadence.
 
     python benchmarks/snapshots.py [--parameters 20e6] [--repeat 7]
 
@@ -37,7 +36,7 @@ from tui_trainer.travel.time_travel import TimeTravel
 
 
 def trained(parameters: float) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """A model with about `parameters` parameters, and an Adam that has made a step."""
+    """A model with about `parameters` parameters, and its AdamW after one step."""
     width = max(16, int((parameters / 8) ** 0.5))
     torch.manual_seed(0)
     model = torch.nn.Sequential(*(torch.nn.Linear(width, width) for _ in range(8)))
@@ -60,7 +59,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def copies(parameters: float, repeat: int) -> dict[str, float]:
-    """Throughput of a snapshot, of its restoring and of a plain copy of as many bytes."""
+    """Throughput of taking a snapshot, of restoring it, and of a plain copy of as many bytes."""
     model, optimizer = trained(parameters)
     parts = TrainingParts([model], [optimizer])
     state = TrainingState.take(parts)
@@ -72,7 +71,7 @@ def copies(parameters: float, repeat: int) -> dict[str, float]:
         copying.append(seconds(lambda: [tensor.clone() for tensor in plain]))
         taking.append(seconds(lambda: TrainingState.take(parts)))
         restoring.append(seconds(state.restore))
-        same = TrainingState.take(parts, state)  # after restoring: versions differ, it is copied
+        same = TrainingState.take(parts, state)  # restoring has changed the versions: a full copy
         again.append(seconds(lambda same=same: TrainingState.take(parts, same)))
     gigabytes = state.nbytes / 1e9
     copy, take, restore = map(statistics.median, (copying, taking, restoring))
@@ -100,7 +99,7 @@ def copies(parameters: float, repeat: int) -> dict[str, float]:
 
 
 class Loop:
-    """A traced loop that keeps snapshots in so much memory."""
+    """A traced loop that keeps snapshots in `memory` bytes; None: without time travel."""
 
     def __init__(self, parameters: float, memory: int | None) -> None:
         self.model, self.optimizer = trained(parameters)
@@ -123,9 +122,9 @@ def loops(parameters: float, repeat: int) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(repeat + 1):
         names = list(found)
-        for name in names[turn % 3 :] + names[: turn % 3]:  # the first one of a turn differs
+        for name in names[turn % 3 :] + names[: turn % 3]:  # another one comes first in each turn
             taken = found[name].run(60)
-            if turn:  # the first one settles cadences
+            if turn:  # the first turn lets the cadences settle
                 times[name].append(taken)
     for loop in found.values():
         loop.recorder.close(60)

@@ -3,10 +3,10 @@
     python benchmarks/spinning.py [--threads 2 3 4] [--json FILE]
 
 Idle: `loop.py` (nanoGPT's CPU shape) under `tui-trainer run` without a viewer, compared in turns
-with the bare loop (`turns.py`), with different GOMP_SPINCOUNT. Shared: milliseconds a step of the
-bare loop, while processes that compute all the time, or part of the time, use the same cores;
-`over` where 60 steps and the start took longer than 25 s. Last, two such loops started together, of
-which the slower one ends without the other. Takes about twelve minutes.
+with the bare loop (`turns.py`), for several values of GOMP_SPINCOUNT. Shared: ms per step of the
+bare loop while other processes compute on the same cores, always or part of the time; `over` where
+60 steps and the start took longer than 25 s. Last, two such loops started together; the slower one
+makes its last steps alone. Takes about twelve minutes.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def start(count: str, threads: int) -> subprocess.Popen[str]:
 
 
 def step_ms(process: subprocess.Popen[str]) -> float | None:
-    """The time that it prints at its end; None when it took too long."""
+    """The time per step that the loop prints at its end; None when it took too long."""
     try:
         printed, _ = process.communicate(timeout=GIVE_UP_S)
     except subprocess.TimeoutExpired:

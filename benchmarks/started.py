@@ -46,7 +46,7 @@ class Way:
 
     @property
     def governed(self) -> bool:
-        """Whether it measures at cadences that have to settle first."""
+        """Whether a governor determines the cadences, which have to settle first."""
         return self.home != PLAIN and self.flags[:2] != NATURAL_CADENCES
 
 
@@ -57,9 +57,9 @@ class Started:
         self.way = way
         self.folder = folder
         self.pid = 0
-        """Of the process that trains, once it has reported it."""
+        """Pid of the process that trains, once reported; 0 before."""
         self.drawn: list[tuple[float, int]] = []
-        """(when, bytes) of what the screen has sent."""
+        """(time, bytes) of each piece of output from the screen."""
         self.touched = time.monotonic()
         """When the screen was last sent a key, or started."""
         self._began = time.monotonic()
@@ -104,7 +104,7 @@ class Started:
         log.close()
 
     def _read_screen(self) -> None:
-        """Read as fast as the screen writes."""
+        """Read the screen's output as fast as it arrives."""
         assert self._screen is not None
         with contextlib.suppress(OSError):
             while received := os.read(self._screen.child_fd, 1 << 16):
@@ -119,7 +119,7 @@ class Started:
             self.touched = time.monotonic()
 
     def output(self) -> str:
-        """The end of its output."""
+        """The end of the process's output."""
         return (self.folder / "output.txt").read_text(errors="replace")[-2000:]
 
     def gone(self) -> bool:
@@ -138,14 +138,14 @@ class Started:
         return self._processes or []
 
     def _viewer(self) -> list[psutil.Process]:
-        """The process of the screen, where it has one of its own."""
+        """The process of the screen, if it is not the one that trains."""
         if self._screen is None or self._screen.pid == self.pid:
             return []
         return [psutil.Process(self._screen.pid)]
 
     def stop(self) -> None:
-        """Stop the screen first, after its last request is answered: a request that is unanswered
-        for 10 s would be a lost connection once it continues."""
+        """Suspend the screen, then the training. The screen's last request is answered first: one
+        that is unanswered for 10 s would count as a lost connection once the screen continues."""
         for processes in (self._viewer(), self._tree()):
             if self._screen is not None:
                 time.sleep(ANSWERED_S)
@@ -160,7 +160,7 @@ class Started:
                 process.resume()
 
     def close(self) -> None:
-        """Kill it; its files are removed with its folder."""
+        """Kill all processes; their files are removed with the folder."""
         for process in [*self._tree(), *processes_of(str(self.folder))]:
             with contextlib.suppress(psutil.Error):
                 process.kill()

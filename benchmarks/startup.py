@@ -1,11 +1,11 @@
-"""From the command to the first paint, and to the first training step.
+"""The time from the command to the first paint, and to the first training step.
 
     python -m benchmarks.startup [--times 5] [--json FILE]
 
-`tui-trainer gpt` in a pseudo-terminal of 120×40. First paint: the first bytes after which the
-screen (drawn by pyte) shows the frame of the dashboard. First step: when it was made, as recorded
-by the run itself. `import torch` is timed in a process of its own between two of ours, since
-half of what a start takes is that, and varies with the state of the disk's cache.
+Starts `tui-trainer gpt` in a pseudo-terminal of 120×40. First paint: the first bytes after which
+the screen (drawn by pyte) shows the frame of the dashboard. First step: its time as recorded by the
+run itself. `import torch` is timed in another process before each start: it takes half of the time,
+and varies with the state of the disk cache.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from tui_trainer.store.reader import StoredHistory
 from tui_trainer.store.schema import StoreError
 
 PAINTED_CELLS = 200
-"""Cells with something in them that make a painted screen."""
+"""Number of non-blank cells from which a screen counts as painted."""
 FIRST_STEP_WITHIN_S = 120.0
 
 
 def import_seconds(module: str) -> float:
-    """Wall clock of a process that only imports it, less that of one that imports nothing."""
+    """Wall-clock seconds of a process that imports `module`, minus those of one that does not."""
     times = []
     for code in (f"import {module}", "pass"):
         began = time.perf_counter()
@@ -49,7 +49,7 @@ def import_seconds(module: str) -> float:
 
 
 def start(command: list[str]) -> tuple[float, float]:
-    """Seconds from the command to the first paint, and to the first step."""
+    """(seconds to the first paint, seconds to the first step) from the command."""
     with tempfile.TemporaryDirectory(prefix="benchmark-", ignore_cleanup_errors=True) as folder:
         began, wall = time.perf_counter(), time.time()
         whole = [*command, "--runs-dir", folder, "--name", "benchmark"]
@@ -64,7 +64,7 @@ def start(command: list[str]) -> tuple[float, float]:
 
 
 def first_paint(child: pexpect.spawn) -> float:
-    """When it came, by perf_counter."""
+    """The time of the first paint, by `time.perf_counter`."""
     screen = pyte.Screen(120, 40)
     stream = pyte.ByteStream(screen)
     while True:
@@ -76,7 +76,7 @@ def first_paint(child: pexpect.spawn) -> float:
 
 
 def first_step(child: pexpect.spawn, run: Path) -> float:
-    """When it was made, by time.time, as the run itself has recorded it."""
+    """The time of the first step, by `time.time`, as recorded by the run itself."""
     end = time.monotonic() + FIRST_STEP_WITHIN_S
     while time.monotonic() < end:
         readable, _, _ = select.select([child.child_fd], [], [], 0.1)

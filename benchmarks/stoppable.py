@@ -2,8 +2,8 @@
 
     python benchmarks/stoppable.py run script.py …
 
-Textual interprets SIGCONT as the end of a Ctrl+Z and would start its terminal threads a second
-time. Here it ignores the signal. Everything else is the same as in the command.
+Textual takes SIGCONT for the end of a Ctrl+Z and would start its terminal threads a second time.
+Here it ignores the signal. Everything else is as in the command.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What the run store costs: bytes and seconds to write, to open, and to draw any zoom, cold.
+"""The cost of the run store: bytes, and the time to write it, to open it and to draw any zoom.
 
 python benchmarks/store.py [--steps 1000000] [--series 200] [--minutes 15] [--directory DIR]
                            [--json FILE]
 
-The longest run that is promised, 10 million steps of 200 series, takes 9 GB and seven minutes:
+The longest supported run, 10 million steps of 200 series, takes 9 GB and seven minutes:
 python benchmarks/store.py --steps 10000000. Where --minutes or half of the free disk is used up
-before, what was written by then is measured, and the size of the whole is worked out from it.
+earlier, the steps written by then are measured, and the size of all steps is extrapolated.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def norms(steps: int, series: int) -> np.ndarray:
 
 
 def write(directory: Path, steps: int, series: int, minutes: float) -> tuple[int, float]:
-    """How many steps were written within the time and half of the free disk, and in how many
-    seconds."""
+    """Write up to `steps` steps within `minutes` and half of the free disk; returns (steps written,
+    seconds)."""
     room = shutil.disk_usage(directory).free / 2
     values = norms(20_000, series)
     table = Table(0, "grad_norm", tuple(Column(f"c{i}") for i in range(series)))
@@ -68,7 +68,8 @@ def write(directory: Path, steps: int, series: int, minutes: float) -> tuple[int
 
 
 def draw(directory: Path, steps: int) -> dict[str, float]:
-    """Opening, and windows of 400 stretches of one series; nothing unpacked before."""
+    """Milliseconds to open the store, and to draw windows of 400 buckets of one series, the first
+    time with nothing unpacked before."""
     figures, opened = {}, []
     for _ in range(5):
         begin = time.perf_counter()
@@ -95,7 +96,7 @@ def draw(directory: Path, steps: int) -> dict[str, float]:
 
 
 def packings() -> dict[str, float]:
-    """Bytes per value of a chunk of rows, packed in different ways."""
+    """Bytes per value of a chunk of rows, by kind of packing."""
     chunk = np.ascontiguousarray(norms(20_000, codec.GROUP)[: codec.CHUNK].T)
     return {
         "rows as they are, bytes a value": chunk.nbytes / chunk.size,
@@ -123,7 +124,7 @@ def main() -> None:
         figures["file, MB"] = size / 1e6
         if steps < options.steps:
             whole = size / steps * options.steps / 1e6
-            figures["file of all steps, worked out from it, MB"] = whole
+            figures["file of all steps, extrapolated, MB"] = whole
         figures["written, million values a second"] = values / seconds / 1e6
         figures |= draw(Path(name), steps)
     for label, value in figures.items():

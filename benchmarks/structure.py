@@ -1,10 +1,10 @@
-"""The structure of the package in numbers, for the table of docs/decisions.md.
+"""Prints the structure of the package in numbers, for the table of docs/decisions.md.
 
     python benchmarks/structure.py [DIRECTORY]
 
-Reads the source text of `tui_trainer/` and `models/` in DIRECTORY (default: this repository);
-nothing is imported. Code lines are those without docstrings, comments and blank lines. An import
-inside a function counts as an importer, but not for circles.
+Reads the source text of `tui_trainer/` and `models/` in DIRECTORY (default: this repository)
+without importing it. Code lines are those without docstrings, comments and blank lines. An import
+inside a function counts for the number of importers, but not for circular imports.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def code_lines(source: str, tree: ast.Module) -> int:
 
 
 def imports_of(nodes: Iterator[ast.AST], modules: dict[str, Path]) -> set[str]:
-    """The modules of ours that are imported."""
+    """The modules of the package that are imported."""
     found: set[str] = set()
     for node in nodes:
         if isinstance(node, ast.Import):

@@ -1,11 +1,11 @@
-"""What the screen sends to the terminal while a run is watched: bytes a second, and frames.
+"""Bytes and frames per second that the screen sends to the terminal while a run is watched.
 
     python -m benchmarks.terminal_bytes [--seconds 30] [--steps-per-second 25] [--json FILE]
 
-The command itself in a real pseudo-terminal, over a real run (the small GPT) that is held at one
-speed: as on a local terminal, as in an SSH session, and with `--slow-link`. Bytes are counted as
-the terminal reads them, once the first steps are on the screen. No key is pressed, but the screen
-has not been left alone for so long that frames become rarer. A frame is one burst of output.
+Runs the real command in a pseudo-terminal, over a real run (the small GPT) held at one speed: as on
+a local terminal, as in an SSH session, and with `--slow-link`. Bytes are counted as the terminal
+reads them, once the first steps are on the screen. No key is pressed, but the screen has not been
+idle for so long that frames become rarer. A frame is one burst of output.
 """
 
 from __future__ import annotations
@@ -31,23 +31,24 @@ sys.path.insert(0, str(Path(__file__).parent))
 from report import begin, finish
 
 MODES = {"local": (), "ssh": (), "slow link": ("--slow-link",)}
-"""What the terminal is, and the options for it."""
+"""Kind of terminal → options for it."""
 SIZES = ((80, 24), (120, 40), (200, 60))
 SETTLE_S = 6.0
-"""After attaching: the first picture is drawn, with all that had been measured before."""
+"""Seconds after attaching that are not counted: the first frame draws everything measured so
+far."""
 BURST_S = 0.05
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One terminal watched for a while."""
+    """The output of one terminal."""
 
     columns: int
     rows: int
     mode: str
     bytes_per_second: float
     compressed_per_second: float
-    """With ssh's `Compression yes` (zlib)."""
+    """Bytes per second with ssh's `Compression yes` (zlib)."""
     frames_per_second: float
     largest_second: int
     """Bytes in the worst second."""
@@ -113,7 +114,7 @@ def _throttle(runs: str, name: str, rate: float) -> None:
 def watch(
     command: list[str], environment: dict[str, str], columns: int, rows: int, mode: str, s: float
 ) -> Measured:
-    """Attach in a pseudo-terminal of this size, and count for `s` seconds what it is sent."""
+    """Attach in a pseudo-terminal of this size, and count its output for `s` seconds."""
     child, terminal = pty.fork()
     if child == 0:
         os.execvpe(command[0], command, environment)
@@ -143,7 +144,7 @@ def watch(
 
 
 def _read(terminal: int, seconds: float) -> list[tuple[float, bytes]]:
-    """The output within this many seconds, with its times."""
+    """(time, bytes) of each piece of output within `seconds`."""
     began = time.monotonic()
     got: list[tuple[float, bytes]] = []
     while (left := began + seconds - time.monotonic()) > 0:

@@ -1,12 +1,12 @@
-"""The cost of tracing: the same training, bare and traced in turn, in one process.
+"""The cost of tracing: the same training in one process, alternately bare and traced.
 
     python benchmarks/tracer_cost.py [--blocks 12] [--steps 40] [--threads 2] [--budget 0.01]
 
-nanoGPT's CPU shape (4 layers, 4 heads, width 128, block 64, batch 12), on random tokens. Blocks
-of steps alternate (bare, traced, bare, traced, …), so that other load on the machine
-affects both. It prints the median step of each, the median of the pairwise ratios with its
-quartiles, the tracer's own count of the cost by probe, and the number of Python functions of ours
-that a step calls, which does not depend on the load. `--profile` prints where our time goes.
+Trains nanoGPT's CPU shape (4 layers, 4 heads, width 128, block 64, batch 12) on random tokens.
+Blocks of steps alternate (bare, traced, bare, traced, …), so that other load on the machine affects
+both. Prints the median step of each, the median of the pairwise ratios with its quartiles, the cost
+by probe as counted by the tracer, and the number of calls of tui-trainer's Python functions per
+step, which does not depend on the load. `--profile` prints where the tracer spends its time.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from tui_trainer.trace.tracer import Tracer
 
 
 def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
-    """Milliseconds of each step."""
+    """Train; returns the milliseconds of each step."""
     taken = []
     for _ in range(steps):
         began = time.perf_counter()
@@ -60,7 +60,7 @@ CALLS_COUNTED = 160
 
 
 def calls_per_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> float:
-    """Calls of Python functions of the package, but for those of the model."""
+    """Calls per step of Python functions of the package, without those of the model."""
     package = str(Path(tui_trainer.__file__).resolve().parent)
     models = str(Path(GPT.forward.__code__.co_filename).parent)
     count = 0

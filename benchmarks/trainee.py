@@ -23,7 +23,7 @@ from tui_trainer.runs.registry import connect_run
 from tui_trainer.ui.frames import ACTIVE_S, IDLE_INTERVALS
 
 START_TIMEOUT_S = 300.0
-"""Until the first step: torch.compile is slow."""
+"""Limit until the first step; torch.compile is slow."""
 BURST_S = 0.05
 """Bytes that come closer together than this are one frame."""
 IDLE_AFTER_S = min(seconds for seconds, _ in IDLE_INTERVALS)
@@ -31,7 +31,7 @@ IDLE_AFTER_S = min(seconds for seconds, _ in IDLE_INTERVALS)
 
 @dataclass
 class Turn:
-    """What one turn took."""
+    """The times of one turn."""
 
     mean_ms: float
     median_ms: float
@@ -48,7 +48,7 @@ class Turn:
 
 
 class Trainee:
-    """A process with the training (`loop.py --turns`), spoken to over two FIFOs in its folder."""
+    """A training process (`loop.py --turns`) that is controlled over two FIFOs in its folder."""
 
     def __init__(self, way: Way, loop: Sequence[str], folder: Path) -> None:
         self.way = way
@@ -64,12 +64,12 @@ class Trainee:
 
     @property
     def folder(self) -> Path:
-        """Its own."""
+        """The folder of the process."""
         return self._started.folder
 
     @property
     def pid(self) -> int:
-        """Of the process that trains."""
+        """Pid of the process that trains."""
         return self._started.pid
 
     def wait_until_ready(self) -> None:
@@ -78,7 +78,7 @@ class Trainee:
         self._started.stop()
 
     def close(self) -> None:
-        """Kill it; its files are removed with its folder."""
+        """Kill the process; its files are removed with the folder."""
         self._started.close()
         os.close(self._to)
         os.close(self._from)
@@ -156,7 +156,7 @@ class Trainee:
 
 
 def bursts(moments: Iterable[float]) -> int:
-    """The number of bursts."""
+    """Number of groups of moments less than BURST_S apart."""
     count, last = 0, -math.inf
     for moment in moments:
         count += moment - last > BURST_S

@@ -1,19 +1,19 @@
-"""Run several processes with the same training in turns, one at a time.
+"""Runs several processes with the same training in turns, one at a time.
 
-Each is started once (`loop.py --turns`), trains in its turns and reports the times of its steps by
-its own clock. Turns go A B A C A D …: each way of watching comes between two turns of the
-same bare loop, and its ratio is to the mean of these two. Between turns a process is stopped
-(SIGSTOP), and so is the app that shows it, so that neither runs in the turns of others.
+Each process is started once (`loop.py --turns`), trains in its turns and reports the times of its
+steps by its own clock. The order is A B A C A D …: each turn of a way of watching comes between two
+turns of the same bare loop, and its ratio is to the mean of these two. Between turns a process is
+stopped (SIGSTOP), and so is the app that shows it, so that neither runs in the turns of others.
 
-Work that became due while a process was stopped is done as soon as it continues, in the first part
-of a turn, which is warm-up and not counted. The counted part must be long enough to contain the
-work that recurs every second.
+Work that became due while a process was stopped is done in the first part of its next turn, the
+warm-up, which is not counted. The counted part must be long enough to contain the work that recurs
+every second.
 
 No key is pressed in a counted part. A key that does nothing is sent to the screen at the end of its
-turn, so that the screen is neither in use nor idle: in both states it would be drawn and polled at
-another rate than the default one.
+turn, so that the screen is neither in use nor idle: in both states its rate of drawing and polling
+differs from the default.
 
-Mean times per step are compared, not medians, because work at every 32nd step costs too.
+Mean times per step are compared, not medians, since work at every 32nd step counts too.
 """
 
 from __future__ import annotations
@@ -33,15 +33,17 @@ from started import PLAIN, Way
 from trainee import Trainee, Turn
 
 TURN_S, WARM_S = 2.0, 0.4
-"""Defaults of a turn: the state file is written every second, the store every 0.4 s."""
+"""Default lengths of the counted part of a turn and of its warm-up: the state file is written every
+second, the store every 0.4 s."""
 SETTLE_S, WARM_UP_S = 8.0, 1.5
-"""Lengths of the first turn, which is not counted: with a governor to settle, and without."""
+"""Lengths of the first turn, which is not counted: with a governor, whose cadences have to settle,
+and without."""
 
 
 @contextlib.contextmanager
 def trainees(ways: Sequence[Way], loop: Sequence[str]) -> Iterator[list[Trainee]]:
-    """Start all of them, one after another, because a run measures at its start whether other
-    processes use the machine; yield them ready for their first turn."""
+    """Start a process for each way and yield them ready for their first turn. They are started one
+    after another, because a run measures at its start whether other processes use the machine."""
     with tempfile.TemporaryDirectory(prefix="benchmark-", ignore_cleanup_errors=True) as name:
         started: list[Trainee] = []
         try:
@@ -122,11 +124,13 @@ def compare(
     settle: float = SETTLE_S,
     known: dict[str, Compared] | None = None,
 ) -> dict[str, Compared]:
-    """Run the turns A B A C A D …, `rounds` times, after a first turn each that is not counted:
-    with a governor it lasts `settle` seconds, some hundred steps, in which the cadences settle.
+    """Run the turns A B A C A D …, `rounds` times, after a first turn of each process that is not
+    counted: with a governor it lasts `settle` seconds, some hundred steps, in which the cadences
+    settle.
 
-    The results are added to `known`, those of earlier processes, by name: two processes of the same
-    program may differ by a few percent throughout their lives, depending on their memory layout.
+    The results are added by name to `known`, the results of earlier processes: two processes of the
+    same program may differ by a few percent throughout their lives, depending on their memory
+    layout.
     """
     for trainee in (bare, *others):
         trainee.turn(0.05, settle if trainee.way.governed else min(settle, WARM_UP_S), threads)
