@@ -102,7 +102,7 @@ def test_a_run_is_compared_with_the_one_that_makes_the_other_choice(
 
 def test_a_run_of_something_else_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["demo", "rate-high", "--against", str(directory("calm"))]) == 2
-    assert "is no run of this demo" in capsys.readouterr().err
+    assert "is not a run of this demo" in capsys.readouterr().err
 
 
 def test_the_run_that_is_guided(tmp_path: Path) -> None:

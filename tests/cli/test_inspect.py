@@ -57,7 +57,7 @@ def test_tensors_of_a_paused_run(tmp_path: Path) -> None:
         assert listed[0].split() == ["tensor", "kind", "shape", "type", "bytes", "device"]
         assert listed[1].split() == ["0.weight", "parameter", "5×12", "float32", "240", "B", "cpu"]
         piped = inspect("one", "0.weight", "--pixels")
-        assert "no pixels: the output is no terminal" in piped.stderr
+        assert "no pixels: the output is not a terminal" in piped.stderr
         assert "mean |x| of blocks 1×1" in piped.stdout
         kinds = [line.split()[1] for line in listed[1:6]]
         assert kinds == ["parameter", "gradient", "step", "exp_avg", "exp_avg_sq"]

@@ -515,7 +515,7 @@ def test_a_program_that_a_script_starts_is_named_with_the_command_that_traces_it
     found = StoredEvents(store).first_events(10)
     said = [event.text for event in found if isinstance(event, Notice) and event.kind == "rank"]
     assert said == [
-        "worker.py runs in a process of its own, which is not traced: if it trains, start it with "
+        "worker.py runs in a separate process, which is not traced: if it trains, start it with "
         "tui-trainer run worker.py"
     ]
 

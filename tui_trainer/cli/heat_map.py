@@ -60,7 +60,7 @@ def ask_for_pixels() -> PixelSupport | None:
     from tui_trainer.ui.terminal_images import HINT, ask_terminal
 
     if not sys.stdout.isatty():
-        notify("no pixels: the output is no terminal", "--save writes the tensor to a file")
+        notify("no pixels: the output is not a terminal", "--save writes the tensor to a file")
         return None
     screen = ask_terminal()
     if screen.kitty or screen.sixel:

@@ -322,7 +322,7 @@ class ProgramReports:
             if program not in self._reported:
                 self._reported.add(program)
                 self._report(
-                    f"{program} runs in a process of its own, which is not traced: if it trains, "
+                    f"{program} runs in a separate process, which is not traced: if it trains, "
                     f"start it with {instead}"
                 )
         except Exception:

@@ -342,8 +342,8 @@ class Host:
         processes = 1 + sum(not peer.child for peer in self.ranks.peers)
         if processes > 1:
             raise Refusal(
-                f"this run trains in {processes} processes, and each has a state of its own",
-                "settings can be changed, and steps gone back, in a run of one process",
+                f"this run trains in {processes} processes, each with its own state",
+                "a run of one process can be changed and rewound",
             )
 
     def _save_on_request(self) -> None:

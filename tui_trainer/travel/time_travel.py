@@ -71,7 +71,7 @@ SCRIPT_STATE = (
 )
 NOT_FOR_SCRIPTS = (
     "the steps of a script cannot be made twice: its variables and its place in the data continue",
-    "landscape is possible; back, set and compare try other settings in a branch of its own",
+    "landscape is possible; to try other settings, use back and set, then compare the new branch",
 )
 RECENT_STEPS = 50
 """Newest steps whose median duration is taken."""

@@ -163,7 +163,7 @@ def _with_the_other(chosen: Demo, against: str, options: RunOptions) -> list[Run
     found = demo_titled(spec.title)
     if found is None or found[0] is not chosen:
         raise UsageError(
-            f"{entry.name} is no run of this demo", f"tui-trainer demo {chosen.name} --both"
+            f"{entry.name} is not a run of this demo", f"tui-trainer demo {chosen.name} --both"
         )
     edited = any(isinstance(each, Notice) and each.kind == "edit" for each in events)
     was_cured = found[1] or edited
