@@ -59,10 +59,12 @@ def page() -> str:
 
 def section(rule: type[Rule]) -> str:
     """One rule."""
+    title, begins_with_code = rule.title, "_" in rule.title.split()[0]
+    title = title if begins_with_code else title[:1].upper() + title[1:]
     lines = [
         f"## {rule.name}",
         "",
-        f"**{rule.title[:1].upper()}{rule.title[1:]}** ({rule.level}). {rule.explanation}",
+        f"**{title}** ({rule.level}). {rule.explanation}",
         "",
         f"* What to do: {rule.advice}.",
         f"* Requires: {rule.needs}.",
