@@ -179,14 +179,15 @@ class OutputSums(Probe):
         """Sum of each entry of `_sums`; None where the tensor is held instead."""
         self._held_bytes = 0
         self._known: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
-        """id → (tensor, version) of the tensors of this forward that need no further sum."""
+        """id → (weak reference, version) of the tensors of this forward that need no other sum."""
         self._on_host = all(parameter.is_cpu for parameter in tracked.parameters)
         self._found: Producer | None = None
         self._weights = False
         """Whether the module that was found has non-finite weights."""
         self._under_way: deque[tuple[list[_Sum], Producer | None]] = deque()
         self._usual: dict[tuple[str, bool], int] = {}
-        """(path, entering) → how often its tensor was non-finite in a step that was finite."""
+        """(name of an origin, whether it is an input) → number of steps with finite loss and
+        gradients in which it was found."""
         self._losses: deque[float] = deque(maxlen=RECENT)
         self._norms: deque[float] = deque(maxlen=RECENT)
 
@@ -335,7 +336,8 @@ class OutputSums(Probe):
         return grows
 
     def _first(self, values: Values, sums: Sequence[_Sum]) -> Producer | None:
-        """The origin of the first sum that is not finite."""
+        """The first origin of a sum that is not finite, other than those in `_usual`; None without
+        one."""
         for index in np.flatnonzero(~np.isfinite(values)).tolist():
             entry = sums[index]
             tensor = entry.tensor()

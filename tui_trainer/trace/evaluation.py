@@ -60,7 +60,7 @@ MAX_UNSUMMED = 256
 LOSS_MODULES = ("torch.nn.functional", "torch.nn.modules.loss")
 
 OnTrainingLoss = Callable[[Callable[..., Any], str, tuple[Any, ...], dict[str, Any], Any], object]
-"""(torch's function, its name, args, kwargs, result)"""
+"""(PyTorch's function, its name, args, kwargs, result)"""
 OnResult = Callable[[int, "dict[str, torch.Tensor | float]"], None]
 """(completed steps, mean loss of each evaluation by name)"""
 HELD_OUT = ("val", "dev", "eval", "held", "test")
@@ -311,7 +311,7 @@ class EvaluationLosses:
             place, frame = _place_of(sys._getframe(2))
             key = (place, self.label_of(frame) if frame is not None else "")
             if key != self._current:
-                # Both losses come from one call, or the script returns to a complete one.
+                # Both losses come from one call of the model, or the script returns to the first.
                 self._mixed |= self._count > 0 and self._calls == self._calls_before
                 self._mixed |= key in self._means
             if self._means.setdefault(key, _Mean()).add(loss, name, args, kwargs):
@@ -327,8 +327,8 @@ MIN_DISTANCE = 5
 """Calls without gradients are an evaluation only where more steps than this lie between them: a GAN
 calls its generator without gradients in every iteration."""
 SAMPLING_CALLS = 4
-"""Number of calls with one batch from which on they sample from dropout on purpose; fewer compute
-the loss and then the accuracy."""
+"""Minimum number of calls with the same batch that are taken for sampling from dropout on purpose;
+fewer compute the loss and then the accuracy."""
 
 
 class EvaluationModes:
@@ -359,8 +359,8 @@ class EvaluationModes:
             self._repeated = same and (self._calls == 2 or self._repeated)
 
     def in_train_mode(self, step: int, losses: int) -> bool:
-        """Whether an evaluation in `train()` mode, with several calls or with `losses`, preceded
-        `step`. Called at the end of the step."""
+        """Whether an evaluation in `train()` mode, of several calls or with a loss, came before
+        `step`. `losses`: number of losses computed in it. Called at the end of the step."""
         calls, self._calls = self._calls, 0
         repeated, self._repeated, self._data = self._repeated, False, None
         if not calls or (repeated and calls >= SAMPLING_CALLS):
@@ -370,7 +370,7 @@ class EvaluationModes:
 
 
 MIN_ROLLOUT_CALLS = 2
-"""Number of calls without gradients before the training from which on they may be rollouts."""
+"""Minimum number of calls without gradients before the training that may be rollouts."""
 
 
 class Rollouts:

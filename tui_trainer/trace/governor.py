@@ -126,7 +126,7 @@ RESTORE_BELOW = 0.7
 """A cadence is restored only where the prediction stays below this share of the room, so that
 cadences do not oscillate."""
 MIN_MEASUREMENTS = 4
-"""Measurements among the steps so far that a probe with `often_in_short_runs` keeps."""
+"""Minimum number of measurements, among the steps so far, of a probe with `often_in_short_runs`."""
 
 OnChange = Callable[[Sequence[ActiveProbe], str, Level], None]
 """Called with the probes whose cadence has changed, a sentence for the log and its level."""
@@ -224,8 +224,8 @@ class Governor:
     def _stretch(
         self, probes: list[ActiveProbe], total: float, room: float, step_ms: float
     ) -> None:
-        """Double cadences until the cost fits: least important first, then most expensive; what is
-        watched last."""
+        """Double cadences until the cost fits: least important first, then most expensive; watched
+        probes last."""
         before = {probe: probe.now for probe in probes}
         order = sorted(probes, key=lambda p: (p.watched, p.importance, -p.mean_ms()))
         for limit in LIMITS:

@@ -78,7 +78,7 @@ class LiveValues:
         return tuple(names), norms
 
     def clip(self) -> Mapping[str, float]:
-        """Columns of table `clip` for the clipping with the smallest scale, none of them absent."""
+        """Columns of table `clip` for the clipping with the smallest scale, without absent ones."""
         found: dict[str, float] = {}
         clips = [clip for m in self._run.registry.measurers for clip in m.clips]
         for clip in clips:

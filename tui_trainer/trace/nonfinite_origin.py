@@ -106,7 +106,7 @@ class _OriginSearch:
         return None
 
     def _judge(self, node: Any) -> Origin | None:
-        """The origin if it is at `node`; None otherwise. No earlier node is the origin."""
+        """The origin if it is at `node`, otherwise None. Called once no node before it is one."""
         name = node_name(node)
         variable = getattr(node, "variable", None)
         if isinstance(variable, torch.Tensor):

@@ -244,7 +244,7 @@ def close(before: Readings | None, after: Readings | None) -> bool:
 
 
 def equal(before: Readings | None, after: Readings) -> bool:
-    """Whether norms on the host are the same, nan and all."""
+    """Whether norms on the host are the same, where nan equals nan."""
     return before is not None and np.array_equal(
         np.array(before, dtype=np.float64), np.array(after, dtype=np.float64), equal_nan=True
     )

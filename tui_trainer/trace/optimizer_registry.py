@@ -84,7 +84,7 @@ class _Entry:
 
 
 def group_sizes(optimizer: Optimizer) -> tuple[int, ...]:
-    """Number of parameters in each group, which changes when one is added."""
+    """Number of parameters in each group; differs after a group is added."""
     return tuple([len(group["params"]) for group in optimizer.param_groups])
 
 
@@ -314,7 +314,8 @@ class OptimizerRegistry:
         return next((m for m in self.measurers if id(parameter) in m.tracked.ids), None)
 
     def search_further_roots(self) -> None:
-        """Search for further models if no optimizer exists: such a script may call several."""
+        """Search for further models if no optimizer may step: a script without one may call
+        several."""
         if not self._entries and not self._any_unregistered():
             self._roots.search()
 
@@ -406,8 +407,8 @@ class OptimizerRegistry:
         return measurer
 
     def _waiting_by_hand(self, optimizer: Optimizer) -> StepMeasurer | None:
-        """The measurer of updates by hand, if nothing has stepped before the script turned out to
-        use `optimizer`; it is handed over."""
+        """The measurer of updates by hand, whose slot is handed over to `optimizer`; None if it has
+        measured a step already, or does not exist."""
         before = self.by_hand
         if before is None or before.has_stepped or not isinstance(optimizer, Optimizer):
             return None
@@ -425,7 +426,7 @@ class OptimizerRegistry:
         slot.occupy(optimizer)
 
     def _forget(self, key: int) -> None:
-        """Drop the measurer of a freed optimizer."""
+        """Drop the measurer of the optimizer with the id `key`."""
         self._entries.pop(key, None)
         self._list_measurers()
 
@@ -500,7 +501,8 @@ class OptimizerRegistry:
         return name
 
     def _take_over(self, optimizer: Optimizer) -> OptimizerSlot | None:
-        """The slot of a freed optimizer that `optimizer` replaces; None without one."""
+        """The slot of a freed optimizer that `optimizer` replaces, or for updates by hand the slot
+        of the optimizer that was set aside; None without one."""
         if self._set_aside is not None and isinstance(optimizer, HandUpdates):
             aside, self._set_aside = self._set_aside, None
             self._hand_over(aside, optimizer)

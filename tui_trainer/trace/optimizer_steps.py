@@ -1,4 +1,4 @@
-"""Follows the steps of optimizers: opens, completes and skips them."""
+"""Follows the steps of optimizers: how they begin and end, and those that a GradScaler skips."""
 
 from __future__ import annotations
 

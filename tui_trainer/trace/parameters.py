@@ -142,8 +142,8 @@ class Names:
     """Names of parameters and modules over all models of a run.
 
     A single model's names are its own. With several models (a GAN's networks, a head next to its
-    backbone), names begin with the variable that holds the model, or with its class; the names of a
-    first model that was single at first stay as they are.
+    backbone), names begin with the variable that holds the model, or with its class. The names of
+    the first model stay as they are if it was the only one at first.
     """
 
     def __init__(self, is_one_of_several: Callable[[torch.nn.Module], bool]) -> None:

@@ -183,7 +183,7 @@ class Probe:
         self.options = options
 
     def set_unseen(self, reason: str) -> None:
-        """Set the reason why nothing can be measured from now on; "": it can."""
+        """Set the reason why nothing is measured from now on; "" where it is measured again."""
         if reason != self.unseen:
             self.unseen = reason
             if self.on_unseen_change is not None:
@@ -225,7 +225,8 @@ class Probe:
         """Like `gradients`, for a probe that needs only the 2-norm of each gradient (flattened; 0
         without a gradient), which clipping may have computed anyway.
 
-        A probe with this hook measures every step whose gradients are clipped."""
+        A probe with this hook and a natural cadence of 1 measures every step whose gradients are
+        clipped."""
         return norms
 
     def before_update(self) -> None:

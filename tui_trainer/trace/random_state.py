@@ -10,7 +10,7 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """The state of torch's generators (the CPU's and those of the accelerators in use), numpy's and
+    """The state of PyTorch's generators (of the CPU and of the accelerators in use), NumPy's and
     Python's."""
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),

@@ -298,7 +298,7 @@ class WeightWatch:
     def _too_small(self, weights: torch.Tensor, gradient: torch.Tensor) -> bool:
         update = gradient.abs() * self._largest_ratio
         hidden = update <= weights.abs() * torch.finfo(weights.dtype).eps
-        return bool(torch.all(hidden | weights.isnan()))  # an update of nan cannot be seen
+        return bool(torch.all(hidden | weights.isnan()))  # a nan hides its update
 
 
 def _same(values: torch.Tensor, others: torch.Tensor) -> bool:

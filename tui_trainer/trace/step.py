@@ -54,7 +54,7 @@ from tui_trainer.trace.probe_set import ProbeSet
 from tui_trainer.trace.transfer import HostTransfer, Transfers, length_of
 
 MAX_KEPT = 64
-"""Maximum number of losses within one step that are kept apart."""
+"""Maximum number of losses, and of scaled tensors, within one step that are kept apart."""
 
 
 @dataclass(eq=False, slots=True)

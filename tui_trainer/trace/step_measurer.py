@@ -67,8 +67,8 @@ the step."""
 NONFINITE_STEPS = 3
 """Maximum number of steps in a row that are measured because loss or gradients are not finite."""
 CHANGES_WITHOUT_STEP = 3
-"""Number of iterations in which weights change although their optimizer has never stepped, from
-which on the script is assumed to update them by itself. Fewer may be perturbations, as in SAM."""
+"""The script is assumed to update weights by itself once they have changed in this many iterations
+although their optimizer has never stepped. Fewer changes may be perturbations, as in SAM."""
 
 
 class StepMeasurer:
@@ -272,7 +272,7 @@ class StepMeasurer:
         return self.marks.first_changed()
 
     def change_by_hand(self) -> HandChange | None:
-        """The script's own change of the gradients since the last known one; None without.
+        """The script's own change of the gradients since the last known change; None without one.
 
         In-place operations raise the version of a gradient, except for those on `grad.data`: while
         this measurer is careful, norms are compared as well. Gradients that the script has released
@@ -531,8 +531,8 @@ class StepMeasurer:
         return absent
 
     def _find_unused_zeros(self, reading: GradientReading) -> None:
-        """Mark the zeros that `zero_grad(set_to_none=False)` leaves on parameters that were frozen
-        or replaced since as absent gradients. Only on the CPU, where the norms are known."""
+        """Mark as absent the gradients that `zero_grad(set_to_none=False)` has left at zero on
+        parameters that were frozen or replaced since. Only on the CPU, where norms are known."""
         if not self._on_host or reading.norms is None:
             return
         if 0.0 not in reading.norms and not self._frozen_zeros:

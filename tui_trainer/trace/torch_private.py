@@ -114,8 +114,8 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
-    """Whether arithmetic applies to `tensor`: it is of no subclass, and neither sparse, nested nor
-    quantized."""
+    """Whether arithmetic applies to `tensor`: it is of no subclass except Parameter, and neither
+    sparse, nested nor quantized."""
     return (
         type(tensor) in PLAIN
         and tensor.layout is torch.strided
@@ -286,7 +286,7 @@ def subtract_each(targets: Sequence[torch.Tensor], others: Sequence[torch.Tensor
 
 _MARK = "tui_trainer_scaled"
 MAX_NODES = 16
-"""Maximum number of nodes in which a loss is followed back through the graph."""
+"""Maximum number of nodes that are visited to follow a loss back through the graph."""
 
 
 def mark_graph(result: torch.Tensor) -> None:
@@ -361,7 +361,7 @@ def saved_dim(node: Any, name: str = "dim") -> int:
 
 
 def signed(value: int) -> int:
-    """The signed number of an unsigned one of 64 bits, as which a node stores it."""
+    """The signed 64-bit number that a node stores as the unsigned `value`."""
     return value - (1 << 64) if value >= 1 << 63 else value
 
 

@@ -406,7 +406,7 @@ class Tracer:
             self._clips.failed()
 
     def observed_clipping(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """A framework's own `clip_grad_norm_`, observed like torch's."""
+        """Wrap a framework's own `clip_grad_norm_`, which is then observed like PyTorch's."""
         return self._hooks.observed_clipping(original)
 
     def gradients_rescaled(self, optimizer: Optimizer) -> None:

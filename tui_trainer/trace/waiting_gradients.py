@@ -95,7 +95,7 @@ class WaitingGradients:
 
     def scale_of(self, measurer: StepMeasurer) -> torch.Tensor | None:
         """The factor (0-d) that a GradScaler still has on this optimizer's gradients, without
-        waiting for it; None where there is none."""
+        waiting for the device; None without one."""
         if not self._scaling.in_use:
             return None
         return self._scaling.gradient_scale(self.registry.optimizer_of(measurer))

@@ -2,7 +2,8 @@
 an adapter (LoRA: W = W₀ + scale · B A; DoRA: its rows with learned norms), and weights that are
 computed from other parameters (weight normalisation, `torch.nn.utils.parametrize`).
 
-The effective weight is read, by which the layer multiplies. A quantized W₀ cannot be read.
+The effective weight is read, the one by which the layer multiplies its input. A quantized W₀ cannot
+be read.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ class AttentionHealth(Probe):
         self._ours: Attend | None = None
         self._seen: list[torch.Tensor] = []
         queries = [each.q.parameter for each in self._layers]
-        # The weights of an adapted layer are computed from parameters that are not known here.
+        # It is unknown from which of the parameters the weights of an adapted layer are computed.
         adapted = max(queries) >= len(tracked.parameters)
         own = tracked.parameters if adapted else [tracked.parameters[q] for q in queries]
         self._own = {id(parameter) for parameter in own}

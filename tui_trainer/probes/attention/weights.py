@@ -297,7 +297,7 @@ def order_of(even: EvenLayers, uneven: UnevenLayers) -> NDArray[np.intp]:
 class AttentionWeights(Probe):
     """Table `attention`: the statistics of `schema.ATTENTION_STATISTICS` for each layer.
 
-    Weights are those after the step, their drift is the distance from the weights before the
+    Weights are those after the step, their drift is measured from the weights before the
     optimizer's first step, and gradients are those before clipping. A cosine with a zero matrix, or
     a comparison that has no meaning (see `AttentionInfo.note`), is nan.
     """
