@@ -172,7 +172,7 @@ class RecordedRun(Protocol):
 
 @dataclass(slots=True)
 class ObservedValues:
-    """The newest completed step, and the values that conditions compare with it."""
+    """The newest completed step, and all other values that conditions read."""
 
     record: StepRecord | None = None
     broken: frozenset[str] = frozenset()
@@ -410,7 +410,8 @@ class LiveContext:
 class SkippedContext(LiveContext):
     """The state of the run after an iteration that a GradScaler has skipped.
 
-    Only a non-finite loss counts: gradients overflow regularly while the loss scale is tuned.
+    Measured quantities are absent, and `nonfinite` is met by a loss only: gradients overflow
+    regularly while the loss scale is tuned. Findings and logged values are read as after a step.
     """
 
     def number(self, name: str) -> float | None:

@@ -43,7 +43,7 @@ _UNKNOWN = (
     Absent.OUT_OF_RANGE,
     Absent.OVERFLOW,
 )
-"""Reasons for which a value exists but could not be measured."""
+"""Reasons why a value that may exist is not known."""
 
 
 class TableRow:

@@ -44,7 +44,7 @@ class QueryRow(msgspec.Struct, frozen=True, array_like=True):
     angles: bytes
     """Angles between q and k, in degrees."""
     scores: bytes
-    """Input of the softmax: q · k times the scale, plus a bias; nan at masked keys."""
+    """Input of the softmax: q · k times the scale, plus any bias; nan at masked keys."""
     weights: bytes
     """softmax of the scores; 0 at masked keys."""
 

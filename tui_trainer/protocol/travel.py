@@ -43,7 +43,7 @@ class Timeline(msgspec.Struct, tag="timeline", frozen=True, array_like=True):
     budget: int = 0
     """Host memory that snapshots may take."""
     step_s: float | None = None
-    """Duration of a step; None before one was measured."""
+    """Seconds that a step takes; None before one was measured."""
     snapshot_bytes: int = 0
     """Host memory of one snapshot."""
 
@@ -75,8 +75,8 @@ class MeasureLandscape(msgspec.Struct, tag="measure_landscape", frozen=True):
     points: int = 25
     reach: float = 1.0
     """How far to go to either side: for a `random` direction in units of the norm of each
-    parameter, for the `gradient` in learning rates. For `snapshots`, the line runs from the first
-    (0) to the second (1), and this far beyond both."""
+    parameter, for the `gradient` in learning rates. For `snapshots`, where the first is at 0 and
+    the second at 1: from -reach to 2 * reach."""
     first: int = 0
     """Step of a snapshot."""
     second: int = 0

@@ -122,7 +122,7 @@ class AlertSink:
                 self._loss = float(values[schema.STEP_INDEX["loss"]])
 
     def _report_finding(self, finding: Finding) -> None:
-        """Report a finding once, and again when it gets worse; do not report effects of others."""
+        """Report a finding without a cause once, and again when it gets worse."""
         known = self._reported.get(finding.number, "info")
         if finding.cause is not None or LEVEL_ORDER[finding.level] >= LEVEL_ORDER[known]:
             return
@@ -232,7 +232,7 @@ class Sender:
         self._ended = False
 
     def run(self, stream: int) -> None:
-        """Send alerts until the run has ended or its process is gone."""
+        """Queue alerts until the run has ended or its process is gone; wait until all are sent."""
         for thread in self._threads:
             thread.start()
         buffered = b""

@@ -20,7 +20,7 @@ from tui_trainer.record.sink_items import artifact_bytes, event_bytes, line_byte
 BACKLOG_BYTES = 512 * 1024
 """Printed lines from before its connection that a new viewer is sent."""
 BYTES_PER_SECOND = 32 * 1024
-"""Rate at which a viewer is sent printed lines: more than a person can read."""
+"""Highest rate at which a viewer is sent printed lines: more than a person can read."""
 BURST_BYTES = 128 * 1024
 """Printed lines that a viewer is sent at once: a long traceback fits."""
 MAX_ANSWERS_BEHIND = 4

@@ -191,7 +191,7 @@ def open_for_reading(directory: str | os.PathLike[str], ended: bool = False) -> 
     if not path.exists():
         raise StoreError(f"nothing was recorded in {directory}")
     journal = path.with_name(path.name + "-wal").exists()
-    # If there is no journal, and none needs to or can be created, read the file alone.
+    # Without a journal, and without the need or the permission to create one, read the file alone.
     alone = not journal and (ended or not os.access(directory, os.W_OK))
     options = "&immutable=1" if alone else "&vfs=unix-none" if ended and os.name == "posix" else ""
     uri = f"file:{quote(str(path))}?mode=ro{options}"

@@ -32,7 +32,7 @@ class GradientsKept(Rule):
     )
     thresholds = (
         RuleThreshold("steps", 2, "steps in a row that started with used gradients"),
-        RuleThreshold("alternations", 5, "times that every second step did, for an `info`"),
+        RuleThreshold("alternations", 5, "times that every second step did, for the level `info`"),
     )
 
     def start(self) -> None:
@@ -290,7 +290,7 @@ class ScheduleEnds(Rule):
     thresholds = (
         RuleThreshold("share", 0.001, "of the highest learning rate so far"),
         RuleThreshold(
-            "progress", 0.5, "share of all steps, or of those so far, in which the rate has to fall"
+            "progress", 0.5, "share of all steps, or of those so far, within which it has to fall"
         ),
         RuleThreshold("steps", 10, "steps in a row"),
         RuleThreshold("unknown", 1e-4, "as `share`, where the number of steps is not known"),

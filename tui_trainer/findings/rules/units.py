@@ -21,7 +21,7 @@ class _StuckUnits(Rule):
     kinds: tuple[str, ...] = ()
     thresholds = (
         RuleThreshold("share", 0.9, "share of a layer's units, for a warning"),
-        RuleThreshold("info", 0.5, "the same, for an `info`"),
+        RuleThreshold("info", 0.5, "the same, for the level `info`"),
     )
     explained_by = (
         "constant-inputs",
