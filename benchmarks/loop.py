@@ -49,7 +49,8 @@ Batches = Iterator[tuple[Tensor, Tensor]]
 
 
 def gpt(shape: dict[str, Any], device: torch.device) -> tuple[nn.Module, Batches]:
-    """A GPT, and batches (inputs, targets), both (B, T), from Python's language reference."""
+    """A GPT, and batches (inputs, targets), both (B, T), of random parts of Python's language
+    reference."""
     shape = dict(shape)
     batch, block = shape.pop("batch"), shape["block_size"]
     text = "\n".join(topics[name] for name in sorted(topics))

@@ -22,7 +22,7 @@ def start(name: str, model: nn.Module, folder: Path) -> Log:
 
 
 def item(model: nn.Module, folder: Path) -> Log:
-    """The norm of every gradient and weight, each fetched by `.item()` as soon as computed."""
+    """The norm of every gradient and weight, each fetched by `.item()` once it is computed."""
     kept: list[tuple[float, dict[str, tuple[float, float]]]] = []
 
     def log(step: int, loss: Tensor) -> None:

@@ -244,8 +244,8 @@ def _overview(run: RunEntry, info: RunInfo, status: Status, loss: float | None) 
 
 
 def _last_of(history: History, name: str, step: int) -> SeriesReader | None:
-    """Of the tables called `name`, one for each optimizer, that with the newest row up to
-    `step`."""
+    """The table called `name`, one of which each optimizer has, with the newest row up to `step`;
+    None if no table has such a row."""
     rows = [
         (found[0], n)
         for n, t in history.tables.items()

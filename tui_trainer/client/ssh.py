@@ -261,8 +261,8 @@ OPTIONS = (
     *("-o", "PermitLocalCommand=no"),
     *("-o", "ClearAllForwardings=yes"),
 )
-# Login shells differ (fish, csh), so the script is one quoted word for them, without ', backslash
-# and !.
+# Login shells differ (fish, csh), so the script is a single quoted word that contains no ', no
+# backslash and no !.
 _FIND_AND_RUN = (
     'for c in tui-trainer "$HOME/.local/bin/tui-trainer"; do '
     'if command -v "$c" >/dev/null 2>&1; then exec "$c" relay "$@"; fi; done; '

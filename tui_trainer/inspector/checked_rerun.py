@@ -307,8 +307,8 @@ class CheckedRerun:
             self._calls, self._complete = [], False
 
     def origin_of_loss(self) -> Producer | None:
-        """The operation of the forward pass that made the loss not finite; None if none of it
-        did."""
+        """The operation of the forward pass that made the loss not finite; None if no
+        operation did."""
         for call in self._taken():
             with contextlib.suppress(Exception), self._checked(call, False) as (model, checks):
                 origin = checks.origin_of(call_again(model, call))

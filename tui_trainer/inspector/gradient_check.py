@@ -166,7 +166,8 @@ def _checked(
     """Change one entry by each h, in both directions."""
     autograd = float(gradient[index])
     with torch.no_grad():
-        place = target.detach()  # a copy; autograd does not check the version of `target` here
+        # `target` is a copy of the parameter: no graph of the training checks its version.
+        place = target.detach()
         value = float(place[index])
 
         def loss_at(moved: float) -> tuple[float, float]:
@@ -210,7 +211,7 @@ def steadiest(steps: list[GradientStep], spacing: float) -> int:
 def _gradients_of_step(
     tracer: Tracer, parameter: torch.Tensor, entries: list[CheckedEntry]
 ) -> tuple[float, ...]:
-    """The values in `.grad` of these entries, divided by the loss scale."""
+    """The values of these entries in `.grad`, divided by the loss scale; () without a dense one."""
     gradient = parameter.grad
     if gradient is None or gradient.is_sparse:
         return ()

@@ -98,7 +98,7 @@ def _reduce_blocks(
     """(R, C) → float32 (⌈R / block_rows⌉, ⌈C / block_columns⌉)."""
     rows, columns, device = matrix.rows, matrix.columns, matrix.tensor.device
     shape = (-(-rows // block_rows), -(-columns // block_columns))
-    # Accumulated in float64, which mps does not have.
+    # Accumulated in float64, except on mps, which does not have it.
     wide = torch.float32 if device.type == "mps" else torch.float64
     out = torch.zeros(shape, dtype=wide, device=device)
     limit = part_elements(matrix.tensor)

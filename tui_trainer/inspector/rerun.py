@@ -87,7 +87,7 @@ class ModelCall:
     autocast: list[Autocast]
     training: bool
     buffers: Buffers | None
-    """Copies made before the call; None if they are too large."""
+    """Copies made before the call; None if they are too large, or if no request was likely."""
     generators: list[tuple[torch.Generator, torch.Tensor]]
     """(generator, state before the call) of generators in attributes of the modules."""
     number: int

@@ -200,7 +200,7 @@ class ChildTraining:
             multiprocessing.util.Finalize(self, self._end, exitpriority=0)
 
     def end_before_exit(self) -> None:
-        """Record the last steps before `os._exit`, with which forked children end."""
+        """Replace `os._exit`, with which forked children end, to record the last steps first."""
         original = os._exit
 
         def _exit(status: int) -> NoReturn:

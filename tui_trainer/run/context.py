@@ -42,7 +42,7 @@ class RunContext(Protocol):
         """Goes back to earlier steps; None before the training begins."""
 
     def show_waiting_for(self, what: str) -> None:
-        """Show what the run does before and between steps; "" once it makes steps."""
+        """Show what the run is doing before its first step; "" once it makes steps."""
 
     def save_with(self, saver: CheckpointSaver) -> None:
         """Set the saver of the checkpoints that are requested by viewers or when stopping."""

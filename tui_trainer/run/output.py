@@ -165,7 +165,7 @@ class LineSplitter:
         self._cut += max(0, len(text) - room)
 
     def _after_return(self, text: str) -> str:
-        """The text after the last carriage return that any text follows."""
+        """The text after the last carriage return that is not at the end of `text`."""
         written = text.rstrip("\r")
         if not written:
             self._returned = True

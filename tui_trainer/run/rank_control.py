@@ -31,7 +31,7 @@ stop there, since it may still be measuring the phase."""
 
 Goal = Literal["go", "hold", "steps", "stop", "end"]
 """`steps`, `stop`: run to the end of a step, and pause or end there; `end`: end now, since all
-processes have arrived."""
+processes have arrived at that step's end, or `STOP_S` has passed."""
 
 
 class RankControl:

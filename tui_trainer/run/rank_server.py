@@ -103,8 +103,8 @@ class Peer:
         return self.label or f"rank {self.rank}"
 
     def on_our_clock(self, moment: float) -> float:
-        """Convert a time by the process's machine to this machine's clock; nan while the difference
-        of the clocks is unknown.
+        """Convert a time on the clock of the process's machine to this machine's clock; nan while
+        the difference between the clocks is unknown.
 
         The result is late by the shortest latency among the recent messages.
         """

@@ -378,7 +378,7 @@ class WatchedRun(Run):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> Literal[False]:
-        """Close the run. One that a terminal has stopped raised `StopTraining`, a
+        """Close the run. If a terminal has stopped it, `error` is a `StopTraining`, which is a
         KeyboardInterrupt."""
         self._close(Outcome("finished") if error is None else outcome_of(error))
         return False

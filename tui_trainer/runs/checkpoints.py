@@ -17,7 +17,8 @@ from tui_trainer.runs.liveness import RunEntry
 from tui_trainer.runs.registry import resolve
 
 CHECKPOINTS, CHECKPOINT_STATE = "checkpoints", "state.json"
-"""Folder of a run's checkpoints, and the file whose presence shows that one is complete."""
+"""Folder of a run's checkpoints, and the file that is written last into each, so that its presence
+shows that the checkpoint is complete."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Decides which directories and sockets of runs can be trusted, and connects to those that can.
+"""Decides which directories and sockets of runs can be trusted, and connects to trusted sockets.
 
 A user who can write to a run's directory could put their own socket there and read what a viewer
 sends, or have files removed. So directories and sockets must belong to this user, and no other

@@ -37,7 +37,8 @@ from tui_trainer.trace.tracer import Tracer
 
 WAIT_S, PAUSED_WAIT_S = 0.3, 5.0
 """How long a viewer's command waits for the change at the end of the current step before it is
-answered: while the training runs, and while it is paused between steps."""
+answered: `PAUSED_WAIT_S` while the training is paused between steps, where the change is made at
+once; otherwise `WAIT_S`."""
 MAX_LISTED_GROUPS = 8
 """Parameter groups whose settings are listed one by one."""
 CLIP_FUNCTIONS = {"norm": "clip_grad_norm_", "value": "clip_grad_value_"}
@@ -82,7 +83,7 @@ class SettingEdit:
     changes: tuple[SettingChange, ...] | None
     who: str = ""
     undoable: AppliedEdit | None = None
-    """The change, to be undone; None for an undo."""
+    """The change as it was made, to be undone; None before it is made, and for an undo."""
 
     @property
     def text(self) -> str:

@@ -191,8 +191,8 @@ class KnownSchedulers:
     """Finds the schedulers of a script's optimizers, for snapshots.
 
     A search through all objects of the process takes tens of milliseconds. It happens at the first
-    snapshot, the second, the fourth and so on up to every SEARCH_EVERY, and for new optimizers.
-    Schedulers in variables of the script are always found.
+    snapshot, the second, the fourth, the eighth and so on, at every SEARCH_EVERY-th, and when the
+    optimizers have changed. Schedulers in variables of the script are always found.
     """
 
     def __init__(self) -> None:

@@ -307,7 +307,8 @@ def _order(loss: float) -> float:
 
 
 def _steepest(rates: Sequence[float], losses: Sequence[float]) -> float | None:
-    """The learning rate at which the loss, averaged over its neighbours, falls fastest."""
+    """The learning rate at which the loss, averaged over neighbouring rates, falls fastest per
+    decade; None if it never falls."""
     smooth = []
     for number in range(len(losses)):
         near = losses[max(0, number - 2) : number + 3]

@@ -33,7 +33,8 @@ MAX_SHARE = 0.02
 MAX_INTERVAL = 1000
 """Most steps between two snapshots."""
 MAX_KEPT = 1000
-"""Most snapshots kept, since those that share most of their tensors take little memory."""
+"""Most snapshots that are kept. The budget alone would allow more, since snapshots that share most
+of their tensors take little memory."""
 
 
 class Stateful(Protocol):

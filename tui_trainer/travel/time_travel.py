@@ -290,7 +290,7 @@ class TimeTravel:
 
     def _leave_loop(self, step: int) -> None:
         """Leave the loop of a task by raising RewindRequested. Raises Refusal or ConfigurationError
-        if the state is no longer kept."""
+        if the state is no longer kept, and Refusal if there is too little memory."""
         nearest = self._nearest(step)
         if nearest is None:
             raise Refusal(NO_SNAPSHOTS, HOW_TO_KEEP)

@@ -212,7 +212,7 @@ class TuiTrainerApp(App[int]):
             self.guided_runs.introduce(find_demo(self._demo))
 
     def _load_others(self) -> None:
-        """Import the other screens after the first paint, which a thread that imports delays."""
+        """Import the other screens after the first paint, which an importing thread would delay."""
         self.run_worker(self._load_rest, thread=True, group="load")
 
     def _load_rest(self) -> None:

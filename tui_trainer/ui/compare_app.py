@@ -33,7 +33,7 @@ from tui_trainer.ui.widgets.tabs import TabLine
 REFRESH_INTERVAL_S = 1.0
 """How often live runs are read again."""
 SEARCH_INTERVAL_S = 10.0
-"""How often live runs are searched for their first difference, until one is found."""
+"""How often live runs are searched for their first differences, until all are found."""
 
 
 class CompareScreen(FoldingScreen):
@@ -167,7 +167,8 @@ class CompareScreen(FoldingScreen):
         chart.show_series(found)
 
     def _failed(self) -> None:
-        """Called after an error in a job, whose result is requested again with the next draw."""
+        """Called after an error in a job. A chart requests its series again once live runs have
+        been read again, or when its width or alignment changes."""
         self.reading -= 1
 
     def on_unmount(self) -> None:

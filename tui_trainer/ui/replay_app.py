@@ -185,7 +185,7 @@ TRANSPORT_BINDINGS = (
             tooltip="One step forward in time"),
     Binding("shift+left", "seek_by(-10)", "10 back", show=False, priority=True,
             id="replay.back_10", tooltip="Ten steps back"),
-    Binding("shift+right", "seek_by(10)", "10 on", show=False, priority=True,
+    Binding("shift+right", "seek_by(10)", "10 forward", show=False, priority=True,
             id="replay.on_10", tooltip="Ten steps forward"),
     Binding("home", "seek_to(0)", "Beginning", show=False, priority=True, id="replay.first",
             tooltip="The beginning of the run"),

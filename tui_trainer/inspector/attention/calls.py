@@ -222,7 +222,7 @@ def additive_mask(mask: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Product:
-    """A matrix product; `equation` if it was computed by `einsum`."""
+    """A matrix product; `equation` is that of `einsum`, or "" for any other function."""
 
     result: torch.Tensor
     left: torch.Tensor

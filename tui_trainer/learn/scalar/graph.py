@@ -329,7 +329,8 @@ class DescentRun:
     outputs: tuple[float, ...]
     """L at each of the weights."""
     left_domain: bool = False
-    """Whether the run ended early because the expression is undefined at the next weight."""
+    """Whether the run ended early because the next weight is too large, or the expression is
+    undefined there."""
 
 
 @dataclass(frozen=True)

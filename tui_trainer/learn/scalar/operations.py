@@ -71,8 +71,8 @@ def _raw_power(a: float, b: float) -> float:
 
 
 def _power_derivatives(a: float, b: float, result: float) -> tuple[float, float]:
-    """The derivatives of a**b. That with respect to b is 0 for a = 0, as in PyTorch, and nan for
-    a < 0."""
+    """The derivatives of a**b. The one with respect to b is 0 for a = 0 and b >= 0, as in PyTorch,
+    and nan for a < 0."""
     by_base = 0.0 if b == 0 else b * _raw_power(a, b - 1)
     if a > 0:
         return by_base, result * math.log(a)

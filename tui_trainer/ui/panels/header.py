@@ -29,7 +29,7 @@ FAR_OVER_BUDGET = 5.0
 milliseconds the overhead always exceeds the budget, which deserves no warning."""
 STATE_WIDTH = 8
 MIN_NAME_WIDTH = 10
-"""Fewest cells for the title, and for the run's name; with less room they are left out."""
+"""Fewest cells for the title, and for the run's name, which is left out where room is shorter."""
 RESERVED_MESSAGE_WIDTH = 22
 """Most cells of the message that title and name leave free."""
 MAX_DEVICE_WIDTH = 40
@@ -43,8 +43,9 @@ NOTICEABLE_MS = 10
 class HeaderLine(Panel):
     """Title, name and state of the run, a message, and at the right device and connection.
 
-    Where room is short, facts such as the device are left out first, then title, name and message
-    are cut in the middle; state, overhead and connection stay.
+    Where room is short, facts such as the device are left out first; then title and name are cut in
+    the middle, and the message is shortened. State and connection stay, and so does the overhead
+    unless the title would be cut to less than `MIN_NAME_WIDTH`.
     """
 
     DEFAULT_CSS = "HeaderLine { height: 1; }"

@@ -223,7 +223,7 @@ class InspectScreen(DetailScreen):
         if self._ref is None or closed or self._saving or not self.requests.in_front:
             return
         if not isinstance(self.requests.pending, Summarize | None):
-            return  # the tensor is requested after the answer to it
+            return  # the tensor is requested once the pending request is answered
         paused = status.state == "paused"
         visible = self.heat_map.view_size.height > 0
         window = self.viewport.window(self.heat_map.pixels) if visible else None

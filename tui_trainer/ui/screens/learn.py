@@ -499,7 +499,8 @@ class LearnScreen(RunScreen):
         self._show_all()
 
     def action_back(self) -> None:
-        """To the list; from there, or from a page that the help opened, to the screen before."""
+        """Return to the list; from there, or from a page that the help opened, to the screen where
+        this one was opened."""
         if self._reading:
             self.remove_class("-reading")
             self.query_one(PageList).focus()

@@ -56,8 +56,8 @@ class RanksTable(VirtualTable):
         self.update_rows()
 
     def visible_columns(self, width: int) -> tuple[list[TableColumn], list[int]]:
-        """Name, step, loss, norm, time, state and remarks; the lag, and the times of all phases,
-        where they fit."""
+        """Name, step, loss, norm, time, state and remarks; the lag, and the memory and the times of
+        all phases, where they fit."""
         named = max((len(rank.name) for rank in self.ranks), default=6)
         columns = [
             TableColumn("name", "", min(16, named), lambda row: self.ranks[row].name, left=True),

@@ -123,7 +123,7 @@ class Canvas:
                 self._codes[y, x], self._style_numbers[y, x] = ord(layer.marker), number
 
     def _draw_label(self, layer: Label) -> None:
-        """Draw in the row of the label's value, or in a free row next to it."""
+        """Draw in the row of the label's value, or in a row next to it if only that one is free."""
         rows = self.scale.dot_rows(np.array([layer.value], np.float32), 4 * self.height)
         start = min(layer.column // 2 + 2, self.width - len(layer.text))
         if not np.isfinite(rows[0]) or start < 0:
