@@ -150,7 +150,7 @@ class UpdateRatio(Probe):
 
 
 def _wide(weight: torch.Tensor) -> torch.dtype:
-    """The dtype of a copy of `weight` in which the difference to `weight` is not rounded."""
+    """The dtype of a copy of `weight`: float32 for half precision, which would round updates."""
     return torch.float32 if weight.dtype in HALF_PRECISION else weight.dtype
 
 

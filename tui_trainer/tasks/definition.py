@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 GROUP = "tui_trainer.tasks"
 
 EvaluationResult = tuple[Mapping[str, float], list[TextSample | ImageSample | ConfusionMatrix]]
-"""Metrics, which become columns of the table `validation` such as {"loss": 1.9, "accuracy": 0.97},
-and artifacts to show; the recorder sets their ids."""
+"""Metrics such as {"loss": 1.9, "accuracy": 0.97}, which become columns of the table `validation`,
+and artifacts to show; the recorder sets the ids of these."""
 
 
 @dataclass(frozen=True)

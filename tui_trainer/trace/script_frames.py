@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 
 def script_frames() -> Iterator[FrameType]:
-    """The script's frames above PyTorch and this package on the stack, innermost first."""
+    """The frames on the stack that are neither PyTorch's nor this package's, innermost first."""
     frame: FrameType | None = sys._getframe()
     for _ in range(MAX_FRAMES):
         while frame is not None and _is_ours_or_torch(frame):
