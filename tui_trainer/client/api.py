@@ -129,8 +129,8 @@ class SnapshotBuilder:
         self._artifacts: dict[str, deque[Artifact]] = {}
 
     def apply(self, update: Update) -> None:
-        """Add an update. Raises ValueError when rows do not continue their table; everything before
-        the first such rows is kept."""
+        """Add an update. Raises ValueError when rows belong to no declared table or do not continue
+        theirs; everything before the first such rows is kept."""
         known = self.snapshot
         changes: dict[str, object] = {}
         info = update.info

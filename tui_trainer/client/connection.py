@@ -1,7 +1,7 @@
 """One connection to a run, speaking the protocol: the app and the command line both use it.
 
-`Connection` runs on an asyncio event loop: in the app, on that of the session thread
-(`client/live.py`); in a `RunClient`, on a separate loop that runs until each answer has arrived.
+`Connection` runs on an asyncio event loop: in the app, on the loop of the session thread
+(`client/live.py`); in a `RunClient`, on a separate loop that runs only while an answer is due.
 """
 
 from __future__ import annotations

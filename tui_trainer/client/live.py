@@ -331,8 +331,8 @@ class LiveSession:
                     await self._wake.wait()
 
     def _send_commands(self) -> None:
-        """Send the queued commands. They wait for the first connection, and are refused after a
-        connection was lost."""
+        """Send the queued commands. They wait during the first attempt to connect, and are refused
+        between attempts and after a connection was lost."""
         connection = self._connection
         if self._backing_off or self._link.state == "lost":
             self._refuse_commands(NOT_CONNECTED)

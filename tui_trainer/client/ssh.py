@@ -358,8 +358,8 @@ class SshConnector:
 
     @contextlib.asynccontextmanager
     async def __call__(self) -> AsyncIterator[socket.socket]:
-        """A connected socket: first that of `begin`, then new ones. Raises Unreachable and
-        RunGone."""
+        """A connected socket: at first the one that `begin` has connected, later a new one. Raises
+        Unreachable and RunGone."""
         process, self._first = self._first, None
         if process is None:
             process = await self._reconnect()

@@ -277,7 +277,7 @@ class _TablePair:
         return None
 
     def _descend(self, level: int, start: int, stop: int) -> _Hit | None:
-        """The first row that differs among those of the buckets start..stop of a level."""
+        """The first row that differs within the buckets start..stop of a level."""
         a, b = self.a.levels()[level], self.b.levels()[level]
         for begin in range(start, stop, self._block):
             end = min(stop, begin + self._block)

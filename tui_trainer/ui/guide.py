@@ -39,7 +39,8 @@ Stage = Literal["ready", "watch", "paused", "back", "cured", "ended", "without"]
 rewound and paused, cured, over; `without`: it trains without the fault from the start."""
 MAX_ROWS = 4
 CURED_PACE = 20.0
-"""Steps per second after the cure: fast enough not to wait long for the end."""
+"""Lowest pace, in steps per second, after a change of settings has cured a run: fast enough not to
+wait long for the end."""
 
 
 def stage_of(snapshot: Snapshot, demo: Demo, cured: bool) -> Stage:

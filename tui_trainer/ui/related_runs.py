@@ -147,8 +147,9 @@ class CachedRun:
     def window(
         self, table: str, column: str, steps: tuple[int, int], buckets: int
     ) -> Window | None:
-        """A column in equal buckets of steps; None when the run has no such column, or until it has
-        been read. Until then, a window that was read for other steps is moved to `steps`."""
+        """A column in equal buckets of steps; None when the run has no such column, or has not been
+        read yet. A window that was read for other steps is moved to `steps` until these are
+        read."""
         key = (table, column, buckets)
         known = self._curves.get(key)
         if known is None or known.outdated or known.steps != steps:

@@ -238,7 +238,7 @@ class EvidenceChart(LineView):
 
     def _title_row(self, evidence: Evidence, series: SeriesReader, width: int) -> Row:
         """`grad_norm head.weight  0.31  healthy 1e-4 to 0.1 ╌  since step 120 ┆`, as much as fits;
-        the signs are those of the lines in the chart."""
+        ╌ and ┆ are drawn as in the chart."""
         value = series.newest_measured(evidence.column)
         healthy = band_of_series(evidence)
         if value is None:

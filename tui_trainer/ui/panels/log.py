@@ -101,7 +101,7 @@ def _clip_text(event: Clip, info: RunInfo | None) -> str:
 
 
 class LogModel:
-    """Entries in order of time, and those of them that pass the filter."""
+    """Entries in order of time, and the entries that pass the filter."""
 
     def __init__(self) -> None:
         self.entries: list[LogEntry] = []

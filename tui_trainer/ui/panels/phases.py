@@ -83,7 +83,7 @@ class PhaseStrip(Panel):
 
     def _means(self, names: Sequence[str], per_step: bool = False) -> NDArray[np.float64]:
         """Mean milliseconds of columns of the table `phase_ms` over those of the last steps that
-        have a value or, with `per_step`, over all last steps; nan for columns without a value."""
+        have a value or, with `per_step`, over all of them; nan for columns without a value."""
         table = self.snapshot.history.table(schema.PHASE_MS)
         found = np.full(len(names), np.nan)
         if table is not None and table.rows:

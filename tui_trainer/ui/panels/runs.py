@@ -253,7 +253,7 @@ class DifferencesTable(VirtualTable):
         return [DIVERGENCE, *rows, *around]
 
     def visible_columns(self, width: int) -> tuple[list[TableColumn], list[int]]:
-        """A column as wide as the longest name; all runs share the rest."""
+        """A column for the names, cut only to give runs their least width, and one for each run."""
         names = [line if isinstance(line, str) else line.name for line in self._lines]
         longest, count = max(map(len, names), default=len(SAME)), len(self.runs)
         name_width = min(longest, max(len(SAME), width - (MIN_RUN_WIDTH + 1) * count - 1))

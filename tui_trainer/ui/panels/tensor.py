@@ -235,8 +235,8 @@ class HeatMapView(LineView):
     def _shades(
         self, values: Floats, filled: NDArray[np.bool_], low: float, high: float
     ) -> list[Row]:
-        """Characters by magnitude, for terminals without known colours; `!` marks values that are
-        not finite."""
+        """Characters by magnitude, for ASCII and for themes in the terminal's own colours, which
+        are unknown; `!` marks values that are not finite."""
         if values.shape[0] % 2:
             values, filled = np.vstack([values, values[-1:]]), np.vstack([filled, filled[-1:]])
         pairs = np.stack([values[0::2], values[1::2]])

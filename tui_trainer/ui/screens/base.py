@@ -52,7 +52,7 @@ CONTROL_BINDINGS = (
     Binding("t", "throttle", "Throttle", id="run.throttle",
             tooltip="Limit the steps per second, to watch them"),
     Binding("ctrl+t", "take_control", "Take control", show=False, id="run.take_control",
-            tooltip="Control the run from this screen; the viewer in control so far only watches"),
+            tooltip="Control the run from this screen; the viewer that had control only watches"),
     Binding("a", "mark", "Annotate", show=False, id="run.mark",
             tooltip="Add a note at this step: in the log, on the charts, in the replay"),
 )  # fmt: skip

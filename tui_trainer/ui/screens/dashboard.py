@@ -176,8 +176,8 @@ class DashboardScreen(FoldingScreen, ControlScreen):
     # ------------------------------------------------------------ actions
 
     def action_tab(self, by: int) -> None:
-        """Show the next or previous panel; where all are shown, go a step on or back in a paused
-        run."""
+        """Show the next or previous panel; where all are shown, go a step forward or back in a
+        paused run."""
         if not self._folded:
             status, link = self.context.snapshot.status, self.context.snapshot.link
             if link.state == "live" and not link.read_only and status.state == "paused":

@@ -411,7 +411,7 @@ class InspectScreen(DetailScreen):
         self._show()
 
     def action_reduction(self) -> None:
-        """Reduce blocks of entries to cells in the next way."""
+        """Switch to the next reduction of a block of entries to one cell."""
         place = REDUCTIONS.index(self.viewport.reduction)
         self.viewport.reduction = REDUCTIONS[(place + 1) % len(REDUCTIONS)]
         self._show()

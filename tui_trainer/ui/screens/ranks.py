@@ -176,8 +176,8 @@ class RanksChart(Panel):
         """Title and chart."""
         tables = [table for table in self.snapshot.history.tables_named(schema.RANKS) if table.rows]
         chosen = [table for table in tables if table.table.rank == self._selected]
-        # Every table has to be read, so only some of many processes are drawn, and the selected
-        # one.
+        # Every table has to be read, so only some of many processes are drawn, the selected one
+        # among them.
         tables = [*tables[:: -(-len(tables) // MAX_CHARTED) or 1], *chosen]
         last_step = max((table.last_step or 0 for table in tables), default=0)
         info = self.snapshot.info

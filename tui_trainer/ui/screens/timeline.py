@@ -35,7 +35,8 @@ SCRIPT = (
 
 
 class TimelineList(OptionList):
-    """A line for each step with a snapshot, a checkpoint or an edit, newest first."""
+    """A line for each step with a snapshot, a checkpoint or an edit, for the current step and for
+    the newest; the newest first."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("left", "move(-1)", "Step back", id="timeline.left", tooltip="One step back"),

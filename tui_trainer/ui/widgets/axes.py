@@ -236,7 +236,7 @@ def fit_layers(
     kept = _without(numbers, hidden)
     if automatic and _spans_thousands(kept, limits, previous):
         log, hidden = True, []
-    elif len(kept):  # outliers may be small next to those on the other side
+    elif len(kept):  # some may be small next to outliers on the other side that are shown
         far = OUTLIER_DISTANCE * float(kept.max() - kept.min())
         hidden = [each for each in hidden if abs(each.extreme - each.edge) > far]
         numbers = _without(numbers, hidden)

@@ -98,7 +98,7 @@ class Canvas:
             drawn = braille.cell_patterns(self._dots(layer))
             self._style_numbers[drawn > 0] = self._add_style(layer.style)
             if isinstance(layer, Line) and has_band:
-                # The line replaces the band in its cells, where it could not be seen otherwise.
+                # The line replaces the band in its cells, where the band would hide it.
                 # The band is still drawn in other cells, so a spike is never hidden.
                 patterns[drawn > 0] = 0
             patterns |= drawn

@@ -90,8 +90,8 @@ FIELD_WIDTH = 14
 class FormRow(Vertical):
     """One value. A value that differs from its default is marked.
 
-    The row draws its label and unit itself, since a form has some forty rows, and each widget more
-    costs as much as the rest of a row.
+    The row draws its label and unit itself, since a form has some forty rows, and each further
+    widget costs as much as the rest of a row.
     """
 
     DEFAULT_CSS = f"""

@@ -96,7 +96,7 @@ class Picture:
         )
 
     def clear(self) -> None:
-        """Remove the picture from the terminal."""
+        """Stop drawing the picture, and delete it where the terminal keeps it."""
         if self._lines:
             self._context.write_to_terminal(delete_kitty(self._number))
         self._wanted, self._sequence, self._lines = None, "", []

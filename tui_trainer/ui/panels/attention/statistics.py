@@ -154,7 +154,7 @@ SHOWN_STATISTICS = (
     Statistic(
         "std", "std", schema.ATTENTION, MATRICES,
         "standard deviation of the matrix entries",
-        "starts at that of the initialization and follows the norm",
+        "starts at the value of the initialization and follows the norm",
     ),
     Statistic(
         "mean", "mean", schema.ATTENTION, MATRICES,
