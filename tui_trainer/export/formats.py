@@ -64,14 +64,14 @@ def _write_table(history: StoredHistory, table: StoredSeries, folder: Path) -> P
 
 
 def _write_events(history: StoredHistory, folder: Path) -> Path:
-    """Write all events, in order."""
+    """Write all events, in order, without reading measurements."""
     path = folder / "events.csv"
     info = history.store.info()
     names = [parameter.name for parameter in info.parameters] if info else []
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["step", "time", "kind", "level", "text", "who"])
-        for item in replay_items(history):
+        for item in replay_items(history, measured=False):
             match item:
                 case InfoChanged():
                     names = [parameter.name for parameter in item.info.parameters] or names
@@ -358,5 +358,7 @@ def joined(chosen: Sequence[StoredSeries]) -> Iterator[JoinedRows]:
 def shortest(values: Floats) -> list[str]:
     """Each float32 with the fewest digits that parse to the same value; "" where it is absent."""
     values = np.ascontiguousarray(values, np.float32)
-    texts: list[str] = np.where(absent_mask(values), "", values.astype("U32")).tolist()
+    texts: list[str] = values.astype("U32").tolist()
+    for place in absent_mask(values).nonzero()[0].tolist():
+        texts[place] = ""
     return texts

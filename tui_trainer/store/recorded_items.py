@@ -42,15 +42,15 @@ class _Measured(NamedTuple):
     """(table, values)"""
 
 
-def replay_items(history: StoredHistory) -> Iterator[Item]:
-    """All items of the run so far. Refreshes `history`. Damaged items are left out, and
-    `history.store.fault` names them."""
+def replay_items(history: StoredHistory, measured: bool = True) -> Iterator[Item]:
+    """All items of the run so far, steps and rows only if `measured`. Refreshes `history`. Damaged
+    items are left out, and `history.store.fault` names them."""
     store = history.store
     with store.snapshot():
         history.refresh()
         sources: list[Iterator[tuple[int, Any]]] = [
             _descriptions(history),
-            _measurements(history),
+            _measurements(history) if measured else iter(()),
             *StoredEvents(store).in_order(),
             _dropped(store),
         ]
