@@ -611,6 +611,15 @@ def test_several_models_and_optimizers_have_the_names_of_their_variables():
     }
 
 
+def test_variables_of_what_called_the_script_name_nothing():
+    from tui_trainer.trace.script_frames import variable_of
+
+    callers = object()
+    names = {"__name__": "__main__", "variable_of": variable_of, "mine": callers}
+    exec("found = variable_of(mine)", names)
+    assert names["found"] == "mine"
+
+
 def test_the_optimizers_of_one_model_leave_its_names_alone():
     def loop():
         model = mlp()

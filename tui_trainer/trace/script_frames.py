@@ -44,7 +44,8 @@ T = TypeVar("T")
 
 
 def script_frames() -> Iterator[FrameType]:
-    """The frames on the stack that are neither PyTorch's nor this package's, innermost first."""
+    """The frames on the stack that are neither PyTorch's nor this package's, innermost first, up to
+    that of the script."""
     frame: FrameType | None = sys._getframe()
     for _ in range(MAX_FRAMES):
         while frame is not None and _is_ours_or_torch(frame):
@@ -52,6 +53,8 @@ def script_frames() -> Iterator[FrameType]:
         if frame is None:
             return
         yield frame
+        if frame.f_code.co_name == "<module>" and frame.f_globals.get("__name__") == "__main__":
+            return
         frame = frame.f_back
 
 
@@ -340,8 +343,6 @@ def _finds_call(optimizer: Optimizer) -> bool:
             return True
         del variables
         held += [(value, names) for value in list(names.values())]
-        if names.get("__name__") == "__main__" and frame.f_code.co_name == "<module>":
-            break  # callers of the script are no part of it
     return any(
         _calls_step(code, names, optimizer, seen)
         for thing, names in held
