@@ -6,6 +6,7 @@ typed to `parse`, so that they report the same errors.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import types
@@ -72,6 +73,7 @@ def option(
     return field(default=default, metadata=metadata)
 
 
+@functools.cache
 def options_of(config: type) -> tuple[Option, ...]:
     """The options of a configuration class, in the order of declaration, base class first."""
     hints = typing.get_type_hints(config)

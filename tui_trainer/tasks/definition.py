@@ -7,6 +7,7 @@ start screen read it; `build` is imported in the training process.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -120,6 +121,7 @@ class Training:
     """The batches, if they may be changed while training."""
 
 
+@functools.cache
 def find_task(name: str) -> TaskDefinition:
     """The task registered under `name`. Raises KeyError."""
     for entry in entry_points(group=GROUP, name=name):

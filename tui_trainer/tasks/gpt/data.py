@@ -69,9 +69,13 @@ def load_corpus(data: str | None) -> Corpus:
     if not text:
         raise ConfigurationError(f"{name} is empty", "give it a file with some text in it")
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
-    present, tokens = np.unique(codes, return_inverse=True)
+    known = np.zeros(int(codes.max()) + 1, np.bool_)
+    known[codes] = True
+    present = np.flatnonzero(known)
+    numbers = np.zeros(len(known), np.int32)
+    numbers[present] = np.arange(len(present))
     alphabet = "".join(map(chr, present.tolist()))
-    return Corpus(name, alphabet, torch.from_numpy(tokens.astype(np.int32)))
+    return Corpus(name, alphabet, torch.from_numpy(numbers[codes]))
 
 
 def _read_default() -> tuple[str, str]:
