@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -64,16 +65,8 @@ class EventRow:
 
 def render(data: ReportData) -> Iterator[str]:
     """The document in pieces, so that the page of a long run is never in memory as a whole."""
-    environment = jinja2.Environment(
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters |= {"scalar": scalar, "number": _number, "date": _date}
-    page = environment.from_string(_resource("page.html"))
     info = data.info
-    return page.generate(
+    return _template().generate(
         info=info,
         status=data.status,
         style=_resource("page.css"),
@@ -94,6 +87,18 @@ def render(data: ReportData) -> Iterator[str]:
         version=__version__,
         now=time.time(),
     )
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"scalar": scalar, "number": _number, "date": _date}
+    return environment.from_string(_resource("page.html"))
 
 
 def _resource(name: str) -> str:
