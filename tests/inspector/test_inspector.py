@@ -295,7 +295,7 @@ def test_a_training_is_bit_identical_with_everything_inspected_at_every_phase():
                 if step in (2, 3):  # the batch is kept from the first request on
                     again.append(run_again(inspector))
 
-        losses = Traced(look).run(lambda m=model, o=optimizer: gpt_loop(m, o, 4))
+        losses = Traced(look).run(lambda m=model, o=optimizer: gpt_loop(m, o, 3))
         found = [*losses, *model.state_dict().values(), *states(optimizer), torch.get_rng_state()]
         outcomes.append([copy.deepcopy(each) for each in found])
     assert max(looked) > 40
@@ -354,7 +354,7 @@ def test_requests_from_another_thread_at_a_moving_gate():
     asking = threading.Thread(target=ask)
     with tracer:
         asking.start()
-        train(model, optimizer, 60)
+        train(model, optimizer, 20)
         while not answers and asking.is_alive():  # on a busy machine it may come late
             train(model, optimizer, 1)
         gate.end()

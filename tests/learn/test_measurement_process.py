@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from tests import processes
 from tui_trainer.learn import page as progress_module
 from tui_trainer.learn.measurement_process import (
     COMMAND,
@@ -47,7 +48,8 @@ def gone(pid: int) -> bool:
 
 
 @pytest.fixture
-def real() -> Iterator[MeasurementProcess]:
+def real(monkeypatch: pytest.MonkeyPatch) -> Iterator[MeasurementProcess]:
+    monkeypatch.setattr("subprocess.Popen", processes.Popen)
     measurements = MeasurementProcess()
     yield measurements
     measurements.close()

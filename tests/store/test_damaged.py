@@ -30,13 +30,13 @@ from tui_trainer.store.reader import StoredHistory
 from tui_trainer.store.schema import STORE_FILE, StoreError
 from tui_trainer.store.writer import StoreWriter
 
-STEPS = 1300
+STEPS = 1100
 SEEDS = int(os.environ.get("TUI_TRAINER_TEST_DAMAGES", "8"))
 
 
 @pytest.fixture(scope="module")
 def intact(tmp_path_factory):
-    """Two runs of 1,300 steps with events, lines, samples of every kind, narrow and wide tables."""
+    """Two runs of 1,100 steps with events, lines, samples of every kind, narrow and wide tables."""
     runs = tmp_path_factory.mktemp("runs")
     runs.chmod(0o700)
     for name in ("calm", "eager"):
@@ -46,11 +46,11 @@ def intact(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory):
-    """The same of 600 steps: one full chunk, and a tail."""
+    """The same of 540 steps: one full chunk, and a tail."""
     runs = tmp_path_factory.mktemp("short")
     runs.chmod(0o700)
     for name in ("calm", "eager"):
-        record(runs / name, 600)
+        record(runs / name, 540)
     return runs
 
 
@@ -193,7 +193,7 @@ def test_damaged_records_are_left_out_and_named(runs, tmp_path, capsys, named, s
     snapshot = look_back(runs)
     assert snapshot.info.name == "calm"
     assert snapshot.status.state == "finished"
-    assert len(snapshot.events) > 300
+    assert len(snapshot.events) > 250
     assert len(snapshot.history.tables) == 6
 
 

@@ -54,8 +54,11 @@ def stepped(step, *rows, when=0.0):
     return StepRecorded(StepRecord(int(step), when, "", tuple(enumerate(rows))))
 
 
+COLUMNS = np.arange(35, dtype=np.float32)
+
+
 def wide(step):
-    return np.arange(35, dtype=np.float32) + np.float32(step)
+    return COLUMNS + np.float32(step)
 
 
 def write(directory, steps, values, commits=7, close=True):
@@ -74,7 +77,7 @@ def write(directory, steps, values, commits=7, close=True):
 @settings(max_examples=examples(25), suppress_health_check=list(HealthCheck))
 @given(
     seed=st.integers(0, 2**32),
-    count=st.integers(1, 9000),
+    count=st.integers(1, 6000),
     commits=st.integers(1, 40),
     zooms=st.lists(
         st.tuples(st.floats(-0.1, 1.1), st.floats(0, 1.1), st.integers(1, 60)),
@@ -539,7 +542,7 @@ def work(place):
     while time.monotonic() < end:
         step += 1
         thread.put([stepped(step, np.full(3, step, np.float32), wide(step))])
-        time.sleep(0.004)
+        time.sleep(0.008)
     os._exit(0)
 
 for place in sys.argv[1:]:

@@ -45,7 +45,7 @@ def assert_equal(some: dict, other: dict) -> None:
 def test_same_seed_same_weights(clip):
     runs = []
     for seed in (1, 1, 2):
-        training = tiny(seed=seed, dropout=0.1, clip=clip)
+        training = tiny(20, seed=seed, dropout=0.1, clip=clip)
         training.loop()
         runs.append(weights(training))
     assert_equal(runs[0], runs[1])
@@ -72,14 +72,14 @@ def test_evaluations_change_nothing():
 @pytest.mark.slow
 def test_resume_in_the_middle_equals_going_on(options):
     """The state is taken inside the optimizer's step, where a checkpoint is taken."""
-    whole = tiny(100, dropout=0.1, **options)
+    whole = tiny(60, dropout=0.1, **options)
     saved = io.BytesIO()
     steps = 0
 
     def save(*_: object) -> None:
         nonlocal steps
         steps += 1
-        if steps == 60:
+        if steps == 40:
             parts = {name: part.state_dict() for name, part in whole.stateful.items()}
             torch.save([weights(whole), parts, torch.get_rng_state()], saved)
 
@@ -87,7 +87,7 @@ def test_resume_in_the_middle_equals_going_on(options):
     whole.loop()
     handle.remove()
 
-    resumed = tiny(100, dropout=0.1, **options)
+    resumed = tiny(60, dropout=0.1, **options)
     saved.seek(0)
     model, parts, generator = torch.load(saved, weights_only=True)
     resumed.model.load_state_dict(model)

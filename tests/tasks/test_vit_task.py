@@ -359,7 +359,7 @@ while True:
     next(batches)
 """
     command = [sys.executable, "-c", code]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as training:
+    with processes.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as training:
         assert training.stdout is not None
         children = [psutil.Process(int(pid)) for pid in training.stdout.readline().split()]
         assert len(children) >= 3  # the fork server and two workers

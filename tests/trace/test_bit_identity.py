@@ -17,6 +17,7 @@ from tui_trainer.tasks.definition import build, find_task
 from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.tracer import Tracer
 
+STEPS = 30
 SMALL: dict[str, dict[str, Any]] = {
     "gpt": {"block_size": 16, "width": 16, "heads": 2, "layers": 2, "batch_size": 4},
     "vit": {"channels": "1", "image_size": 8, "patch_size": 2, "width": 16, "heads": 2, "layers": 2,
@@ -54,7 +55,7 @@ Outcome = tuple[dict[str, torch.Tensor], list[torch.Tensor]]
 def train_task(name: str, variant: str) -> Outcome:
     definition = find_task(name)
     config = definition.config(
-        steps=50, dropout=0.1, warmup_steps=5, device="cpu", threads=1,
+        steps=STEPS, dropout=0.1, warmup_steps=5, device="cpu", threads=1,
         **SMALL[name] | VARIANTS[variant],
     )  # fmt: skip
     training = build(definition, config)
@@ -73,7 +74,7 @@ def train_task(name: str, variant: str) -> Outcome:
         training.loop()
     finally:
         torch.Tensor.backward = backward  # type: ignore[method-assign]
-    assert len(losses) == 50
+    assert len(losses) == STEPS
     return training.model.state_dict(), [*losses, torch.get_rng_state()]
 
 
@@ -120,9 +121,9 @@ def test_tasks(task, variant):
     assert bool(skipped) == (VARIANTS[variant].get("dtype") == "fp16")
     if VARIANTS[variant].get("implementation") == "fused":
         skipped = 0  # it is called, and skips the update itself
-    assert [r.step for r in recorder.records] == list(range(1, 51 - skipped))
+    assert [r.step for r in recorder.records] == list(range(1, STEPS + 1 - skipped))
     assert len(recorder.info["attention"]) == 2
-    assert len(recorder.rows("attention")) == 50 - skipped
+    assert len(recorder.rows("attention")) == STEPS - skipped
 
 
 def test_script(tmp_path):

@@ -61,7 +61,7 @@ CASES = {
 }
 
 
-def train(case: str, steps: int = 50):
+def train(case: str, steps: int = 30):
     make, loop, optimizer = CASES[case]
     torch.manual_seed(7)
     model = make()
@@ -101,7 +101,7 @@ def test_bit_identical_with_every_probe_pausing_and_stepping(case):
     over.set()
     keys.join()
     assert recorder.notices_of("fault") == []
-    assert len(recorder.records) == 50
+    assert len(recorder.records) == 30
     assert len({report.phase for report in recorder.reports}) > 3
     assert all(torch.equal(a, b) for a, b in zip(bare[0], traced[0], strict=True))
     assert bare[1].keys() == traced[1].keys()
