@@ -73,9 +73,13 @@ def option(
     return field(default=default, metadata=metadata)
 
 
-@functools.cache
 def options_of(config: type) -> tuple[Option, ...]:
     """The options of a configuration class, in the order of declaration, base class first."""
+    return _options_of(config)  # mypy calls a class with fields unhashable
+
+
+@functools.cache
+def _options_of(config: type) -> tuple[Option, ...]:
     hints = typing.get_type_hints(config)
     return tuple(
         Option(
