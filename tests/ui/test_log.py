@@ -157,6 +157,8 @@ async def test_a_click_on_a_switch_shows_the_clips() -> None:
         await pilot.click("#toggles", offset=(row.index("clips"), 0))
         await settle(pilot)
         assert "scaled by" in text_of(app)
+        view = app.screen.query_one(LogView)  # they are too many for it, and it shows the end
+        assert view.vertical_scrollbar.position == view.scroll_y == view.max_scroll_y > 0
 
 
 async def test_search_marks_and_moves() -> None:

@@ -5,12 +5,15 @@ After a wanted change: `pytest tests/ui/test_screen_snapshots.py --snapshot-upda
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import pytest
+from syrupy.assertion import SnapshotAssertion
 from textual.pilot import Pilot
 
 from tests.ui.fake import FakeSession, fake_empty, fake_gpt, fake_non_finite, fake_vit
+from tests.ui.pictures import Pictures
 from tests.ui.screens import SIZES, settle
 from tui_trainer.runs.launch import LaunchRequest
 from tui_trainer.tasks.gpt import task as gpt
@@ -28,7 +31,7 @@ def refuse(request: LaunchRequest) -> FakeSession:
     raise AssertionError(request)
 
 
-def pressing(*keys: str) -> Callable[[Pilot[int]], object]:
+def pressing(*keys: str) -> Callable[[Pilot[int]], Awaitable[None]]:
     async def before(pilot: Pilot[int]) -> None:
         await settle(pilot)
         await pilot.press(*keys)
@@ -57,31 +60,37 @@ def app_for(mode: str, session: FakeSession | None, **options: object) -> TuiTra
     )
 
 
-@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
 @pytest.mark.parametrize("look", LOOKS)
-def test_looks(snap_compare: Compare, look: str, size: tuple[int, int]) -> None:
+async def test_looks(snapshot: SnapshotAssertion, tmp_path: Path, look: str) -> None:
     mode, session, keys = LOOKS[look]
+    app = app_for(mode, session())
+    pictures = Pictures(snapshot, tmp_path)
+    async with app.run_test(size=SIZES[0]) as pilot:
+        await pressing(*keys)(pilot)
+        pictures.compare_at(app, SIZES[0])
+        for name, theme in (("light", "tui-trainer-light"), ("sixteen_colours", "ansi-dark")):
+            app.theme = theme
+            await settle(pilot)
+            pictures.compare(app, name)
+        app.theme = "tui-trainer"
+        for size in SIZES[1:] if look != "start" else ():
+            await pilot.resize_terminal(*size)
+            await settle(pilot)
+            pictures.compare_at(app, size)
+    assert not pictures.differing
+
+
+@pytest.mark.parametrize("size", SIZES[1:], ids=lambda size: f"{size[0]}x{size[1]}")
+def test_looks_of_the_unfolded_start_form(snap_compare: Compare, size: tuple[int, int]) -> None:
+    """A narrow form stays folded in a terminal that becomes wider."""
+    mode, session, keys = LOOKS["start"]
     assert snap_compare(app_for(mode, session()), terminal_size=size, run_before=pressing(*keys))
-
-
-@pytest.mark.parametrize("look", LOOKS)
-def test_looks_in_the_light_theme(snap_compare: Compare, look: str) -> None:
-    mode, session, keys = LOOKS[look]
-    app = app_for(mode, session(), theme_name="tui-trainer-light")
-    assert snap_compare(app, terminal_size=(80, 24), run_before=pressing(*keys))
 
 
 @pytest.mark.parametrize("look", LOOKS)
 def test_looks_in_ascii(snap_compare: Compare, look: str) -> None:
     mode, session, keys = LOOKS[look]
     app = app_for(mode, session(), ascii=True)
-    assert snap_compare(app, terminal_size=(80, 24), run_before=pressing(*keys))
-
-
-@pytest.mark.parametrize("look", LOOKS)
-def test_looks_in_sixteen_colours(snap_compare: Compare, look: str) -> None:
-    mode, session, keys = LOOKS[look]
-    app = app_for(mode, session(), theme_name="ansi-dark")
     assert snap_compare(app, terminal_size=(80, 24), run_before=pressing(*keys))
 
 

@@ -165,6 +165,8 @@ class LineView(ScrollView, can_focus=False):
 
     def watch_show_vertical_scrollbar(self) -> None:
         """Build the rows again, since a scrollbar that appears narrows the view."""
+        if self.show_vertical_scrollbar:  # it may have been scrolled without one
+            self.vertical_scrollbar.position = self.scroll_y
         self.call_later(self.view_resized)
 
     def on_show(self) -> None:
