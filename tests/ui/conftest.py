@@ -33,7 +33,7 @@ def parse_style_sheets_once() -> Iterator[None]:
     parse, parsed = Stylesheet._parse_rules, dict[Any, list[RuleSet]]()
 
     def look_up(self: Stylesheet, *arguments: Any, **named: Any) -> list[RuleSet]:
-        key = arguments, tuple(sorted(named.items())), tuple(sorted(self._variables.items()))
+        key = arguments, frozenset(named.items()), frozenset(self._variables.items())
         if key not in parsed:
             parsed[key] = parse(self, *arguments, **named)
         return parsed[key]

@@ -47,10 +47,9 @@ class OpenApp:
 
     async def _visit(self, snapshot):
         shown = {}
+        self.app.draw(snapshot)
         for place in SHOWN:
             self.app.action_go(place.mode)
-            self.app.draw(snapshot)
-            await self.pilot.pause()
             await self.pilot.pause()
             if self.app._exception is not None:
                 raise self.app._exception

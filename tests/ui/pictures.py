@@ -1,4 +1,4 @@
-"""Pictures of one app at several sizes and in several themes, compared with those in the repository."""
+"""Pictures of one app, at several sizes and in several themes, compared with the known ones."""
 
 from __future__ import annotations
 

@@ -210,24 +210,19 @@ async def test_the_reason_for_unseen_attention_is_shown_in_full() -> None:
         "scaled_dot_product_attention is not called through torch.nn.functional: attention is "
         "computed in another way, or the function was imported by name"
     )
-    for size in ((80, 24), (120, 40)):
-        waiting = app_on("attention", FakeSession(run, 300))
-        async with waiting.run_test(size=size) as pilot:
-            for _ in range(9):
-                await pilot.press("m")
-            await settle(pilot)
-            assert "no value yet" in " ".join(text_of(waiting).split())
-        hidden = synthesise(with_unseen(run.info, attention_health=reason))
-        hidden.steps, hidden.values = run.steps, run.values
-        app = app_on("attention", FakeSession(hidden, 300))
-        async with app.run_test(size=size) as pilot:
-            for _ in range(9):
-                await pilot.press("m")
-            await settle(pilot)
-            text = text_of(app)
-            assert "no value yet" not in text
-            for word in reason.split():
-                assert word in text
+    hidden = synthesise(with_unseen(run.info, attention_health=reason))
+    hidden.steps, hidden.values = run.steps, run.values
+    for shown, why in ((run, ""), (hidden, reason)):
+        app = app_on("attention", FakeSession(shown, 300))
+        async with app.run_test(size=(80, 24)) as pilot:
+            await pilot.press(*"m" * 9)
+            for size in ((80, 24), (120, 40)):
+                await pilot.resize_terminal(*size)
+                await settle(pilot)
+                text = " ".join(text_of(app).split())
+                assert ("no value yet" in text) == (not why)
+                for word in why.split():
+                    assert word in text
 
 
 async def test_a_measured_nan_is_shown() -> None:

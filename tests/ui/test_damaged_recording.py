@@ -9,24 +9,20 @@ import sqlite3
 import pytest
 
 from tests.store.test_damaged import damage
-from tests.ui.test_replay import opened, press, record_run, settle, text_of
+from tests.ui import test_replay
+from tests.ui.test_replay import opened, press, settle, text_of
 from tui_trainer.store.schema import STORE_FILE
 from tui_trainer.ui.screens import SCREENS
 
 SEEDS = int(os.environ.get("TUI_TRAINER_TEST_DAMAGES", "2"))
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    place = tmp_path_factory.mktemp("recorded") / "quiet-otter"
-    place.mkdir(mode=0o700)
-    record_run(place)
-    return place
+recorded = test_replay.recorded
 
 
 @pytest.fixture
-def copied(whole, tmp_path):
-    return shutil.copytree(whole, tmp_path / "quiet-otter")
+def copied(recorded, tmp_path):
+    return shutil.copytree(recorded, tmp_path / "quiet-otter")
 
 
 async def visit(app, replay):

@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from tests.once import made_once
 from tests.rows import clip_row, step_row
 from tests.store.test_store import Clock
 from tests.ui.screens import SIZES, settle, text_of
@@ -80,11 +81,9 @@ def record_run(directory, steps=STEPS, end="finished"):
     return recorder
 
 
-@pytest.fixture(scope="module")
-def recorded(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("run")
-    record_run(directory)
-    return directory
+@pytest.fixture(scope="session")
+def recorded():
+    return made_once("replayed run", record_run)
 
 
 def opened(directory, **options):
@@ -98,12 +97,11 @@ async def press(pilot, *keys):
     await settle(pilot)
 
 
-@pytest.mark.parametrize("size", SIZES)
-async def test_every_screen_has_the_line_and_shows_the_step(recorded, size):
+async def test_every_screen_has_the_line_and_shows_the_step(recorded):
     app, replay, _ = opened(recorded)
-    async with app.run_test(size=size) as pilot:
+    async with app.run_test(size=SIZES[0]) as pilot:
         await settle(pilot)
-        assert app.screen.query_one(TransportLine).region.y == size[1] - 2
+        assert app.screen.query_one(TransportLine).region.y == SIZES[0][1] - 2
         assert "finished" in text_of(app)
         replay.seek(250)
         app.draw_frame()
@@ -111,13 +109,17 @@ async def test_every_screen_has_the_line_and_shows_the_step(recorded, size):
             if place.mode == "start":
                 continue
             await press(pilot, place.key)
-            line = app.screen.query_one(TransportLine)
-            assert line.region.y == size[1] - 2
-            assert line.region.width == size[0]
-            assert "step   250/1,000" in text_of(app), place.mode
-            for later in ("step 500", "step 750", "step 1000"):
-                assert f"sample of {later}" not in text_of(app)
-                assert f"line of {later}" not in text_of(app)
+            for size in SIZES:
+                await pilot.resize_terminal(*size)
+                await settle(pilot)
+                line = app.screen.query_one(TransportLine)
+                assert line.region.y == size[1] - 2
+                assert line.region.width == size[0]
+                shown = text_of(app)
+                assert "step   250/1,000" in shown, place.mode
+                for later in ("step 500", "step 750", "step 1000"):
+                    assert f"sample of {later}" not in shown
+                    assert f"line of {later}" not in shown
         assert app.snapshot.history.table("step").last_step == 250
         assert app.snapshot.status.steps_per_second == pytest.approx(20)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.ui import fake
+from tests.ui.pictures import Pictures
+from tests.ui.screens import SIZES, settle
 from tui_trainer.ui.app import TuiTrainerApp
 
 
@@ -13,9 +15,24 @@ def still(session, **options):
     return TuiTrainerApp(session, frames_per_second=0.01, **options)
 
 
-@pytest.mark.parametrize("size", [(80, 24), (120, 40), (200, 60)], ids=lambda s: f"{s[0]}x{s[1]}")
-def test_dashboard(snap_compare, size):
-    assert snap_compare(still(fake.fake_gpt(700)), terminal_size=size)
+async def test_dashboard(snapshot, tmp_path):
+    app = still(fake.fake_gpt(700))
+    pictures = Pictures(snapshot, tmp_path)
+    async with app.run_test(size=SIZES[0]) as pilot:
+        for size, name, theme in (
+            ((80, 24), "sixteen_colours", "ansi-dark"),
+            ((120, 40), "light", "tui-trainer-light"),
+            ((200, 60), "", ""),
+        ):
+            await pilot.resize_terminal(*size)
+            await settle(pilot)
+            pictures.compare_at(app, size)
+            if name:
+                app.theme = theme
+                await settle(pilot)
+                pictures.compare(app, name)
+                app.theme = "tui-trainer"
+    assert not pictures.differing
 
 
 def test_dashboard_before_the_first_data(snap_compare):
@@ -37,16 +54,6 @@ def test_dashboard_crashed(snap_compare):
     session = fake.fake_gpt(700)
     session.end("crashed", "RuntimeError: loss is nan", "try a lower learning rate")
     assert snap_compare(still(session), terminal_size=(80, 24))
-
-
-def test_dashboard_light(snap_compare):
-    app = still(fake.fake_gpt(700), theme_name="tui-trainer-light")
-    assert snap_compare(app, terminal_size=(120, 40))
-
-
-def test_dashboard_in_sixteen_colours(snap_compare):
-    app = still(fake.fake_gpt(700), theme_name="ansi-dark")
-    assert snap_compare(app, terminal_size=(80, 24))
 
 
 @pytest.mark.parametrize("size", [(80, 24), (120, 40)], ids=lambda s: f"{s[0]}x{s[1]}")
