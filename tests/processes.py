@@ -34,23 +34,25 @@ UNDERSTOOD = ("PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE", "GOMP
 """But these are set when a process is forked, or change nothing of a process with one thread."""
 LIBRARIES = (
     *("asyncio", "cyclopts", "cyclopts.config", "cyclopts.help", "docstring_parser", "jinja2"),
-    *("msgspec", "numpy", "platformdirs", "psutil"),
+    *("msgspec", "numpy", "numpy.ma", "platformdirs", "plotext", "psutil"),
     *("rich.console", "rich.live", "rich.panel", "rich.table", "sqlite3"),
     *("tui_trainer.cli.main", "tui_trainer.cli.start", "tui_trainer.run.host"),
     *("tui_trainer.run.output", "tui_trainer.run.script"),
     *("tui_trainer.run.sinks.jsonlines", "tui_trainer.run.sinks.plain"),
-    *("tui_trainer.cli.commands.autograd", "tui_trainer.cli.commands.control"),
-    *("tui_trainer.cli.commands.experiments", "tui_trainer.cli.commands.show"),
+    *("tui_trainer.cli.commands.autograd", "tui_trainer.cli.commands.compare"),
+    *("tui_trainer.cli.commands.control", "tui_trainer.cli.commands.experiments"),
+    "tui_trainer.cli.commands.show",
     *("tui_trainer.client.connection", "tui_trainer.comparison.divergence"),
 )
 """What commands import, without PyTorch and Textual."""
 WITH_TORCH = (
-    *(*LIBRARIES, "numpy.ctypeslib", "numpy.ma", "PIL.Image", "textual.app"),
+    *(*LIBRARIES, "numpy.ctypeslib", "PIL.Image", "textual.app"),
     *("tui_trainer.ui.app", "tui_trainer.ui.replay_app", "tui_trainer.ui.screens.dashboard"),
     *("safetensors", "tui_trainer.inspector.errors", "tui_trainer.models", "tui_trainer.settings"),
     *("tui_trainer.run.task_training", "tui_trainer.tasks.gpt.config"),
     *("tui_trainer.tasks.vit.config", "tui_trainer.travel"),
     *("torch", "torch._dynamo", "torch._inductor.compile_fx", "torch.profiler._cupti_monitor"),
+    *("torch.distributed.fsdp", "torch.distributed.optim"),
     "safetensors.torch",
     *("tui_trainer.inspector.checked_rerun", "tui_trainer.inspector.inspector"),
     *("tui_trainer.probes", "tui_trainer.run.checkpoints", "tui_trainer.run.frameworks"),

@@ -15,7 +15,8 @@ def place(tmp_path_factory):
     """A run of 12 steps with a checkpoint of its seventh."""
     here = tmp_path_factory.mktemp("resume")
     options = ("--steps", "12", "--threads", "1", "--json", "--name", "whole")
-    options += ("--eval-batches", "1", "--sample-length", "8")
+    options += ("--eval-batches", "1", "--sample-length", "8", "--layers", "2", "--heads", "2")
+    options += ("--width", "32", "--block-size", "16", "--batch-size", "8")
     done = call("gpt", *options, "--checkpoint-every", "7", cwd=here)
     assert done.returncode == 0, done.stderr
     (here / "whole.jsonl").write_text(done.stdout)

@@ -14,7 +14,7 @@ from tests import processes
 from tests.cli.calling import COMMAND, call
 from tests.runs.starting import until
 
-STEPS, SAVED = 60, 30
+STEPS, SAVED = 36, 18
 """An epoch of the digits has 23 steps: the checkpoint lies within one, and another follows."""
 SMALL = ("--steps", STEPS, "--layers", 2, "--heads", 2, "--width", 32, "--threads", 1)
 RANDOM = ("--dropout", 0.2, "--shift", 1, "--flip")

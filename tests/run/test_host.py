@@ -117,7 +117,7 @@ class RunFolder:
         """A run that does not leave before its viewer has seen the end."""
         return self.process(command=("-c", PATIENT))
 
-    def process(self, cold=False, command=("-m", "tui_trainer.run")):
+    def process(self, command=("-m", "tui_trainer.run")):
         log = open(self.run / "boot.log", "wb")  # noqa: SIM115
         return processes.Popen(
             [sys.executable, "-P", *command, str(self.run)],
@@ -127,7 +127,6 @@ class RunFolder:
             stdout=log,
             stderr=log,
             start_new_session=True,
-            cold=cold,
         )
 
     def viewer(self):
@@ -223,26 +222,26 @@ def test_the_same_seed_gives_the_same_run(place, tmp_path):
         assert [o[name] for o in of("step", first)] == [o[name] for o in of("step", second)]
 
 
-def test_sixty_and_forty_are_a_hundred(place, tmp_path):
-    place.gpt(steps=50)
+def test_fourteen_and_ten_are_twenty_four(place, tmp_path):
+    place.gpt(steps=24)
     _, whole, _ = place.lines()
-    weights = place.run / "checkpoints" / "step-00000050" / "weights.safetensors"
+    weights = place.run / "checkpoints" / "step-00000024" / "weights.safetensors"
     expected = weights.read_bytes()
 
     again = RunFolder(tmp_path / "again" if (tmp_path / "again").mkdir() is None else None)
-    again.gpt(steps=50, checkpoint_every=30)
+    again.gpt(steps=24, checkpoint_every=14)
     process = again.start()
     for line in process.stdout:
-        if json.loads(line).get("text") == "checkpoint step-00000030":
+        if json.loads(line).get("text") == "checkpoint step-00000014":
             process.kill()  # whatever it did after that is lost
             break
     process.communicate()
-    again.gpt(steps=50, resume=str(again.run / "checkpoints" / "step-00000030"))
+    again.gpt(steps=24, resume=str(again.run / "checkpoints" / "step-00000014"))
     _, rest, _ = again.lines()
-    assert [o["step"] for o in of("step", rest)] == list(range(31, 51))
+    assert [o["step"] for o in of("step", rest)] == list(range(15, 25))
     resumed = [o["loss"] for o in of("step", rest)]
-    assert resumed == [o["loss"] for o in of("step", whole)][30:]
-    found = again.run / "checkpoints" / "step-00000050" / "weights.safetensors"
+    assert resumed == [o["loss"] for o in of("step", whole)][14:]
+    found = again.run / "checkpoints" / "step-00000024" / "weights.safetensors"
     assert found.read_bytes() == expected
 
 
@@ -313,7 +312,7 @@ def test_nan_is_null_with_its_word(place):
 
 
 def test_a_closed_pipe_ends_the_lines_not_the_training(place):
-    place.loop(steps=1000, after="open('done', 'w').close()")
+    place.loop(steps=300, after="open('done', 'w').close()")
     process = place.start()
     process.stdout.readline()
     process.stdout.close()
@@ -325,10 +324,10 @@ def test_a_closed_pipe_ends_the_lines_not_the_training(place):
 
 
 def test_fast_steps_are_all_written(place):
-    place.loop(steps=800)
+    place.loop(steps=400)
     status, lines, _ = place.lines()
     assert status == 0
-    assert [one["step"] for one in of("step", lines)] == list(range(1, 801))
+    assert [one["step"] for one in of("step", lines)] == list(range(1, 401))
 
 
 def test_data_loader_workers_and_the_exit_of_a_script(place):
@@ -433,7 +432,7 @@ sys.meta_path.insert(0, Importing())
 
 def test_viewers_are_served_before_torch_is_there(place):
     place.loop(steps=3)
-    process = place.process(cold=True, command=("-c", HELD_UP + PATIENT))
+    process = place.process(command=("-c", HELD_UP + PATIENT))
     viewer = place.viewer()
     viewer.wait(lambda status: status.waiting_for == "importing torch")
     (place.folder / "go").touch()

@@ -13,6 +13,7 @@ from tests.runs.starting import Runs, last_step, slow_down, until
 from tests.terminal.harness import Terminal
 
 GPT = ("--threads", "1", "--steps", "100000", "--eval-batches", "1", "--sample-length", "8")
+GPT += ("--layers", "2", "--heads", "2", "--width", "32", "--block-size", "16", "--batch-size", "8")
 
 
 @pytest.fixture
