@@ -23,7 +23,7 @@ from tui_trainer.protocol.absent import Absent, absent, absent_mask, why_absent
 from tui_trainer.protocol.formatting import counted, milliseconds, nonfinite
 
 MAX_VALUES = 4_000_000
-"""Most values read from one table of each run; of a longer table, buckets are read."""
+"""Maximum number of values read from one table of each run; of a longer table, buckets are read."""
 BLOCK_VALUES = 500_000
 """Values compared at once."""
 PROBES = 32

@@ -19,7 +19,7 @@ from tui_trainer.trace.tracer import Tracer
 
 MAX_LISTED = 20_000
 MAX_OF_ONE = 8
-"""Most inputs, and most outputs, that are listed for one module."""
+"""Maximum number of inputs, and of outputs, that are listed for one module."""
 WHOLE = "model"
 """Name of the root module where it has no other."""
 T = TypeVar("T")

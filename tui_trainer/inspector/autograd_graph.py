@@ -33,7 +33,7 @@ from tui_trainer.trace.torch_private import (
 from tui_trainer.trace.tracer import Tracer
 
 MAX_NODES = 50_000
-"""Most nodes in one answer, a message of about 5 MB."""
+"""Maximum number of nodes in one answer, a message of about 5 MB."""
 MAX_WAITING, MAX_WAITING_BYTES = 256, 64 << 20
 """Number and bytes of gradients whose norms are computed at once."""
 OUTSIDE = GraphModule("")

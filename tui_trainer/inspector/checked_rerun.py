@@ -33,9 +33,9 @@ from tui_trainer.trace.torch_private import (
 from tui_trainer.trace.tracer import Tracer
 
 MAX_CALLS = 8
-"""Most calls of models that are kept between two backward passes."""
+"""Maximum number of calls of models that are kept between two backward passes."""
 MAX_NODES = 20_000
-"""Most nodes of a graph that are watched."""
+"""Maximum number of nodes of a graph that are watched."""
 MASKING = frozenset(
     ("masked_fill", "where", "full", "full_like", "new_full", "fill", "setitem", "triu", "tril")
 )
@@ -162,7 +162,7 @@ class CheckedOperations(TorchFunctionMode):
                 into: tuple[Any, ...], out_of: tuple[Any, ...], node: Any = node,
                 operation: TorchCall | None = operation,
             ) -> None:  # fmt: skip
-                if not found and _any_wrong(into) and not _any_wrong(out_of):
+                if not found and _any_nonfinite(into) and not _any_nonfinite(out_of):
                     found.append((operation, node_name(node).lower()))
 
             handles.append(node.register_hook(look))
@@ -222,7 +222,7 @@ def _is_mask(tensor: torch.Tensor) -> bool:
     return not bool((torch.isnan(tensor) | torch.isposinf(tensor)).any())
 
 
-def _any_wrong(tensors: Sequence[Any]) -> bool:
+def _any_nonfinite(tensors: Sequence[Any]) -> bool:
     return any(isinstance(each, torch.Tensor) and _is_wrong(each) for each in tensors)
 
 

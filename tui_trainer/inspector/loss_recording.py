@@ -28,7 +28,7 @@ from tui_trainer.trace.torch_private import (
 )
 
 MAX_CALLS = 2_000
-"""Most calls that are recorded for a loss."""
+"""Maximum number of calls that are recorded for a loss."""
 READING = frozenset(("item", "tolist", "numpy", "__float__", "__int__", "__bool__", "__index__"))
 """Functions that read numbers from tensors; a replay uses the numbers of the step."""
 NARROWING: dict[Callable[..., Any], Callable[..., Any]] = {

@@ -30,9 +30,9 @@ from tui_trainer.trace.torch_private import (
 )
 
 MAX_CHAIN = 32
-"""Most operations between an output of the model and a loss function."""
+"""Maximum number of operations between an output of the model and a loss function."""
 MAX_NODES = 256
-"""Most nodes between the tensor on which backward is called and the loss functions."""
+"""Maximum number of nodes between the tensor on which backward is called and the loss functions."""
 MAX_CALLS = 32
 
 OutputKey = tuple[Any, int]

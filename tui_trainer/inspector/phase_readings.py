@@ -16,8 +16,8 @@ from tui_trainer.trace.gate import Gate
 from tui_trainer.trace.tracer import Tracer
 
 MAX_ENTRIES = 1 << 25
-"""Most entries that are read when a paused run continues by one phase, which takes about 0.1 s on
-one core. Tensors that were inspected come first."""
+"""Maximum number of entries that are read when a paused run continues by one phase, which takes
+about 0.1 s on one core. Tensors that were inspected come first."""
 INSPECTED = 8
 """Number of last inspected tensors that are always read."""
 

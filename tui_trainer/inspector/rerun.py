@@ -44,9 +44,10 @@ from tui_trainer.trace.tracer import Tracer
 STEPS_CAPTURED = 200
 """Calls of the model without a further request after which they are no longer captured."""
 MAX_KEPT_BUFFERS = 4 << 20
-"""Most bytes of buffers that are copied before a forward, so that a re-run begins with them."""
+"""Maximum number of bytes of buffers that are copied before a forward, so that a re-run begins with
+them."""
 MAX_COPIED = 1 << 30
-"""Most bytes of buffers that are copied for a re-run."""
+"""Maximum number of bytes of buffers that are copied for a re-run."""
 MAX_ENTRIES = 10_000
 """Largest list or dictionary in a module's attributes that is restored."""
 CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)

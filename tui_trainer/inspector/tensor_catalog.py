@@ -22,7 +22,7 @@ from tui_trainer.trace.step_measurer import StepMeasurer
 from tui_trainer.trace.torch_private import is_sharded, local, plain_name, unwrapped
 
 MAX_LISTED = 20_000
-"""Most tensors in one list, a message of about 2 MB."""
+"""Maximum number of tensors in one list, a message of about 2 MB."""
 SHARD = "the shard of this process"
 
 

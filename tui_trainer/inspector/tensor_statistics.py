@@ -25,8 +25,8 @@ from tui_trainer.protocol.inspection import (
 )
 
 SAMPLED = 1 << 16
-"""Most elements that are sorted, which takes 2 ms. The rank of a quantile is then off by at most
-0.2 %."""
+"""Maximum number of elements that are sorted, which takes 2 ms. The rank of a quantile is then off
+by at most 0.2 %."""
 BINS = 64
 QUANTILES = (0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
 

@@ -24,7 +24,7 @@ BUCKETS = 560
 LOG_FROM = 1000.0
 """An axis is logarithmic if the largest value is more than this many times the median."""
 MAX_LOGGED = 24
-"""Most charts of values of `tui_trainer.log`."""
+"""Maximum number of charts of values of `tui_trainer.log`."""
 
 
 @dataclass(frozen=True)

@@ -188,7 +188,7 @@ class LineSplitter:
 LOG_FILE_BYTES = 256 * 1024 * 1024
 """Largest size of the log file; later output is still recorded and shown."""
 QUEUE_BYTES = 16 * 1024 * 1024
-"""Most output that waits for the disk."""
+"""Maximum number of bytes of output that wait for the disk."""
 CLOSE_TIMEOUT_S = 5.0
 
 

@@ -31,10 +31,10 @@ from tui_trainer.trace.torch_private import local, version_of
 MAX_SHARE = 0.02
 """Largest share of the step time that snapshots may take; determines their cadence."""
 MAX_INTERVAL = 1000
-"""Most steps between two snapshots."""
+"""Maximum number of steps between two snapshots."""
 MAX_KEPT = 1000
-"""Most snapshots that are kept. The budget alone would allow more, since snapshots that share most
-of their tensors take little memory."""
+"""Maximum number of snapshots that are kept. The budget alone would allow more, since snapshots
+that share most of their tensors take little memory."""
 
 
 class Stateful(Protocol):

@@ -126,7 +126,8 @@ MAX_PENDING_WRITES = 3
 CHECK_INTERVAL_S = 0.02
 """Interval at which a requested frame checks whether the pending output has been read."""
 MAX_CHECKS = 12
-"""Most checks for one frame; then only ticks check, since the terminal may read nothing at all."""
+"""Maximum number of checks for one frame; then only ticks check, since the terminal may read
+nothing at all."""
 
 
 class OutputBacklog:

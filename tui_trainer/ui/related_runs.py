@@ -24,7 +24,7 @@ from tui_trainer.runs.registry import list_runs
 from tui_trainer.ui.reader_thread import ReaderThread
 
 MAX_RELATED = 4
-"""Most other runs in a chart: more cannot be distinguished."""
+"""Maximum number of other runs in a chart: more cannot be distinguished."""
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,8 @@ _MARKS = (
 )
 """The combining characters that number rows and columns, in the order of the protocol."""
 MAX_CELLS = 297
-"""Most rows, and most columns, of a picture of placeholders: the number of combining characters."""
+"""Maximum number of rows, and of columns, of a picture of placeholders: the number of combining
+characters."""
 CHUNK = 4096
 """Bytes of a picture in one escape sequence of kitty's."""
 

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from tui_trainer.ui.terminal_images import PixelSupport
 
 ROWS, COLUMNS = 32, 64
-"""Most rows and columns of the map, in cells."""
+"""Maximum size of the map: rows and columns, in cells."""
 TOP = 12
 NOT_NEGATIVE = validators.Number(gte=0)
 

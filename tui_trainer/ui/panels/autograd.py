@@ -29,7 +29,7 @@ STYLES = {"loss": "title", "module": "strong", "repeat": "title", "operation": "
 OPEN_DEPTH = 2
 """Rows above this depth are open at first."""
 MAX_LISTED = 12
-"""Most inputs, or users, of a node that are listed."""
+"""Maximum number of inputs, or of users, of a node that are listed."""
 MAX_PATH = 400
 MIN_NAME_WIDTH = 38
 

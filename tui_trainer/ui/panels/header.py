@@ -29,13 +29,14 @@ FAR_OVER_BUDGET = 5.0
 milliseconds the overhead always exceeds the budget, which deserves no warning."""
 STATE_WIDTH = 8
 MIN_NAME_WIDTH = 10
-"""Fewest cells for the title, and for the run's name, which is left out where room is shorter."""
+"""Minimum number of cells for the title, and for the run's name, which is left out where room is
+shorter."""
 RESERVED_MESSAGE_WIDTH = 22
-"""Most cells of the message that title and name leave free."""
+"""Maximum number of cells of the message that title and name leave free."""
 MAX_DEVICE_WIDTH = 40
 MIN_BAR_WIDTH = 12
 MAX_BANNER_LINES = 3
-"""Most lines of the message, and of the hint."""
+"""Maximum number of lines of the message, and of the hint."""
 NOTICEABLE_MS = 10
 """Latency from which the header shows it."""
 

@@ -199,7 +199,7 @@ def _merge(entries: list[LogEntry], new: list[LogEntry]) -> int | None:
 TIME_WIDTH, STEP_WIDTH, TAG_WIDTH = 8, 7, 11
 MIN_TEXT_WIDTH = 10
 MAX_WRAPPED_LINES = 12
-"""Most lines of one entry; `tui-trainer logs` prints longer ones in full."""
+"""Maximum number of lines of one entry; `tui-trainer logs` prints longer ones in full."""
 
 
 class LogView(ScrollingLines):

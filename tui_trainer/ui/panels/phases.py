@@ -37,7 +37,8 @@ SLOW_STEPS_PER_SECOND = 2.0
 """Below this rate the running phase is highlighted; above it, it would only flicker."""
 TIME_WIDTH = 8
 MAX_QUANTITY_WIDTH = 40
-"""Most cells for the name of a quantity, and for its value, which may be a parameter's name."""
+"""Maximum number of cells for the name of a quantity, and for its value, which may be a parameter's
+name."""
 MIN_WIDTH_FOR_SHARES = 14
 MAX_WHOLE = 1e15
 """Numbers up to this are written as integers if they are whole."""

@@ -32,7 +32,7 @@ from tui_trainer.ui.widgets.lines import Row
 from tui_trainer.ui.widgets.related import related_curves
 
 MAX_CHARTED = 200
-"""Most parameters of a table that the chart reads; of more, it reads every n-th."""
+"""Maximum number of parameters of a table that the chart reads; of more, it reads every n-th."""
 MIN_HEIGHT_FOR_MOVERS = 9
 MOVERS_SHARE = 0.4
 """Share of the panel's height for the list of parameters."""

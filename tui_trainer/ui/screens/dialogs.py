@@ -145,7 +145,7 @@ class QuitDialog(ModalScreen[QuitChoice | None]):
 MAX_MATCHES = 200
 """Tensors that the dialog lists at a time."""
 MAX_NAME_WIDTH = 52
-"""Most cells of the column of names; what follows a longer name is not aligned."""
+"""Maximum number of cells of the column of names; what follows a longer name is not aligned."""
 
 
 class TensorDialog(ModalScreen[TensorRef | None]):

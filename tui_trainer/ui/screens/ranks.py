@@ -32,9 +32,10 @@ WIDE, WIDEST = 90, 170
 """Widths from which the lag, and from which phases and memory, are shown."""
 ENDED_BADLY = ("killed", "crashed", "lost")
 MAX_CHARTED = 64
-"""Most processes whose values a chart reads; of more, it reads every n-th."""
+"""Maximum number of processes whose values a chart reads; of more, it reads every n-th."""
 MIN_HEIGHT_FOR_CHARTS, MIN_CHART_WIDTH = 18, 60
-"""Fewest rows that the table and the remarks must leave for charts, and fewest cells per chart."""
+"""Minimum number of rows that the table and the remarks leave for charts, and of cells per
+chart."""
 SHOWN_MS = 1.0
 """A time between phases has a column when it is at least this long in any process."""
 STATE_STYLES = {**dict.fromkeys(ENDED_BADLY, "error"), "waiting": "warning"}

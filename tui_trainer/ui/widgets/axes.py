@@ -25,7 +25,7 @@ from tui_trainer.ui.widgets.lines import Row
 MIN_ROWS_BETWEEN_TICKS = 2
 MAX_TICKS = 6
 FEWEST_STEPS = 40
-"""Fewest steps in a window of the whole run."""
+"""Minimum number of steps in a window of the whole run."""
 KEPT_SHARE = 0.55
 """A scale is kept while the values fill more than this share of it."""
 SMALLEST_FLOAT32 = 1e-45

@@ -47,7 +47,7 @@ from tui_trainer.ui.widgets.related import Figure, related_curves
 
 SPACE = 0x20
 MIN_NAME_WIDTH = 8
-"""Least width of another run's name in the title of a chart."""
+"""Minimum width of another run's name in the title of a chart."""
 
 
 class Canvas:

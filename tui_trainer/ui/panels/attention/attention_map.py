@@ -23,11 +23,11 @@ from tui_trainer.ui.panels.tensor import HeatMapView, at_most, colored
 from tui_trainer.ui.widgets.lines import Row
 
 LABEL_WIDTH = 8
-"""Most cells for the tokens next to the map."""
+"""Maximum number of cells for the tokens next to the map."""
 CAPTION_ROWS = 2
 """Rows for the title and for the tokens of the keys."""
 MAX_CELL = 8
-"""Most characters across for one key; a query gets at most half as many down."""
+"""Maximum number of characters across for one key; a query gets at most half as many down."""
 
 
 class AttentionMapView(HeatMapView):
