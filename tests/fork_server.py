@@ -271,7 +271,7 @@ if __name__ == "__main__":
         __import__(_name)
     warnings.simplefilter("ignore", DeprecationWarning)  # of forking where there are threads
     sys.modules.pop("tests", None)
-    if "torch" in sys.modules:  # hidden once for all: it writes to the memory of every module
+    if "torch" in sys.modules:  # hidden before any fork: hiding writes to every module
         sys.meta_path.insert(0, HiddenTorch(_early))
     gc.collect()
     gc.freeze()

@@ -612,12 +612,16 @@ def test_several_models_and_optimizers_have_the_names_of_their_variables():
 
 
 def test_variables_of_what_called_the_script_name_nothing():
-    from tui_trainer.trace.script_frames import variable_of
+    from tui_trainer.trace.script_frames import objects_of_script, variable_of
 
-    callers = object()
+    callers, callers_alone = nn.Linear(2, 2), nn.Linear(2, 2)
     names = {"__name__": "__main__", "variable_of": variable_of, "mine": callers}
+    names |= {"objects_of_script": objects_of_script, "Module": nn.Module}
     exec("found = variable_of(mine)", names)
+    exec("modules = objects_of_script(Module)", names)
     assert names["found"] == "mine"
+    assert names["modules"] == [callers]
+    assert callers_alone not in names["modules"]
 
 
 def test_the_optimizers_of_one_model_leave_its_names_alone():

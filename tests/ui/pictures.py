@@ -1,4 +1,4 @@
-"""Pictures of one app, at several sizes and in several themes, compared with the known ones."""
+"""Compares an app, at several sizes and in several themes, with the known pictures of a test."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from textual.app import App
 
 
 class Pictures:
-    """One app, resized: opening three takes three times as long."""
+    """Compares pictures with the known ones, whatever app shows them: resizing one app takes a
+    third of opening three."""
 
     def __init__(self, snapshot: SnapshotAssertion, directory: Path) -> None:
         self.known = snapshot.use_extension(SVGImageExtension)
         self.directory = directory
-        """Gets the new pictures of those that differ."""
+        """The new pictures of those that differ are written to it."""
         self.differing: list[str] = []
 
     def compare(self, app: App[Any], name: str) -> None:
-        """With the picture called `name` of this test."""
+        """Compare the screen with the picture `name`."""
         drawn = app.export_screenshot(simplify=True)
         if drawn != self.known(name=name):
             new = self.directory / f"{name}.svg"
@@ -28,5 +29,5 @@ class Pictures:
             self.differing.append(str(new))
 
     def compare_at(self, app: App[Any], size: tuple[int, int]) -> None:
-        """With the picture called after this size."""
+        """Compare the screen with the picture of this size."""
         self.compare(app, f"{size[0]}x{size[1]}")

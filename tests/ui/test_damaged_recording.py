@@ -15,9 +15,8 @@ from tui_trainer.store.schema import STORE_FILE
 from tui_trainer.ui.screens import SCREENS
 
 SEEDS = int(os.environ.get("TUI_TRAINER_TEST_DAMAGES", "2"))
-
-
 recorded = test_replay.recorded
+"""The fixture, which pytest finds by its name here."""
 
 
 @pytest.fixture

@@ -185,8 +185,10 @@ async def test_log_scale_window_and_trend_keys():
 )
 @pytest.mark.slow
 async def test_every_state_is_drawn_at_every_size(make):
-    async with app_of(make()).run_test(size=SIZES[0]) as pilot:
-        for size in SIZES:
+    session = make()
+    async with app_of(session).run_test(size=SIZES[0]) as pilot:
+        for size in SIZES:  # sorted and scaled otherwise at each
+            session.send(actions.Resume())
             await pilot.resize_terminal(*size)
             await pilot.press("l", "L", "space", "p", "o", "w", "m", "l", "L")
             await pilot.pause()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 
 import numpy as np
@@ -82,8 +83,10 @@ def record_run(directory, steps=STEPS, end="finished"):
 
 
 @pytest.fixture(scope="session")
-def recorded():
-    return made_once("replayed run", record_run)
+def recorded(tmp_path_factory):
+    """Each worker reads a copy: readers write to the index of SQLite's journal in the folder."""
+    copy = tmp_path_factory.mktemp("replayed") / "quiet-otter"
+    return shutil.copytree(made_once("replayed run", record_run), copy)
 
 
 def opened(directory, **options):

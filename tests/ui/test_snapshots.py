@@ -15,23 +15,32 @@ def still(session, **options):
     return TuiTrainerApp(session, frames_per_second=0.01, **options)
 
 
+IN_THEME = {(80, 24): ("sixteen_colours", "ansi-dark"), (120, 40): ("light", "tui-trainer-light")}
+"""Picture and theme at these sizes, besides the default theme."""
+
+
 async def test_dashboard(snapshot, tmp_path):
     app = still(fake.fake_gpt(700))
     pictures = Pictures(snapshot, tmp_path)
     async with app.run_test(size=SIZES[0]) as pilot:
-        for size, name, theme in (
-            ((80, 24), "sixteen_colours", "ansi-dark"),
-            ((120, 40), "light", "tui-trainer-light"),
-            ((200, 60), "", ""),
-        ):
+        for size in SIZES:
             await pilot.resize_terminal(*size)
             await settle(pilot)
             pictures.compare_at(app, size)
-            if name:
-                app.theme = theme
+            if size in IN_THEME:
+                name, app.theme = IN_THEME[size]
                 await settle(pilot)
                 pictures.compare(app, name)
                 app.theme = "tui-trainer"
+    for size, (name, theme) in IN_THEME.items():
+        app = still(fake.fake_gpt(700), theme_name=theme)  # opened in it, not switched to it
+        async with app.run_test(size=size) as pilot:
+            await settle(pilot)
+            pictures.compare(app, name)
+    app = still(fake.fake_gpt(700))
+    async with app.run_test(size=SIZES[-1]) as pilot:
+        await settle(pilot)
+        pictures.compare_at(app, SIZES[-1])
     assert not pictures.differing
 
 

@@ -55,7 +55,7 @@ def cells(emulator):
     return seen
 
 
-@pytest.mark.parametrize("size", [(80, 24), (120, 40)])
+@pytest.mark.parametrize("size", [(80, 24), (120, 40), (200, 60)])
 async def test_cell_updates_show_what_the_screen_holds(size):
     session = fake.fake_gpt(300)
     app = EmulatedApp(session, size, frames_per_second=0.01)

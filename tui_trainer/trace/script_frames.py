@@ -45,7 +45,8 @@ T = TypeVar("T")
 
 def script_frames() -> Iterator[FrameType]:
     """The frames on the stack that are neither PyTorch's nor this package's, innermost first, up to
-    that of the script."""
+    that of the script: the innermost module that runs as `__main__`. What ran it as such, a
+    launcher with `runpy`, is left out."""
     frame: FrameType | None = sys._getframe()
     for _ in range(MAX_FRAMES):
         while frame is not None and _is_ours_or_torch(frame):

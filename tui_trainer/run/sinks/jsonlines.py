@@ -361,8 +361,8 @@ def _by_column(columns: tuple[Column, ...], row: Floats) -> dict[str, float]:
     values = row.tolist()
     if len(row) <= MAX_SHORTEST:
         values = [
-            float(text) if math.isfinite(value) else value
-            for value, text in zip(values, row.astype("S32").tolist(), strict=True)
+            float(np.format_float_scientific(short)) if math.isfinite(value) else value
+            for value, short in zip(values, row, strict=True)
         ]
     return dict(zip((column.name for column in columns), values, strict=True))
 
