@@ -71,9 +71,11 @@ SLOW = (
     "tasks/test_vit_task.py",
     "trace/test_bit_identity.py",
     "travel/test_time_travel.py",
-    "ui/test_attention_of_two.py", "ui/test_contrast.py", "ui/test_damaged_recording.py",
-    "ui/test_learn.py", "ui/test_missing_values.py",
-    "ui/test_replay.py", "ui/test_screen_snapshots.py", "ui/test_staleness.py", "ui/test_start.py",
+    "ui/test_attention_layer.py", "ui/test_attention_of_two.py", "ui/test_contrast.py",
+    "ui/test_damaged_recording.py", "ui/test_help.py", "ui/test_inspect.py",
+    "ui/test_inspector_snapshots.py", "ui/test_learn.py", "ui/test_missing_values.py",
+    "ui/test_replay.py", "ui/test_scalar_graph.py", "ui/test_screen_snapshots.py",
+    "ui/test_staleness.py", "ui/test_start.py",
     "ui/test_textual_hacks.py", "ui/test_user_text.py",
 )  # fmt: skip
 """Folders and files of slow tests; elsewhere each is marked."""

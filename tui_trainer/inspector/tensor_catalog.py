@@ -1,6 +1,6 @@
 """Finds the tensors of a run by name, and reads them in parts of bounded size.
 
-Tensors are looked up anew for each request, and none is kept: a script may replace layers,
+Tensors are looked up again for each request, and none is kept: a script may replace layers,
 optimizers and gradients at any time.
 """
 

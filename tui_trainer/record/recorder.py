@@ -252,7 +252,7 @@ class Recorder:
         self.throughput.resume(self._clock())
 
     def speed_limit_changed(self) -> None:
-        """Measure speed and remaining time anew from now on."""
+        """Restart the measurement of speed and remaining time."""
         at = None if self.throughput.paused else self._clock() - self._excluded_s()
         self._queue.append((self.throughput.restart_window, (at,)))
 
