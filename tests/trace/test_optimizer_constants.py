@@ -46,13 +46,13 @@ def test_momentum_is_read_where_it_is_a_number(
     ("groups", "epsilon"),
     [
         ([1e-8, 1e-8], 1e-8),
-        ([1e-8, 1.0], 1.0),
+        ([1e-8, 1e-4], 1e-8),
         ([1.0, 1e-8, 1e-20], 1e-20),
         ([1e-8, 0.0, 1.0], 0.0),
         ([1e-8, torch.tensor(1.0)], 1e-8),
     ],
 )
-def test_epsilon_is_the_most_unusual_of_the_groups(groups: list[object], epsilon: float) -> None:
+def test_epsilon_is_the_smallest_of_the_groups(groups: list[object], epsilon: float) -> None:
     optimizer = torch.optim.AdamW(
         [{"params": [torch.nn.Parameter(torch.zeros(2))], "eps": eps} for eps in groups]
     )

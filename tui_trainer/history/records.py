@@ -282,8 +282,7 @@ class StepRecord:
     """Share of the previous step's update that was still in the weights; 1: all of it."""
     initial: tuple[InitialWeight, ...] = ()
     epsilon: float | None = None
-    """The most unusual `eps` among the groups of an optimizer of Adam's family, at its first
-    step."""
+    """The smallest `eps` of an optimizer of Adam's family, at its first step."""
     momentum: float | None = None
     """The largest momentum of its groups, Adam's first beta included, at its first step."""
     weight_decay: WeightDecay | None = None

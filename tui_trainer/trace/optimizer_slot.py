@@ -60,15 +60,13 @@ class OptimizerSlot:
 
     @property
     def epsilon(self) -> float | None:
-        """The most unusual `eps` among the groups of an optimizer of Adam's family: the one whose
-        ratio to 1e-8, PyTorch's default, is the furthest from 1. None for other optimizers."""
+        """The smallest `eps` among the groups of an optimizer of Adam's family; None for others."""
         optimizer = self.optimizer()
         if optimizer is None or not issubclass(self.kind, ADAMS):
             return None
         values = [group.get("eps") for group in optimizer.param_groups]
         # Reading a tensor could wait for the device.
-        found = [float(value) for value in values if isinstance(value, int | float)]
-        return max(found, key=_distance_from_default, default=None)
+        return min((float(eps) for eps in values if isinstance(eps, int | float)), default=None)
 
     @property
     def momentum(self) -> float | None:
@@ -129,7 +127,3 @@ class OptimizerSlot:
 def shapes_of(optimizer: Optimizer) -> tuple[tuple[int, ...], ...]:
     """The shapes of the optimizer's parameters, in its order."""
     return tuple(tuple(parameter.shape) for parameter in parameters_of(optimizer))
-
-
-def _distance_from_default(eps: float) -> float:
-    return abs(math.log(eps / 1e-8)) if eps > 0 else math.inf
